@@ -4,5 +4,10 @@
 #ifdef __CUDACC__
 #define FLASH_ATTN_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FLASH_ATTN_HOST_DEVICE inline
+// Always inlined: the CPU kernels compile these functions for several instruction sets, and the linker would keep one
+// copy for all.
+#define FLASH_ATTN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+
+// Seen from outside the op library, by the introspection module; everything else is hidden.
+#define FLASH_ATTN_EXPORT __attribute__((visibility("default")))

@@ -1,0 +1,150 @@
+// flash_attn._C: what was built, and which kernel a problem would get. No torch: tensors arrive as plain numbers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+using namespace flash_attn;
+
+namespace {
+
+constexpr const char* kDTypes[] = {"float64", "float32", "bfloat16", "float16", "bool", "int32", "int64"};
+
+/// (address, dtype, device index or -1 for the CPU, sizes, strides)
+using TensorTuple = std::tuple<uint64_t, std::string, int, std::vector<int64_t>, std::vector<int64_t>>;
+
+TensorInfo tensor_info(const TensorTuple& tensor) {
+  const auto& [address, dtype, device, sizes, strides] = tensor;
+  TensorInfo info;
+  info.data = reinterpret_cast<void*>(address);
+  for (int i = 0; i < int(DType::kOther); ++i) {
+    if (dtype == kDTypes[i]) info.dtype = DType(i);
+  }
+  info.device = device < 0 ? DeviceType::kCPU : DeviceType::kCUDA;
+  info.device_index = device < 0 ? 0 : device;
+  info.ndim = int(sizes.size());
+  for (int i = 0; i < info.ndim && i < TensorInfo::kMaxDims; ++i) {
+    info.size[i] = sizes[i];
+    info.stride[i] = strides[i];
+  }
+  return info;
+}
+
+template <typename Params>
+py::dict describe(const std::vector<const Kernel<Params>*>& kernels, const Params& params, const DeviceInfo& info) {
+  std::vector<Rejection> rejections;
+  const Kernel<Params>& kernel = select_kernel(kernels, params, info, &rejections);
+  const Plan plan = kernel.plan(params, info);
+  py::list rejected;
+  for (const Rejection& r : rejections) rejected.append(py::make_tuple(r.family, r.reason));
+  py::dict d;
+  d["family"] = kernel.family;
+  d["kernel"] = plan.kernel;
+  d["tile"] = py::make_tuple(plan.block_m, plan.block_n);
+  d["workspace_bytes"] = plan.workspace_bytes;
+  d["rejected"] = rejected;
+  return d;
+}
+
+const Backend& backend_of(const ForwardParams& params) {
+#ifdef FLASH_ATTN_WITH_CUDA
+  if (params.device == DeviceType::kCUDA) return cuda_backend();
+#else
+  if (params.device == DeviceType::kCUDA) throw std::runtime_error("flash_attn was built without CUDA kernels");
+#endif
+  return cpu_backend();
+}
+
+/// Plans of the forward and the backward pass of a problem. `tensors` and `options` are named as in the op's schema;
+/// `needs` says which of q, k, v, attn_mask, alibi_slopes and sinks want a gradient. Data are not read.
+py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict& options,
+              const std::vector<bool>& needs) {
+  const auto optional = [&](const char* name) -> std::optional<TensorInfo> {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) return std::nullopt;
+    return tensor_info(found->second);
+  };
+  Arguments a;
+  a.q = tensor_info(tensors.at("q"));
+  a.k = tensor_info(tensors.at("k"));
+  a.v = tensor_info(tensors.at("v"));
+  a.attn_mask = optional("attn_mask");
+  a.alibi_slopes = optional("alibi_slopes");
+  a.sinks = optional("sinks");
+  a.cu_seqlens_q = optional("cu_seqlens_q");
+  a.cu_seqlens_k = optional("cu_seqlens_k");
+  a.seqused_q = optional("seqused_q");
+  a.seqused_k = optional("seqused_k");
+  a.rng_state = optional("rng_state");
+  a.max_seqlen_q = options["max_seqlen_q"].cast<int64_t>();
+  a.max_seqlen_k = options["max_seqlen_k"].cast<int64_t>();
+  a.softmax_scale = options["softmax_scale"].cast<std::optional<double>>();
+  a.causal = options["causal"].cast<int64_t>();
+  a.window_left = options["window_left"].cast<int64_t>();
+  a.window_right = options["window_right"].cast<int64_t>();
+  a.softcap = options["softcap"].cast<double>();
+  a.dropout_p = options["dropout_p"].cast<double>();
+  a.heads_first = options["heads_first"].cast<bool>();
+  a.deterministic = options["deterministic"].cast<bool>();
+
+  BackwardParams params;
+  ForwardParams& p = params.forward;
+  p = make_forward_params(a, /*read_lengths=*/false);
+  TensorInfo out = a.q;  // outputs are dense, in q's memory order
+  out.size[out.ndim - 1] = p.head_dim_v;
+  dense_strides_like(a.q, p.head_dim_v, out.stride);
+  p.out = tensor_view(out, a.heads_first);
+  const Backend& backend = backend_of(p);
+  const DeviceInfo info = backend.device_info(p.device_index);
+  py::dict result;
+  result["forward"] = describe(backend.forward, p, info);
+  params.dout = p.out;
+  if (needs[0]) params.dq = p.q;
+  if (needs[1]) params.dk = p.k;
+  if (needs[2]) params.dv = p.v;
+  if (needs[3]) params.dmask = p.mask.data;
+  if (needs[4]) params.dslopes = const_cast<void*>(p.alibi_slopes);
+  if (needs[5]) params.dsinks = const_cast<void*>(p.sinks);
+  result["backward"] = describe(backend.backward, params, info);
+  return result;
+}
+
+py::dict build_info() {
+  py::dict d;
+  d["compiler"] = FLASH_ATTN_COMPILER;
+  d["cuda"] = FLASH_ATTN_CUDA_VERSION;  // "" when CUDA kernels were not built
+  d["cuda_archs"] = FLASH_ATTN_CUDA_ARCHS;
+  d["cuda_reason"] = FLASH_ATTN_CUDA_REASON;
+  d["torch_headers"] = FLASH_ATTN_TORCH_VERSION;
+  return d;
+}
+
+py::dict kernels() {
+  const auto names = [](const Backend& backend) {
+    py::list forward, backward;
+    for (const auto* kernel : backend.forward) forward.append(kernel->family);
+    for (const auto* kernel : backend.backward) backward.append(kernel->family);
+    return py::make_tuple(forward, backward);
+  };
+  py::dict d;
+  d["cpu"] = names(cpu_backend());
+#ifdef FLASH_ATTN_WITH_CUDA
+  d["cuda"] = names(cuda_backend());
+#endif
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What flash_attn was built with, and which kernel a problem would get.";
+  m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build.");
+  m.def("kernels", &kernels, "device -> (forward families, backward families), fastest first.");
+  m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"));
+}

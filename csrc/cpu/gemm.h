@@ -1,0 +1,101 @@
+// C (+)= A B on packed tiles, the one matrix product all passes are made of. B and C lie along vectors, A is read one
+// element at a time and broadcast, so A needs no packing and may lie either way round.
+#pragma once
+
+#include "simd.h"
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+/// How products are formed: `Operand` is what one multiplication takes, kPack neighbouring numbers of the sum's index.
+template <typename T>
+struct Plain {
+  using Acc = T;
+  using Operand = T;
+  static constexpr int kPack = 1;
+  static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Operand a, Vec<Operand> b) { return a * b + c; }
+};
+
+#if defined(__AVX512BF16__)
+/// Pairs of bfloat16 in a 32-bit word, the even one low, summed in float.
+struct BFloat16Pairs {
+  using Acc = float;
+  using Operand = uint32_t;
+  static constexpr int kPack = 2;
+  static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Operand a, Vec<Operand> b) {
+    return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(_mm512_set1_epi32(int(a))), bit_cast<__m512bh>(b));
+  }
+};
+#endif
+
+/// Rows of C at a time, and most vectors of a row: what fits the registers with the vectors of B.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGemmRows = 8;
+#else
+constexpr int kGemmRows = 4;
+#endif
+constexpr int kGemmVectors = 3;
+
+/// A tile's columns are padded to a multiple of this: they are lanes of one product and may be rows of another.
+template <typename T>
+constexpr int kPadding = kLanes<T> > kGemmRows ? kLanes<T> : kGemmRows;
+
+/// A as it lies in memory: (row, depth) or (depth, row).
+enum class Layout { kRowMajor, kDepthMajor };
+
+template <typename Arithmetic, Layout kLayout, int kVectors>
+void gemm_panel(int64_t rows, int64_t depth, const typename Arithmetic::Operand* a, int64_t lda,
+                const typename Arithmetic::Operand* b, int64_t ldb, typename Arithmetic::Acc* c, int64_t ldc,
+                bool accumulate) {
+  using Acc = typename Arithmetic::Acc;
+  using Operand = typename Arithmetic::Operand;
+  constexpr int W = kLanes<Acc>;
+  for (int64_t row = 0; row < rows; row += kGemmRows) {
+    Vec<Acc> sum[kGemmRows][kVectors];
+    for (int i = 0; i < kGemmRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) {
+        sum[i][j] = accumulate ? load<Acc>(c + (row + i) * ldc + j * W) : Vec<Acc>{};
+      }
+    }
+    const Operand* a_row = kLayout == Layout::kRowMajor ? a + row * lda : a + row;
+    const Operand* b_k = b;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<Operand> b_vector[kVectors];
+      for (int j = 0; j < kVectors; ++j) b_vector[j] = load_vector<Vec<Operand>>(b_k + j * W);
+      for (int i = 0; i < kGemmRows; ++i) {
+        const Operand a_element = kLayout == Layout::kRowMajor ? a_row[i * lda] : a_row[i];
+        for (int j = 0; j < kVectors; ++j) {
+          sum[i][j] = Arithmetic::multiply_add(sum[i][j], a_element, b_vector[j]);
+        }
+      }
+      a_row += kLayout == Layout::kRowMajor ? 1 : lda;
+      b_k += ldb;
+    }
+    for (int i = 0; i < kGemmRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) store<Acc>(c + (row + i) * ldc + j * W, sum[i][j]);
+    }
+  }
+}
+
+/// c (rows, columns) (+)= A (rows, depth) b (depth, columns). `columns` is a multiple of the vector's lanes; rows are
+/// rounded up to kGemmRows, so A and c must have that many. `depth` counts operands.
+template <typename Arithmetic, Layout kLayout>
+void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmetic::Operand* a, int64_t lda,
+          const typename Arithmetic::Operand* b, int64_t ldb, typename Arithmetic::Acc* c, int64_t ldc,
+          bool accumulate) {
+  constexpr int W = kLanes<typename Arithmetic::Acc>;
+  for (int64_t column = 0; column < columns;) {
+    const int64_t left = (columns - column) / W;
+    if (left == kGemmVectors || left > kGemmVectors + 1) {
+      gemm_panel<Arithmetic, kLayout, kGemmVectors>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      column += kGemmVectors * W;
+    } else if (left >= 2) {  // four are two and two, not three and one
+      gemm_panel<Arithmetic, kLayout, 2>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      column += 2 * W;
+    } else {
+      gemm_panel<Arithmetic, kLayout, 1>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      column += W;
+    }
+  }
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,31 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "cpu.h"
+
+namespace flash_attn::cpu {
+
+Buffer::Buffer(int64_t bytes)
+    : data_(::operator new(size_t(std::max<int64_t>(bytes, 1)), std::align_val_t(kCacheLine))) {}
+
+Buffer::~Buffer() { ::operator delete(data_, std::align_val_t(kCacheLine)); }
+
+void run_tasks(int64_t count, int64_t scratch_bytes, Task task, const void* context) {
+  if (count <= 0) return;
+  const int64_t workers = std::min<int64_t>(std::max(num_threads(), 1), count);
+  // A cache line between the scratch of two threads, so that they never share one.
+  const int64_t stride = (scratch_bytes + 2 * kCacheLine - 1) / kCacheLine * kCacheLine;
+  const Buffer scratch(workers * stride);
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      char* own = static_cast<char*>(scratch.data()) + worker * stride;
+      for (int64_t index = next++; index < count; index = next++) task(context, index, own);
+    }
+  });
+}
+
+}  // namespace flash_attn::cpu

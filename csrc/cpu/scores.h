@@ -1,0 +1,291 @@
+// What turns q.k into a score: scale, softcap, attn_mask, ALiBi, window, dropout. A tile of scores is transposed,
+// (key column, query row), with query rows as lanes, so that every rule below is the same for all lanes but for a few
+// vectors.
+#pragma once
+
+#include "../philox.h"
+#include "../sequence.h"
+#include "tile.h"
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+template <typename T>
+constexpr T kInfinity = T(__builtin_huge_val());
+
+/// A tile of one head's scores: query rows [m_begin, m_begin + rows), key columns [n_begin, n_begin + columns).
+struct Tile {
+  int64_t m_begin, rows;
+  int64_t n_begin, columns;
+  int64_t lane_begin, lane_end;  // rows that may see a column lie in these lanes; multiples of the vector's
+  bool windowed = false;         // the window takes some score away
+  bool masked = false;           // attn_mask has to be added
+};
+
+/// The rules for head h of sequence b.
+template <typename T>
+struct ScoreRules {
+  const ForwardParams& p;
+  SequenceInfo sequence;
+  int64_t batch_head;
+  T scale, softcap, slope;
+  bool has_slope;
+  /// Scores are kept in units of q.k when nothing but masks follows, so that scaling is part of the exponential;
+  /// otherwise `extended` scores are complete.
+  bool extended;
+  T exponent_scale;  // exp(score) = 2^(exponent_scale * kept score)
+  const char* mask;  // of this batch and head
+
+  ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int64_t b, int64_t h)
+      : p(p), sequence(sequence), batch_head(b * p.num_heads + h), scale(T(p.softmax_scale)), softcap(T(p.softcap)) {
+    has_slope = p.alibi_slopes != nullptr;
+    slope = has_slope
+                ? static_cast<const T*>(p.alibi_slopes)[b * p.alibi_batch_stride + h * p.alibi_head_stride]
+                : T(0);
+    const bool biased = p.mask.data != nullptr && p.mask.dtype != DType::kBool;
+    extended = p.softcap > 0.0 || biased || has_slope || p.sinks != nullptr || !(p.softmax_scale > 0.0);
+    exponent_scale = T(extended ? kLog2E : kLog2E * p.softmax_scale);
+    mask = static_cast<const char*>(p.mask.data) + (b * p.mask.batch + h * p.mask.head) * size_of(p.mask.dtype);
+  }
+
+  const char* mask_at(int64_t row, int64_t column) const {
+    return mask + (row * p.mask.row + column * p.mask.col) * size_of(p.mask.dtype);
+  }
+};
+
+// Reading attn_mask. A bool becomes 0 or -inf.
+
+struct Bool {
+  uint8_t byte;
+};
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> load(const Bool* p) {
+  using Bytes = typename VectorOf<uint8_t, kLanes<T>>::type;
+  const IntVec<T> wide = __builtin_convertvector(load_vector<Bytes>(p), IntVec<T>);
+  return wide != 0 ? Vec<T>{} : broadcast<T>(-kInfinity<T>);
+}
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> load_mask(const Bool* p) {
+  return load<T>(p);
+}
+
+template <typename T, typename Storage>
+FLASH_ATTN_INLINE Vec<T> load_mask(const Storage* p) {
+  if constexpr (std::is_same_v<T, double> && std::is_same_v<Storage, float>) {
+    return __builtin_convertvector(load_vector<typename VectorOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
+  } else {
+    return load<T>(p);
+  }
+}
+
+template <typename T, typename Storage>
+FLASH_ATTN_INLINE Vec<T> load_mask_up_to(const Storage* p, int64_t count) {
+  if (count >= kLanes<T>) return load_mask<T>(p);
+  Storage lanes[kLanes<T>] = {};
+  std::memcpy(lanes, p, size_t(count) * sizeof(Storage));
+  return load_mask<T>(lanes);
+}
+
+template <typename T, typename F>
+FLASH_ATTN_INLINE void with_mask_storage(DType dtype, F f) {
+  if (dtype == DType::kBool) return f(static_cast<const Bool*>(nullptr));
+  if constexpr (std::is_same_v<T, double>) {
+    if (dtype == DType::kFloat32) return f(static_cast<const float*>(nullptr));
+  }
+  with_storage<T>(dtype, f);
+}
+
+template <typename T>
+FLASH_ATTN_INLINE bool any_lane(IntVec<T> mask) {
+  Vec<uint64_t> words = bit_cast<Vec<uint64_t>>(mask);
+  uint64_t any = 0;
+  for (int i = 0; i < kLanes<uint64_t>; ++i) any |= words[i];
+  return any != 0;
+}
+
+/// Looks at (outer, inner) elements of the mask: does some score stay, does some go?
+template <typename T, typename Storage>
+void scan_mask(const Storage* data, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
+               bool& some_stay, bool& some_go) {
+  for (int64_t i = 0; i < outer && !(some_stay && some_go); ++i) {
+    const Storage* line = data + i * outer_stride;
+    IntVec<T> stay{}, go{};
+    int64_t j = 0;
+    for (; inner_stride == 1 && j + kLanes<T> <= inner; j += kLanes<T>) {
+      const IntVec<T> gone = load_mask<T>(line + j) == -kInfinity<T>;
+      go |= gone;
+      stay |= ~gone;
+    }
+    some_stay = some_stay || any_lane<T>(stay);
+    some_go = some_go || any_lane<T>(go);
+    for (; j < inner; ++j) {
+      const bool gone = load_mask_up_to<T>(line + j * inner_stride, 1)[0] == -kInfinity<T>;
+      some_go = some_go || gone;
+      some_stay = some_stay || !gone;
+    }
+  }
+}
+
+/// Fills in which lanes and rules a tile has. False: no score of it exists.
+template <typename T>
+bool plan_tile(const ScoreRules<T>& rules, Tile& tile) {
+  const ForwardParams& p = rules.p;
+  constexpr int W = kLanes<T>;
+  const int64_t m_end = tile.m_begin + tile.rows, n_end = tile.n_begin + tile.columns;
+  const Range rows = visible_rows(p, rules.sequence, tile.n_begin, n_end);
+  const int64_t first = max(rows.begin, tile.m_begin), last = min(rows.end, m_end);
+  if (first >= last) return false;
+  tile.lane_begin = (first - tile.m_begin) / W * W;
+  tile.lane_end = round_up(last - tile.m_begin, W);
+  // Columns that every row of these lanes sees; both ends of a row's range grow with the row.
+  const int64_t lane_row_end = min(tile.m_begin + tile.lane_end, m_end);
+  const Range narrow{visible_columns(p, rules.sequence, lane_row_end - 1).begin,
+                     visible_columns(p, rules.sequence, tile.m_begin + tile.lane_begin).end};
+  tile.windowed = narrow.begin > tile.n_begin || narrow.end < n_end;
+  if (p.mask.data == nullptr) return true;
+  bool some_stay = false, some_go = p.mask.dtype != DType::kBool;  // a bias that is nowhere -inf is added all the same
+  const int64_t mask_rows = p.mask.row == 0 ? 1 : last - first, mask_columns = p.mask.col == 0 ? 1 : tile.columns;
+  with_mask_storage<T>(p.mask.dtype, [&](auto type) {
+    const auto* data = reinterpret_cast<decltype(type)>(rules.mask_at(first, tile.n_begin));
+    if (p.mask.row == 1) {
+      scan_mask<T>(data, mask_columns, p.mask.col, mask_rows, 1, some_stay, some_go);
+    } else {
+      scan_mask<T>(data, mask_rows, p.mask.row, mask_columns, p.mask.col, some_stay, some_go);
+    }
+  });
+  tile.masked = some_go;
+  return some_stay;
+}
+
+/// attn_mask's tile as T: bias (columns, ld), rows as lanes. Lanes beyond the rows become -inf.
+template <typename T, typename Storage>
+void load_bias(const ScoreRules<T>& rules, const Tile& tile, const Storage*, T* bias, int64_t ld) {
+  constexpr int W = kLanes<T>;
+  const MaskView& mask = rules.p.mask;
+  const auto* origin = reinterpret_cast<const Storage*>(rules.mask_at(tile.m_begin, tile.n_begin));
+  const Vec<T> none = broadcast<T>(-kInfinity<T>);
+  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += W) {
+    const int64_t rows = min(W, tile.rows - lane);
+    const Vec<T> numbers = lane_numbers<T>();
+    const Storage* data = origin + lane * mask.row;
+    if (mask.col == 1 && mask.row != 0) {
+      for (int64_t n = 0; n < tile.columns; n += W) {
+        Vec<T> block[W];
+        for (int i = 0; i < W; ++i) {
+          block[i] = i < rows ? load_mask_up_to<T>(data + i * mask.row + n, tile.columns - n) : none;
+        }
+        transpose<T>(block);
+        for (int64_t i = 0; i < min(W, tile.columns - n); ++i) store<T>(bias + (n + i) * ld + lane, block[i]);
+      }
+      continue;
+    }
+    for (int64_t n = 0; n < tile.columns; ++n, data += mask.col) {
+      Vec<T> value;
+      if (mask.row == 0) {
+        value = broadcast<T>(load_mask_up_to<T>(data, 1)[0]);
+      } else if (mask.row == 1) {
+        value = load_mask_up_to<T>(data, rows);
+      } else {
+        for (int i = 0; i < W; ++i) value[i] = i < rows ? load_mask_up_to<T>(data + i * mask.row, 1)[0] : T(0);
+      }
+      store<T>(bias + n * ld + lane, numbers < T(rows) ? value : none);
+    }
+  }
+}
+
+/// f(score, lane, column) -> score for every vector of the tile.
+template <typename T, typename F>
+FLASH_ATTN_INLINE void transform(const Tile& tile, T* s, int64_t ld, F f) {
+  for (int64_t n = 0; n < tile.columns; ++n) {
+    T* row = s + n * ld;
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<T>) {
+      store<T>(row + lane, f(load<T>(row + lane), lane, n));
+    }
+  }
+}
+
+/// s holds q.k; softcap_slope, if wanted, gets the derivative of the softcap. Both (columns, ld), rows as lanes.
+template <typename T>
+void scale_scores(const ScoreRules<T>& rules, const Tile& tile, T* s, T* softcap_slope, int64_t ld) {
+  if (!(rules.softcap > T(0))) {
+    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t, int64_t) { return x * rules.scale; });
+    return;
+  }
+  const T inner = rules.scale / rules.softcap;
+  transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+    const Vec<T> t = tanh<T>(x * inner);
+    if (softcap_slope != nullptr) store<T>(softcap_slope + n * ld + lane, T(1) - t * t);
+    return t * rules.softcap;
+  });
+}
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> alibi_distance(const ScoreRules<T>& rules, const Tile& tile, int64_t lane, int64_t n) {
+  const Vec<T> x = lane_numbers<T>() + T(tile.m_begin + rules.sequence.diagonal + lane - tile.n_begin - n);
+  return x < T(0) ? -x : x;
+}
+
+template <typename T>
+void apply_window(const ScoreRules<T>& rules, const Tile& tile, T* s, int64_t ld) {
+  const ForwardParams& p = rules.p;
+  const int64_t at = tile.m_begin + rules.sequence.diagonal - tile.n_begin;
+  const T low = p.window_left >= 0 ? T(at - p.window_left) : -kInfinity<T>;
+  const T high = p.window_right >= 0 ? T(at + p.window_right) : kInfinity<T>;
+  transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+    const Vec<T> row = lane_numbers<T>() + T(lane);
+    const Vec<T> column = broadcast<T>(T(n));
+    return (column >= row + low) & (column <= row + high) ? x : broadcast<T>(-kInfinity<T>);
+  });
+}
+
+/// From q.k to scores as ScoreRules keeps them. `bias` is scratch as large as s.
+template <typename T>
+void apply_rules(const ScoreRules<T>& rules, const Tile& tile, T* s, T* bias, T* softcap_slope, int64_t ld) {
+  if (rules.extended) scale_scores<T>(rules, tile, s, softcap_slope, ld);
+  if (tile.masked) {
+    with_mask_storage<T>(rules.p.mask.dtype, [&](auto type) { load_bias<T>(rules, tile, type, bias, ld); });
+    // Not a sum alone: a NaN that is masked out must go.
+    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+      const Vec<T> b = load<T>(bias + n * ld + lane);
+      return b == -kInfinity<T> ? b : x + b;
+    });
+  }
+  if (rules.has_slope) {
+    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+      return x - rules.slope * alibi_distance<T>(rules, tile, lane, n);
+    });
+  }
+  if (tile.windowed) apply_window<T>(rules, tile, s, ld);
+}
+
+/// Marks the columns that no row of the tile sees, by their scores. Their keys and values may hold anything, NaN too.
+template <typename T>
+bool find_dead_columns(const Tile& tile, const T* s, int64_t ld, uint8_t* dead) {
+  bool any = false;
+  for (int64_t n = 0; n < tile.columns; ++n) {
+    IntVec<T> alive{};
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<T>) {
+      alive |= load<T>(s + n * ld + lane) != -kInfinity<T>;
+    }
+    dead[n] = any_lane<T>(alive) ? 0 : 1;
+    any = any || dead[n] != 0;
+  }
+  return any;
+}
+
+/// keep (columns, ld), rows as lanes: 1 where dropout keeps a score, 0 where not.
+template <typename T>
+void draw_dropout(const ScoreRules<T>& rules, const Tile& tile, T* keep, int64_t ld) {
+  const Dropout dropout = make_dropout(rules.p.rng_state, rules.p.dropout_p);
+  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; ++lane) {
+    for (int64_t n = 0; n < tile.columns;) {
+      const int64_t column = tile.n_begin + n;
+      const Philox4 random = dropout.block(rules.batch_head, tile.m_begin + lane, column);
+      const int64_t end = min(tile.columns, n + Dropout::kColumns - column % Dropout::kColumns);
+      for (; n < end; ++n) keep[n * ld + lane] = dropout.keep(random, int((tile.n_begin + n) % 8)) ? T(1) : T(0);
+    }
+  }
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

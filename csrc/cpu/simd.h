@@ -1,0 +1,296 @@
+// Vectors by compiler extension: one source for every instruction set, at the width of FLASH_ATTN_ISA. Intrinsics only
+// where the extension has no word for an instruction; each has a plain version beside it. (Those of AVX-512 are called
+// with a full mask: gcc 12 warns of its own headers otherwise.)
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FLASH_ATTN_INLINE inline __attribute__((always_inline))
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T, int kBytes = kVectorBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+/// Integers as wide as T: what comparisons give and exponents are made of.
+template <typename T>
+struct Integer;
+template <>
+struct Integer<float> {
+  using type = int32_t;
+};
+template <>
+struct Integer<double> {
+  using type = int64_t;
+};
+template <typename T>
+using IntVec = Vec<typename Integer<T>::type>;
+
+/// Storage types that C++17 has no arithmetic for.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 keeps the sign of zero
+}
+
+template <typename V>
+FLASH_ATTN_INLINE V load_vector(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+FLASH_ATTN_INLINE void store_vector(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <typename To, typename From>
+FLASH_ATTN_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+/// Lane numbers 0, 1, 2, ...
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> lane_numbers() {
+  Vec<T> v{};
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+// Conversions. `load` gives kLanes<T> numbers as T from their storage type, `store` rounds to nearest even.
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> load(const T* p) {
+  return load_vector<Vec<T>>(p);
+}
+
+template <typename T>
+FLASH_ATTN_INLINE void store(T* p, Vec<T> v) {
+  store_vector(p, v);
+}
+
+using HalfWords = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many as a vector has floats
+using Words = Vec<uint32_t>;
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<float> load(const BFloat16* p) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(load_vector<HalfWords>(p), Words) << 16);
+}
+
+FLASH_ATTN_INLINE Words round_to_bfloat16(Vec<float> v) {
+  const Words bits = bit_cast<Words>(v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : (bits >> 16) | 0x40u;  // a NaN stays one
+}
+
+template <typename T>
+FLASH_ATTN_INLINE void store(BFloat16* p, Vec<float> v) {
+  store_vector(p, __builtin_convertvector(round_to_bfloat16(v), HalfWords));
+}
+
+template <typename T>
+FLASH_ATTN_INLINE Vec<float> load(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(__mmask16(-1), load_vector<__m256i>(p));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(load_vector<__m128i>(p));
+#else
+  const Words half = __builtin_convertvector(load_vector<HalfWords>(p), Words);
+  const Words magnitude = (half & 0x7fffu) << 13;
+  // The exponent moves from bias 15 to 127 by a product, which also makes subnormal numbers right.
+  const Words finite = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const Words special = magnitude | 0x7f800000u;
+  return bit_cast<Vec<float>>((magnitude >= 0x0f800000u ? special : finite) | ((half & 0x8000u) << 16));
+#endif
+}
+
+template <typename T>
+FLASH_ATTN_INLINE void store(Float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  store_vector(p, _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  store_vector(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Words bits = bit_cast<Words>(v);
+  const Words magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 the sum with 0.5 rounds to steps of 2^-24, what a subnormal number counts.
+  const Words tiny = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Words large = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+  const Words half = magnitude >= 0x47800000u ? large : (magnitude < 0x38800000u ? tiny : normal);
+  store_vector(p, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), HalfWords));
+#endif
+}
+
+/// The first `count` < kLanes numbers; the others are 0.
+template <typename T, typename Storage>
+FLASH_ATTN_INLINE Vec<T> load_partial(const Storage* p, int64_t count) {
+  Storage lanes[kLanes<T>] = {};
+  std::memcpy(lanes, p, size_t(count) * sizeof(Storage));
+  return load<T>(lanes);
+}
+
+template <typename T, typename Storage>
+FLASH_ATTN_INLINE void store_partial(Storage* p, Vec<T> v, int64_t count) {
+  Storage lanes[kLanes<T>];
+  store<T>(lanes, v);
+  std::memcpy(p, lanes, size_t(count) * sizeof(Storage));
+}
+
+// Exponentials: 2^x = 2^n * 2^f with n = round(x), f in [-0.5, 0.5], and 2^f = 1 + f * exp2_tail(f).
+
+template <typename T>
+struct Constants;
+template <>
+struct Constants<float> {
+  static constexpr float kRound = 0x1.8p23f;  // x + kRound has round(x) in its low bits
+  static constexpr float kMinExponent = -126.0f, kMaxExponent = 128.0f;
+  static constexpr int kMantissaBits = 23, kExponentBias = 127;
+  static constexpr float kTanhLimit = 10.0f;  // tanh(x) rounds to 1 beyond
+};
+template <>
+struct Constants<double> {
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kMinExponent = -1022.0, kMaxExponent = 1024.0;
+  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
+  static constexpr double kTanhLimit = 20.0;
+};
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+/// (2^f - 1) / f, interpolated at Chebyshev nodes: 2^f is off by 5e-9 of itself.
+FLASH_ATTN_INLINE Vec<float> exp2_tail(Vec<float> f) {
+  Vec<float> y = f * 0.000154031529f + 0.00133908634f;
+  y = y * f + 0.00961808256f;
+  y = y * f + 0.0555035711f;
+  y = y * f + 0.240226508f;
+  return y * f + 0.693147188f;
+}
+
+/// The same to 1e-17.
+FLASH_ATTN_INLINE Vec<double> exp2_tail(Vec<double> f) {
+  Vec<double> y = f * 4.4549605981865183938e-10 + 7.0725859692492236999e-9;
+  y = y * f + 1.0178062445845773521e-7;
+  y = y * f + 1.3215442587921689653e-6;
+  y = y * f + 0.000015252733829836118394;
+  y = y * f + 0.00015403530441736050155;
+  y = y * f + 0.001333355814641693531;
+  y = y * f + 0.0096181291076088885273;
+  y = y * f + 0.055504108664821594339;
+  y = y * f + 0.2402265069591009822;
+  return y * f + 0.69314718055994530942;
+}
+
+/// 2^x; 0 where the result would not be a normal number; NaN for NaN.
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using C = Constants<T>;
+  const Vec<T> limited = x < C::kMinExponent ? broadcast<T>(C::kMinExponent) : x;
+  const Vec<T> shifted = limited + C::kRound;
+  const Vec<T> f = limited - (shifted - C::kRound);
+  const Vec<T> power = f * exp2_tail(f) + T(1);
+#if defined(__AVX512F__)
+  const Vec<T> n = shifted - C::kRound;
+  Vec<T> y;
+  if constexpr (sizeof(T) == 4) {
+    y = _mm512_maskz_scalef_ps(__mmask16(-1), power, n);
+  } else {
+    y = _mm512_maskz_scalef_pd(__mmask8(-1), power, n);
+  }
+  return x < C::kMinExponent ? Vec<T>{} : y;
+#else
+  const Vec<T> y = bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
+  const Vec<T> large = x < C::kMaxExponent ? y : x * T(__builtin_huge_val());
+  return x < C::kMinExponent ? Vec<T>{} : large;
+#endif
+}
+
+/// tanh(x) to a few units in the last place, also near 0: (e^2x - 1) / (e^2x + 1) with e^2x - 1 free of cancellation.
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
+  using C = Constants<T>;
+  const Vec<T> magnitude = x < T(0) ? -x : x;
+  const Vec<T> y = (magnitude > C::kTanhLimit ? broadcast<T>(C::kTanhLimit) : magnitude) * T(2 * kLog2E);
+  const Vec<T> shifted = y + C::kRound;
+  const Vec<T> f = y - (shifted - C::kRound);
+  const Vec<T> power = bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissaBits) +
+                                        bit_cast<IntVec<T>>(broadcast<T>(T(1))));
+  const Vec<T> expm1 = f * exp2_tail(f) * power + (power - T(1));
+  const Vec<T> t = expm1 / (expm1 + T(2));
+  return x != x ? x : (x < T(0) ? -t : t);
+}
+
+// Transposition of kLanes x kLanes elements: log2(kLanes) rounds of the perfect shuffle.
+
+#define FLASH_ATTN_ZIP2(a, b, lo, hi)              \
+  (lo) = __builtin_shufflevector((a), (b), 0, 2); \
+  (hi) = __builtin_shufflevector((a), (b), 1, 3)
+#define FLASH_ATTN_ZIP4(a, b, lo, hi)                    \
+  (lo) = __builtin_shufflevector((a), (b), 0, 4, 1, 5); \
+  (hi) = __builtin_shufflevector((a), (b), 2, 6, 3, 7)
+#define FLASH_ATTN_ZIP8(a, b, lo, hi)                                  \
+  (lo) = __builtin_shufflevector((a), (b), 0, 8, 1, 9, 2, 10, 3, 11); \
+  (hi) = __builtin_shufflevector((a), (b), 4, 12, 5, 13, 6, 14, 7, 15)
+#define FLASH_ATTN_ZIP16(a, b, lo, hi)                                                                     \
+  (lo) = __builtin_shufflevector((a), (b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);       \
+  (hi) = __builtin_shufflevector((a), (b), 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+
+template <typename T>
+FLASH_ATTN_INLINE void zip(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
+  if constexpr (kLanes<T> == 2) {
+    FLASH_ATTN_ZIP2(a, b, low, high);
+  } else if constexpr (kLanes<T> == 4) {
+    FLASH_ATTN_ZIP4(a, b, low, high);
+  } else if constexpr (kLanes<T> == 8) {
+    FLASH_ATTN_ZIP8(a, b, low, high);
+  } else {
+    FLASH_ATTN_ZIP16(a, b, low, high);
+  }
+}
+
+/// r[i][j] <-> r[j][i]
+template <typename T>
+FLASH_ATTN_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+  for (int round = 1; round < kLanes<T>; round *= 2) {
+    Vec<T> next[kLanes<T>];
+    for (int i = 0; i < kHalf; ++i) zip<T>(r[i], r[i + kHalf], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kLanes<T>; ++i) r[i] = next[i];
+  }
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,61 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/cpu.h"
+
+namespace flash_attn {
+
+namespace {
+
+const ForwardParams& problem(const ForwardParams& params) { return params; }
+const ForwardParams& problem(const BackwardParams& params) { return params.forward; }
+
+template <typename Params>
+std::string families(const std::vector<const Kernel<Params>*>& kernels) {
+  std::string names;
+  for (const auto* kernel : kernels) names += (names.empty() ? "" : ", ") + std::string(kernel->family);
+  return names;
+}
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static const Backend backend = {
+      {&cpu::kForward}, {&cpu::kBackward}, [](int) { return DeviceInfo{}; }, [](int, int*) -> void* { return nullptr; },
+      [](int, int) {},
+  };
+  return backend;
+}
+
+template <typename Params>
+const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
+                                    const DeviceInfo& info, std::vector<Rejection>* rejections) {
+  const bool on_cuda = problem(params).device == DeviceType::kCUDA;
+  const char* forced = on_cuda ? std::getenv("FLASH_ATTN_FORCE") : nullptr;
+  if (forced != nullptr && *forced == '\0') forced = nullptr;
+  std::string reasons;
+  for (const auto* kernel : kernels) {
+    if (forced != nullptr && std::strcmp(forced, kernel->family) != 0) continue;
+    const char* reason = kernel->refuses(params, info);
+    if (reason == nullptr) return *kernel;
+    if (rejections != nullptr) rejections->push_back({kernel->family, reason});
+    reasons += std::string(reasons.empty() ? "" : "; ") + kernel->family + ": " + reason;
+  }
+  if (forced != nullptr) {
+    if (reasons.empty()) reasons = "there is no such family, accepted are " + families(kernels);
+    throw std::runtime_error(std::string("FLASH_ATTN_FORCE=") + forced + " does not take this problem: " + reasons);
+  }
+  throw std::runtime_error("no kernel takes this problem: " + reasons);
+}
+
+template FLASH_ATTN_EXPORT const ForwardKernel& select_kernel(const std::vector<const ForwardKernel*>&,
+                                                              const ForwardParams&, const DeviceInfo&,
+                                                              std::vector<Rejection>*);
+template FLASH_ATTN_EXPORT const BackwardKernel& select_kernel(const std::vector<const BackwardKernel*>&,
+                                                               const BackwardParams&, const DeviceInfo&,
+                                                               std::vector<Rejection>*);
+
+}  // namespace flash_attn

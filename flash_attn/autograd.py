@@ -1,0 +1,158 @@
+"""Derivatives of `flash_attn::forward`: eager, under function transforms, and through the dispatcher.
+
+Three ways in, because each of torch's mechanisms lacks something: a thin `autograd.Function` costs least but neither
+Dynamo nor functorch can look into it; a Function with `setup_context` and a vmap rule serves functorch and can refuse
+forward mode; a kernel under the Autograd key serves whoever calls the op itself, AOTAutograd above all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import vmap
+from .library import backward_op, forward_op
+
+NUM_TENSORS = 11  # of forward: q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q/k, seqused_q/k, rng_state
+NUM_DIFFERENTIABLE = 6  # the first six
+
+Options = dict[str, Any]
+Gradients = tuple[Tensor | None, ...]
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+_NO_DOUBLE_BACKWARD = (
+    "flash_attn has no second derivative: its backward pass was differentiated (create_graph=True, or nested grad). "
+    "Use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) with torch's own function where you need one"
+)
+_NO_FORWARD_MODE = (
+    "flash_attn has no forward-mode derivative (jvp, jacfwd, forward_ad). "
+    "Use reverse mode, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH) with torch's own function"
+)
+
+
+def call_op(op: Any, tensors: tuple[Tensor | None, ...], options: Options) -> Any:
+    """Calls an op below autograd; running out of memory raises what torch raises for it."""
+    try:
+        with _below_autograd():
+            return op(*tensors, **options)
+    except RuntimeError as error:
+        if "out of memory: flash_attn" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:NUM_DIFFERENTIABLE])
+
+
+def _save(ctx: Any, options: Options, tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _backward_args(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    """(dout, dlse, *tensors, out, lse); needs comes apart."""
+    *tensors, out, lse = ctx.saved_tensors
+    if dout is None:  # only lse was used
+        dout = torch.zeros_like(out)
+    return (dout, dlse, *tensors, out, lse)
+
+
+def _needs(ctx: Any) -> list[bool]:
+    return list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
+
+
+def _pad(gradients: Gradients) -> Gradients:
+    """Gradients of (options, *tensors)."""
+    return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))
+
+
+class Attention(torch.autograd.Function):
+    """The eager way: op below autograd, saved tensors, op below autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = call_op(forward_op, tensors, options)
+        _save(ctx, options, tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        if dout is None and dlse is None:
+            return _pad((None,) * NUM_DIFFERENTIABLE)
+        if torch.is_grad_enabled():  # create_graph: the gradients' own derivative must raise, not be zero
+            return _pad(TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
+        return _pad(call_op(backward_op, _backward_args(ctx, dout, dlse), {"needs": _needs(ctx), **ctx.options}))
+
+
+class TransformedAttention(torch.autograd.Function):
+    """The same for functorch (grad, vmap and their nestings) and for forward mode, which it refuses."""
+
+    @staticmethod
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return call_op(forward_op, tensors, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        options, *tensors = inputs
+        _save(ctx, options, tuple(tensors), *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        if dout is None and dlse is None:
+            return _pad((None,) * NUM_DIFFERENTIABLE)
+        return _pad(TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], options: Options, *tensors: Tensor | None) -> Any:
+        return vmap.forward(TransformedAttention.apply, info.batch_size, in_dims[1:], tensors, options)
+
+
+class TransformedBackward(torch.autograd.Function):
+    """The backward op as a node of its own, so that a second derivative raises and vmap has its rule."""
+
+    @staticmethod
+    def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> Gradients:
+        return call_op(backward_op, tensors, {"needs": needs, **options})
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> Any:
+        raise NotImplementedError(_NO_DOUBLE_BACKWARD)
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], options: Options, needs: list[bool], *tensors: Tensor | None) -> Any:
+        return vmap.backward(TransformedBackward.apply, info.batch_size, in_dims[2:], tensors, options, needs)
+
+
+def _forward_autograd(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    if requires_grad(tensors):
+        return Attention.apply(options, *tensors)
+    return call_op(forward_op, tensors, options)
+
+
+def _backward_autograd(*tensors: Tensor | None, needs: list[bool], **options: Any) -> Gradients:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return TransformedBackward.apply(options, needs, *tensors)
+    return call_op(backward_op, tensors, {"needs": needs, **options})
+
+
+_library = torch.library.Library("flash_attn", "IMPL")
+_library.impl("forward", _forward_autograd, "Autograd")
+_library.impl("backward", _backward_autograd, "Autograd")

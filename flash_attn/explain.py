@@ -1,0 +1,189 @@
+"""What a call would run: the kernel, its tile, why faster ones did not take it, and the memory it needs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import NUM_DIFFERENTIABLE
+from .library import empty_outputs
+from .sdpa import scaled_dot_product_attention
+
+_TENSOR_NAMES = (
+    "q",
+    "k",
+    "v",
+    "attn_mask",
+    "alibi_slopes",
+    "sinks",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "rng_state",
+)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """One pass of a call.
+
+    Attributes:
+        family: folder of `csrc/` that holds the kernel: cpu, universal, sm80 or sm90.
+        kernel: the variant.
+        tile: (query rows, key rows) a step.
+        workspace_bytes: scratch memory while the pass runs.
+        rejected: faster families, and why each did not take the problem.
+    """
+
+    family: str
+    kernel: str
+    tile: tuple[int, int]
+    workspace_bytes: int
+    rejected: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}: {self.kernel}, tile {self.tile[0]} x {self.tile[1]}, workspace {self._workspace()}"]
+        lines += [f"not {family}: {reason}" for family, reason in self.rejected]
+        return "\n           ".join(lines)
+
+    def _workspace(self) -> str:
+        return _bytes(self.workspace_bytes)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention op.
+
+    Attributes:
+        problem: shapes and options, in words.
+        forward: the kernel of the forward pass.
+        backward: the kernel of the backward pass; None if nothing requires grad.
+        output_bytes: out and lse.
+        saved_bytes: what autograd keeps beside the inputs; 0 if nothing requires grad.
+        copies: inputs that are copied first, and why.
+    """
+
+    problem: str
+    forward: KernelChoice
+    backward: KernelChoice | None
+    output_bytes: int
+    saved_bytes: int
+    copies: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [self.problem, f"  forward  {self.forward}"]
+        if self.backward is not None:
+            lines.append(f"  backward {self.backward}")
+        lines.append(
+            f"  memory   {_bytes(self.output_bytes)} for out and lse, {_bytes(self.saved_bytes)} kept for backward"
+        )
+        lines += [f"  copy     {text}" for text in self.copies]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The calls of the op that a function makes; printing it explains each.
+
+    Attributes:
+        calls: in the order in which they are made; empty if torch's own function would run, as on other devices.
+    """
+
+    calls: list[Call]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.calls)) if self.calls else "no call of flash_attn: torch's own function runs"
+
+
+def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which kernels `function(*args, **kwargs)` would run, without running them.
+
+    Args:
+        function: any function or module that ends in this package's attention: `scaled_dot_product_attention`,
+            `flash_attn_func`, a `FlashMHA`, a whole model. Attention returns zeros meanwhile; all else is computed.
+            If it is a tensor, it is the query of `scaled_dot_product_attention`.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        What each call of the op would do; `print` it, or read its fields.
+
+    Raises:
+        RuntimeError: the call would be refused, with the text of that refusal.
+
+    Example:
+        >>> print(flash_attn.explain(q, k, v, is_causal=True))
+    """
+    calls: list[Call] = []
+    with ops.observing(lambda tensors, options: calls.append(_explain_call(tensors, options))):
+        if isinstance(function, Tensor):
+            scaled_dot_product_attention(function, *args, **kwargs)
+        else:
+            function(*args, **kwargs)
+    return Explanation(calls)
+
+
+def _explain_call(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Call:
+    _C = importlib.import_module("flash_attn._C")  # belongs to one Python version, which the op library does not
+
+    given = {name: x for name, x in zip(_TENSOR_NAMES, tensors, strict=True) if x is not None}
+    copies = []
+    for name in ("q", "k", "v"):
+        x = given[name]
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            copies.append(f"{name}, because its last stride is {x.stride(-1)} and not 1")
+            given[name] = x.contiguous()
+    wants = [x is not None and x.requires_grad for x in tensors[:NUM_DIFFERENTIABLE]]
+    trains = torch.is_grad_enabled() and any(wants)
+    plans = _C.plan({name: _describe(x) for name, x in given.items()}, options, wants if trains else [False] * 6)
+    outputs = empty_outputs(
+        given["q"].to("meta"), given["v"].to("meta"), options["heads_first"], "cu_seqlens_q" in given
+    )
+    output_bytes = sum(x.numel() * x.element_size() for x in outputs)
+    return Call(
+        problem=_problem(given, options),
+        forward=KernelChoice(**plans["forward"]),
+        backward=KernelChoice(**plans["backward"]) if trains else None,
+        output_bytes=output_bytes,
+        saved_bytes=output_bytes if trains else 0,
+        copies=copies,
+    )
+
+
+def _describe(x: Tensor) -> tuple[int, str, int, list[int], list[int]]:
+    """As csrc/bindings.cpp takes it. Meta tensors count as well aligned ones on the CPU."""
+    address = 0 if x.is_meta else x.data_ptr()
+    device = x.get_device() if x.is_cuda else -1
+    return (address or 1 << 20, str(x.dtype).removeprefix("torch."), device, list(x.shape), list(x.stride()))
+
+
+def _problem(given: dict[str, Tensor], options: dict[str, Any]) -> str:
+    q = given["q"]
+    parts = [f"{name} {tuple(x.shape)}" for name, x in given.items()]
+    defaults = {
+        "softmax_scale": None,
+        "causal": 0,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+    }
+    parts += [f"{name} {options[name]}" for name, default in defaults.items() if options[name] != default]
+    return f"{str(q.dtype).removeprefix('torch.')} on {q.device}: " + ", ".join(parts)
+
+
+def _bytes(count: int) -> str:
+    return (
+        f"{count} B"
+        if count < 1 << 10
+        else f"{count / (1 << 10):.1f} KiB"
+        if count < 1 << 20
+        else f"{count / (1 << 20):.1f} MiB"
+    )

@@ -1,0 +1,132 @@
+"""`FlashMHA`: multi-head attention as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .sdpa import scaled_dot_product_attention
+
+
+class FlashMHA(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) in memory linear in the sequence.
+
+    ``W_o(concat_h softmax(Q_h K_h.T / sqrt(head_dim)) V_h)`` with ``Q = W_q(query)``, ``K = W_k(key)``,
+    ``V = W_v(value)``. Weights of the textbook module with projections of these names load unchanged.
+
+    Args:
+        d_model: features of the input and of the output.
+        num_heads: query heads; divides d_model. head_dim is d_model // num_heads.
+        num_heads_k: heads of keys and values; divides num_heads (grouped-query attention, Ainslie et al. 2023).
+            Default: num_heads.
+        dropout: probability of dropping a score in training mode. Default 0.
+        causal: position i sees positions 0 .. i. Default False.
+        bias: the projections have a bias. Default True.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: sizes that do not divide, or dropout outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_heads_k: int | None = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_heads_k = num_heads if num_heads_k is None else num_heads_k
+        if num_heads < 1 or d_model < 1 or d_model % num_heads != 0:
+            raise ValueError(f"num_heads must divide d_model, but num_heads is {num_heads} and d_model {d_model}")
+        if num_heads_k < 1 or num_heads % num_heads_k != 0:
+            raise ValueError(f"num_heads_k must divide num_heads = {num_heads}, but is {num_heads_k}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be in [0, 1], but is {dropout}")
+        self.d_model, self.num_heads, self.num_heads_k = d_model, num_heads, num_heads_k
+        self.head_dim = d_model // num_heads
+        self.dropout, self.causal = dropout, causal
+        d_kv = num_heads_k * self.head_dim
+        self.W_q = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+        self.W_k = nn.Linear(d_model, d_kv, bias=bias, device=device, dtype=dtype)
+        self.W_v = nn.Linear(d_model, d_kv, bias=bias, device=device, dtype=dtype)
+        self.W_o = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from `query` to `key`, and sums up `value`.
+
+        Args:
+            query: (batch, seq, d_model).
+            key: (batch, seq_k, d_model). Default: query, which is self-attention.
+            value: (batch, seq_k, d_model). Default: key.
+            attn_mask: as in `scaled_dot_product_attention`: bool (True takes part) or floating (added to the scores),
+                broadcasts to (batch, num_heads, seq, seq_k).
+            key_padding_mask: (batch, seq_k) bool, **True keeps a key, False ignores it**: a tokenizer's attention mask,
+                and the opposite of `nn.MultiheadAttention`'s. A query left with no key gets zeros (before W_o).
+
+        Returns:
+            (batch, seq, d_model).
+
+        Raises:
+            ValueError: an input that is not (batch, seq, d_model), or a key_padding_mask of another shape.
+            TypeError: key_padding_mask is not bool.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[-1] != self.d_model:
+                raise ValueError(
+                    f"{name} must be (batch, seq, d_model = {self.d_model}), but has shape {tuple(x.shape)}"
+                )
+        if key_padding_mask is not None:
+            attn_mask = self._merge_masks(attn_mask, key_padding_mask, key)
+        out = scaled_dot_product_attention(
+            self._split_heads(self.W_q(query)),
+            self._split_heads(self.W_k(key)),
+            self._split_heads(self.W_v(value)),
+            attn_mask,
+            self.dropout if self.training else 0.0,
+            self.causal,
+            enable_gqa=self.num_heads_k != self.num_heads,
+        )
+        return self.W_o(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim), without a copy."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    @staticmethod
+    def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor) -> Tensor:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool (True keeps a key), but is {key_padding_mask.dtype}")
+        if key_padding_mask.shape != key.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask must be (batch, seq_k) = {tuple(key.shape[:2])}, "
+                f"but has shape {tuple(key_padding_mask.shape)}"
+            )
+        keep = key_padding_mask[:, None, None, :]
+        if attn_mask is None:
+            return keep
+        if attn_mask.dtype == torch.bool:
+            return attn_mask & keep
+        return attn_mask.masked_fill(~keep, float("-inf"))
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, num_heads={self.num_heads}, num_heads_k={self.num_heads_k}, "
+            f"dropout={self.dropout}, causal={self.causal}"
+        )

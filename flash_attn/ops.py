@@ -1,0 +1,181 @@
+"""The one function that every public function of this package calls, and its ways into the ops."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .autograd import Attention, TransformedAttention, call_op, requires_grad
+from .library import empty_outputs, forward_op
+
+NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+
+Observer = Callable[[tuple[Tensor | None, ...], dict[str, Any]], None]
+
+_observer: Observer | None = None
+_CHECK_LENGTHS = os.environ.get("FLASH_ATTN_CHECK") == "1"
+
+
+def make_rng_state(device: torch.device | str) -> Tensor:
+    """Seed and offset of one call's dropout mask: two int64 on `device`, drawn from torch's generator of that device.
+
+    Safe in CUDA graphs (each replay draws anew), repeatable under `torch.manual_seed`, and subject to vmap's
+    `randomness`.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: int = NONE,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    heads_first: bool = False,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention, differentiable, in memory linear in the sequence (Dao et al. 2022, arXiv:2205.14135).
+
+
+    With ``s[i, j] = softmax_scale * q[i] . k[j]``, capped to ``softcap * tanh(s / softcap)``, plus ``attn_mask`` if it
+    is floating, minus ``alibi_slope * |i + diagonal - j|``, and -inf where the boolean mask, causality, the window or
+    the lengths forbid: ``out = dropout(softmax(s)) @ v``. ``diagonal`` is 0 for ``TOP_LEFT``, else seqlen_k - seqlen_q.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim); (batch, num_heads, seqlen_q, head_dim) with ``heads_first``;
+            (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float64, float32, bfloat16 or float16.
+        k: as q with seqlen_k and num_heads_k, which divides num_heads.
+        v: as k with head_dim_v.
+        attn_mask: (batch | 1, num_heads | 1, seqlen_q | 1, seqlen_k | 1), bool (True takes part), q's dtype or float32.
+        alibi_slopes: (num_heads) or (batch, num_heads), float32 (float64 for float64 q).
+        sinks: (num_heads), dtype as ``alibi_slopes``: exp(sink) joins each row's sum of exponentials.
+        cu_seqlens_q: (batch + 1) int32, where each sequence starts in q, and the end.
+        cu_seqlens_k: as ``cu_seqlens_q``, for k and v.
+        seqused_q: (batch) int32, rows of each sequence that take part. Others get zeros.
+        seqused_k: as ``seqused_q``, for k and v.
+        rng_state: (2) int64, seed and offset of the dropout mask. Default: drawn from torch's generator.
+        max_seqlen_q: longest sequence; needed with ``cu_seqlens_q``.
+        max_seqlen_k: longest sequence; needed with ``cu_seqlens_k``.
+        softmax_scale: default 1 / sqrt(head_dim).
+        causal: ``NONE``, ``TOP_LEFT`` or ``BOTTOM_RIGHT``.
+        window_left: columns seen left of the row's own; -1 is all.
+        window_right: columns seen right of the row's own; -1 is all.
+        softcap: 0 is off.
+        dropout_p: probability, in [0, 1], that a score is dropped.
+        heads_first: the layout of q, k, v and out.
+        deterministic: repeatable gradients. Default: ``torch.are_deterministic_algorithms_enabled()``.
+
+    Returns:
+        out, shaped as q with head_dim_v, in q's memory order; and the natural logarithm of each row's sum of
+        exponentials, (batch, num_heads, seqlen_q) or (num_heads, total_q), float32 (float64 for float64 q).
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device or value; the text names it.
+        torch.OutOfMemoryError: memory for the results could not be allocated.
+        NotImplementedError: a derivative that is not supported is asked for.
+    """
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = make_rng_state(q.device)
+    tensors = (
+        q,
+        k,
+        v,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        rng_state,
+    )
+    options: dict[str, Any] = {
+        "max_seqlen_q": _length("q", q, cu_seqlens_q, max_seqlen_q, heads_first),
+        "max_seqlen_k": _length("k", k, cu_seqlens_k, max_seqlen_k, heads_first),
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "heads_first": heads_first,
+        "deterministic": torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    }
+    if torch.compiler.is_compiling():
+        return forward_op(*tensors, **options)
+    if _observer is not None:
+        _observer(tensors, options)
+        out, lse = empty_outputs(q, v, heads_first, cu_seqlens_q is not None)
+        return out.zero_(), lse.zero_()
+    if _CHECK_LENGTHS:
+        _check_lengths(tensors, options)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return TransformedAttention.apply(options, *tensors)
+    if requires_grad(tensors):
+        return Attention.apply(options, *tensors)
+    return call_op(forward_op, tensors, options)
+
+
+def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, heads_first: bool) -> int:
+    if cu_seqlens is None:
+        if x.dim() != 4:
+            layout = "(batch, heads, seqlen, head_dim)" if heads_first else "(batch, seqlen, heads, head_dim)"
+            raise RuntimeError(f"{name} must be {layout}, but has shape {tuple(x.shape)}")
+        return x.shape[2 if heads_first else 1]
+    if max_seqlen is None:
+        raise RuntimeError(f"max_seqlen_{name} must be given with cu_seqlens_{name}, but is None")
+    return max_seqlen
+
+
+def _check_lengths(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
+    """With FLASH_ATTN_CHECK=1: reads lengths back from the device (which waits for it) and checks them in full."""
+    for name, x, cu_seqlens, used, longest in (
+        ("q", tensors[0], tensors[6], tensors[8], options["max_seqlen_q"]),
+        ("k", tensors[1], tensors[7], tensors[9], options["max_seqlen_k"]),
+    ):
+        assert x is not None
+        if cu_seqlens is not None:
+            starts = cu_seqlens.tolist()
+            lengths = [end - start for start, end in itertools.pairwise(starts)]
+            if starts[0] < 0 or starts[-1] > x.shape[0] or any(n < 0 or n > longest for n in lengths):
+                raise RuntimeError(
+                    f"cu_seqlens_{name} must not decrease, lie in [0, {x.shape[0]}] and have no sequence over "
+                    f"max_seqlen_{name} = {longest}, but is {starts}"
+                )
+        else:
+            lengths = [longest] * x.shape[0]
+        if used is not None and any(n < 0 or n > m for n, m in zip(used.tolist(), lengths, strict=True)):
+            raise RuntimeError(f"seqused_{name} must lie in [0, length of its sequence], but is {used.tolist()}")
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """While it is open, calls are shown to `observer` (tensors and options of the op) and return zeros."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous

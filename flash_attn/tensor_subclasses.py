@@ -1,0 +1,124 @@
+"""Attention over torch's own tensor subclasses: jagged nested tensors, and DTensor sharded over batch and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_RAGGED_DIM = 2  # of (batch, heads, ragged length, head_dim)
+
+
+def is_jagged(*tensors: Tensor) -> bool:
+    """Whether all are jagged nested tensors (batch, heads, ragged length, head_dim)."""
+    return all(
+        x.is_nested and x.layout == torch.jagged and x.dim() == 4 and x._ragged_idx == _RAGGED_DIM  # type: ignore[attr-defined]
+        for x in tensors
+    )
+
+
+def jagged_attention(
+    query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """The packed path: offsets are cu_seqlens, and the lengths of a tensor with holes are seqused.
+
+    Args:
+        query: jagged (batch, heads, ragged L, E).
+        key: jagged (batch, heads_k, ragged S, E).
+        value: jagged (batch, heads_k, ragged S, Ev).
+        dropout_p: see `scaled_dot_product_attention`.
+        is_causal: see `scaled_dot_product_attention`.
+        scale: see `scaled_dot_product_attention`.
+
+    Returns:
+        Jagged (batch, heads, ragged L, Ev), with query's offsets.
+    """
+    q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)
+    out, _ = ops.attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q=query.offsets().to(torch.int32),
+        cu_seqlens_k=key.offsets().to(torch.int32),
+        seqused_q=_used(query),
+        seqused_k=_used(key),
+        max_seqlen_q=_longest(query),
+        max_seqlen_k=_longest(key),
+        softmax_scale=scale,
+        causal=ops.TOP_LEFT if is_causal else ops.NONE,
+        dropout_p=dropout_p,
+    )
+    packed: Tensor = torch.nested.nested_tensor_from_jagged(out, query.offsets(), query.lengths())
+    return packed.transpose(1, 2)
+
+
+def _used(x: Any) -> Tensor | None:
+    lengths = x.lengths()
+    return None if lengths is None else lengths.to(torch.int32)
+
+
+def _longest(x: Any) -> int:
+    """Longest stretch between two offsets, holes included. Waits for the device unless the tensor remembers it."""
+    if x.lengths() is None:
+        return int(x._get_max_seqlen())
+    return int(x.offsets().diff().max()) if x.offsets().numel() > 1 else 0
+
+
+def is_dtensor(*tensors: Tensor) -> bool:
+    if type(tensors[0]) is Tensor or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(x, DTensor) for x in tensors)
+
+
+def distributed_attention(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+) -> Tensor:
+    """Each rank attends to its own batch entries and heads; nothing is communicated.
+
+    Args:
+        attend: attention of local tensors.
+        query: DTensor (batch, heads, L, E), on every mesh dimension replicated or sharded over batch (0) or heads (1).
+        key: as query, with the same placements.
+        value: as query, with the same placements.
+        attn_mask: None, a DTensor with query's placements, or, if replicated on every rank, a tensor that broadcasts
+            over the sharded dimensions.
+
+    Returns:
+        DTensor with query's placements.
+
+    Raises:
+        NotImplementedError: another placement, such as one sharded over the sequence.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not all(isinstance(x, DTensor) for x in (query, key, value)):
+        raise NotImplementedError("query, key and value must all be DTensors, or none")
+    accepted = (Replicate(), Shard(0), Shard(1))
+    placements = query.placements
+    if any(x.placements != placements for x in (key, value)) or any(p not in accepted for p in placements):
+        raise NotImplementedError(
+            "query, key and value must have the same placements, each Replicate, Shard(0) (batch) or Shard(1) (heads), "
+            f"but have {placements}, {key.placements} and {value.placements}"
+        )
+    if isinstance(attn_mask, DTensor):
+        if attn_mask.placements != placements:
+            raise NotImplementedError(
+                f"attn_mask must have query's placements {placements}, but has {attn_mask.placements}"
+            )
+        attn_mask = attn_mask.to_local()
+    local = attend(query.to_local(), key.to_local(), value.to_local(), attn_mask)
+    shape = (*query.shape[:-1], value.shape[-1])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, query.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

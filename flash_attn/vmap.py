@@ -1,0 +1,90 @@
+"""vmap rules of the two ops: the mapped dimension is folded into the batch where one call then gives the same numbers,
+and otherwise (packed sequences, dropout, gradients shared by the batch) the calls are made one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = Sequence[int | None]
+
+_ATTN_MASK, _ALIBI_SLOPES, _SINKS = 3, 4, 5  # places in forward's tensors
+_CU_SEQLENS_Q, _CU_SEQLENS_K, _SEQUSED_Q, _SEQUSED_K = 6, 7, 8, 9
+
+
+def _foldable(tensors: Sequence[Tensor | None], dims: Dims, options: dict[str, Any]) -> bool:
+    return (
+        tensors[_CU_SEQLENS_Q] is None
+        and tensors[_CU_SEQLENS_K] is None
+        and dims[_SINKS] is None
+        and options["dropout_p"] == 0.0
+    )
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """(batch, ...) with a mapped dimension somewhere, or none, to (size * batch, ...)."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_all(tensors: Sequence[Tensor | None], dims: Dims, size: int) -> list[Tensor | None]:
+    """Forward's eleven tensors with the mapped dimension in the batch."""
+    folded = list(tensors)
+    q, q_dim = tensors[0], dims[0]
+    assert q is not None
+    batch = q.shape[0] if q_dim is None else q.movedim(q_dim, 0).shape[1]
+    for i in (0, 1, 2, _SEQUSED_Q, _SEQUSED_K):
+        x = tensors[i]
+        if x is not None:
+            folded[i] = _fold(x, dims[i], size)
+    mask, dim = tensors[_ATTN_MASK], dims[_ATTN_MASK]
+    if mask is not None and not (dim is None and mask.shape[0] == 1):  # what is shared by all stays broadcast
+        mask = mask.expand(size, *mask.shape) if dim is None else mask.movedim(dim, 0)
+        folded[_ATTN_MASK] = mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
+    slopes, dim = tensors[_ALIBI_SLOPES], dims[_ALIBI_SLOPES]
+    if slopes is not None and not (dim is None and slopes.dim() == 1):
+        slopes = slopes.expand(size, *slopes.shape) if dim is None else slopes.movedim(dim, 0)
+        if slopes.dim() == 2:
+            slopes = slopes.unsqueeze(1)
+        folded[_ALIBI_SLOPES] = slopes.expand(size, batch, slopes.shape[-1]).flatten(0, 1)
+    return folded
+
+
+def _one_by_one(function: Callable[..., Any], size: int, dims: Dims, tensors: Sequence[Tensor | None]) -> Any:
+    results = []
+    for i in range(size):
+        slices = [x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)]
+        results.append(function(*slices))
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def forward(
+    apply: Callable[..., Any], size: int, dims: Dims, tensors: Sequence[Tensor | None], options: dict[str, Any]
+) -> Any:
+    """Rule of forward: `tensors` as in its schema, `dims` where each is mapped. Returns (results, their dims)."""
+    if not _foldable(tensors, dims, options):
+        return _one_by_one(lambda *t: apply(options, *t), size, dims, tensors)
+    out, lse = apply(options, *_fold_all(tensors, dims, size))
+    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
+
+
+def backward(
+    apply: Callable[..., Any],
+    size: int,
+    dims: Dims,
+    tensors: Sequence[Tensor | None],
+    options: dict[str, Any],
+    needs: list[bool],
+) -> Any:
+    """Rule of backward: `tensors` are dout, dlse, forward's eleven, out and lse."""
+    inputs, input_dims = tensors[2:-2], dims[2:-2]
+    if any(needs[3:]) or not _foldable(inputs, input_dims, options):
+        return _one_by_one(lambda *t: apply(options, needs, *t), size, dims, tensors)
+    folded = [None if x is None else _fold(x, dim, size) for x, dim in zip(tensors, dims, strict=True)]
+    folded[2:-2] = _fold_all(inputs, input_dims, size)
+    gradients = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in apply(options, needs, *folded))
+    return gradients, tuple(None if x is None else 0 for x in gradients)
