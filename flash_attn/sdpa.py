@@ -141,12 +141,12 @@ def _attention(
         attend = functools.partial(_attention, dropout_p=dropout_p, causal=causal, scale=scale, enable_gqa=enable_gqa)
         return tensor_subclasses.distributed_attention(attend, query, key, value, attn_mask)
     _check_dtypes(query, key, value)
+    if key.dim() > 2 and query.dim() > 2 and key.shape[-3] == 0 and query.shape[-3] > 0:
+        return query[..., :0].sum(-1, keepdim=True).expand(*query.shape[:-1], value.shape[-1])  # no keys: zeros
     q, k, v, lead = _to_four_dims(query, key, value, enable_gqa)
     mask = None
     if attn_mask is not None:
         mask = _mask_to_four_dims(_autocast(attn_mask), query, (*lead, query.shape[-2], key.shape[-2]))
-    if k.shape[1] == 0 and q.shape[1] > 0:
-        return query.new_zeros((*lead, query.shape[-2], value.shape[-1]))
     out, _ = ops.attention(q, k, v, mask, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True)
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 

@@ -133,11 +133,7 @@ class BackwardTile {
       gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (p.head_dim_v + kPack - 1) / kPack, x.v_rows, x.lde,
                                           x.dout_t + lane, ldm, x.ds + lane, ldm, false);
     }
-    if (rules.extended) {
-      softmax_gradient<true>(tile, want_ds);
-    } else {
-      softmax_gradient<false>(tile, want_ds);
-    }
+    softmax_gradient(tile, want_ds);
     if (!want_ds) return;
     if (dslope != nullptr) *dslope += slope_gradient(tile);
     if (x.softcap_slope != nullptr && !toward_bias) {
@@ -184,18 +180,14 @@ class BackwardTile {
     return x.k_clean;
   }
 
-  template <bool kExtended>
   void softmax_gradient(const Tile& tile, bool want_ds) {
     const bool dropout = p.dropout_p > 0.0;
-    const Acc exponent_scale = rules.exponent_scale;
+    const Acc unit = rules.extended ? Acc(1) : rules.scale;
     for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
       const Vec<Acc> lse = load<Acc>(x.lse + lane), delta = load<Acc>(x.delta + lane);
-      const Vec<Acc> scaled_lse = lse * Acc(kLog2E);
       for (int64_t n = 0; n < tile.columns; ++n) {
         const int64_t i = n * x.ldm + lane;
-        const Vec<Acc> score = load<Acc>(x.s + i);
-        const Vec<Acc> probability =
-            exp2<Acc>(kExtended ? (score - lse) * exponent_scale : score * exponent_scale - scaled_lse);
+        const Vec<Acc> probability = exp2<Acc>(load<Acc>(x.s + i) * unit - lse, Acc(kLog2E));
         Vec<Acc> kept = probability, dp = want_ds ? load<Acc>(x.ds + i) : Vec<Acc>{};
         if (dropout) {
           const IntVec<Acc> dropped = load<Acc>(x.extra + i) == Acc(0);

@@ -44,7 +44,7 @@ struct ForwardScratch {
 
 /// Scores become probabilities relative to the new row maxima; `rescale` is what older sums are to be multiplied by.
 /// False: by 1, all of them.
-template <typename T, bool kExtended>
+template <typename T>
 bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row_max, T* row_sum, T* rescale) {
   constexpr int W = kLanes<T>;
   IntVec<T> changed{};
@@ -60,17 +60,15 @@ bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row
     const Vec<T> new_max =
         max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
     const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
-    const Vec<T> alpha = exp2<T>((old_max - shift) * exponent_scale);
-    const Vec<T> scaled_shift = shift * exponent_scale;
-    Vec<T> sum[2] = {load<T>(row_sum + lane) * alpha, Vec<T>{}};
+    const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
+    Vec<T> sum[2] = {};
     for (n = 0; n < tile.columns; ++n) {
-      const Vec<T> x = load<T>(column + n * ld);
-      const Vec<T> probability = exp2<T>(kExtended ? (x - shift) * exponent_scale : x * exponent_scale - scaled_shift);
+      const Vec<T> probability = exp2<T>(load<T>(column + n * ld) - shift, exponent_scale);
       store<T>(column + n * ld, probability);
       sum[n % 2] += probability;
     }
     store<T>(row_max + lane, new_max);
-    store<T>(row_sum + lane, sum[0] + sum[1]);
+    store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + (sum[0] + sum[1]));
     store<T>(rescale + lane, alpha);
     changed |= alpha != T(1);
   }
@@ -152,8 +150,9 @@ class ForwardBlock {
         if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v, x_.ldv, n);
       }
     }
-    const auto softmax = rules_.extended ? online_softmax<Acc, true> : online_softmax<Acc, false>;
-    if (softmax(tile, x_.s, ldm, rules_.exponent_scale, x_.row_max, x_.row_sum, x_.factor)) rescale_out(tile);
+    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, x_.row_max, x_.row_sum, x_.factor)) {
+      rescale_out(tile);
+    }
     if (params_.dropout_p > 0.0) {
       draw_dropout<Acc>(rules_, tile, x_.extra, ldm);
       transform<Acc>(tile, x_.s, ldm, [&](Vec<Acc> p, int64_t lane, int64_t n) {

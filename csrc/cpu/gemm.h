@@ -42,6 +42,9 @@ constexpr int kPadding = kLanes<T> > kGemmRows ? kLanes<T> : kGemmRows;
 /// A as it lies in memory: (row, depth) or (depth, row).
 enum class Layout { kRowMajor, kDepthMajor };
 
+/// Longest sum in one go. Sums of such sums have the rounding errors of two short ones.
+constexpr int64_t kGemmDepth = 48;
+
 template <typename Arithmetic, Layout kLayout, int kVectors>
 void gemm_panel(int64_t rows, int64_t depth, const typename Arithmetic::Operand* a, int64_t lda,
                 const typename Arithmetic::Operand* b, int64_t ldb, typename Arithmetic::Acc* c, int64_t ldc,
@@ -52,9 +55,7 @@ void gemm_panel(int64_t rows, int64_t depth, const typename Arithmetic::Operand*
   for (int64_t row = 0; row < rows; row += kGemmRows) {
     Vec<Acc> sum[kGemmRows][kVectors];
     for (int i = 0; i < kGemmRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) {
-        sum[i][j] = accumulate ? load<Acc>(c + (row + i) * ldc + j * W) : Vec<Acc>{};
-      }
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Vec<Acc>{};
     }
     const Operand* a_row = kLayout == Layout::kRowMajor ? a + row * lda : a + row;
     const Operand* b_k = b;
@@ -71,8 +72,24 @@ void gemm_panel(int64_t rows, int64_t depth, const typename Arithmetic::Operand*
       b_k += ldb;
     }
     for (int i = 0; i < kGemmRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) store<Acc>(c + (row + i) * ldc + j * W, sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        Acc* to = c + (row + i) * ldc + j * W;
+        store<Acc>(to, accumulate ? load<Acc>(to) + sum[i][j] : sum[i][j]);
+      }
     }
+  }
+}
+
+/// All rows of kVectors vectors of columns, the sum in equal parts of at most kGemmDepth.
+template <typename Arithmetic, Layout kLayout, int kVectors>
+FLASH_ATTN_INLINE void gemm_columns(int64_t rows, int64_t depth, const typename Arithmetic::Operand* a, int64_t lda,
+                                    const typename Arithmetic::Operand* b, int64_t ldb, typename Arithmetic::Acc* c,
+                                    int64_t ldc, bool accumulate) {
+  const int64_t parts = depth > kGemmDepth ? (depth + kGemmDepth - 1) / kGemmDepth : 1;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = depth * part / parts, end = depth * (part + 1) / parts;
+    gemm_panel<Arithmetic, kLayout, kVectors>(rows, end - begin, a + begin * (kLayout == Layout::kRowMajor ? 1 : lda),
+                                              lda, b + begin * ldb, ldb, c, ldc, accumulate || part > 0);
   }
 }
 
@@ -86,13 +103,13 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmeti
   for (int64_t column = 0; column < columns;) {
     const int64_t left = (columns - column) / W;
     if (left == kGemmVectors || left > kGemmVectors + 1) {
-      gemm_panel<Arithmetic, kLayout, kGemmVectors>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      gemm_columns<Arithmetic, kLayout, kGemmVectors>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
       column += kGemmVectors * W;
     } else if (left >= 2) {  // four are two and two, not three and one
-      gemm_panel<Arithmetic, kLayout, 2>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      gemm_columns<Arithmetic, kLayout, 2>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
       column += 2 * W;
     } else {
-      gemm_panel<Arithmetic, kLayout, 1>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      gemm_columns<Arithmetic, kLayout, 1>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
       column += W;
     }
   }

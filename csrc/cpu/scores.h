@@ -205,13 +205,9 @@ FLASH_ATTN_INLINE void transform(const Tile& tile, T* s, int64_t ld, F f) {
   }
 }
 
-/// s holds q.k; softcap_slope, if wanted, gets the derivative of the softcap. Both (columns, ld), rows as lanes.
+/// s = softcap(scale * s); softcap_slope, if wanted, gets the derivative of the softcap.
 template <typename T>
-void scale_scores(const ScoreRules<T>& rules, const Tile& tile, T* s, T* softcap_slope, int64_t ld) {
-  if (!(rules.softcap > T(0))) {
-    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t, int64_t) { return x * rules.scale; });
-    return;
-  }
+void apply_softcap(const ScoreRules<T>& rules, const Tile& tile, T* s, T* softcap_slope, int64_t ld) {
   const T inner = rules.scale / rules.softcap;
   transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
     const Vec<T> t = tanh<T>(x * inner);
@@ -239,23 +235,32 @@ void apply_window(const ScoreRules<T>& rules, const Tile& tile, T* s, int64_t ld
   });
 }
 
-/// From q.k to scores as ScoreRules keeps them. `bias` is scratch as large as s.
+/// From s = q.k to scores as ScoreRules keeps them. s, softcap_slope (null: not wanted) and `bias`, which is scratch, are
+/// (columns, ld), rows as lanes.
 template <typename T>
 void apply_rules(const ScoreRules<T>& rules, const Tile& tile, T* s, T* bias, T* softcap_slope, int64_t ld) {
-  if (rules.extended) scale_scores<T>(rules, tile, s, softcap_slope, ld);
+  // Scaling waits for the first sum, and is rounded with it.
+  T scale = rules.extended ? rules.scale : T(1);
+  if (rules.softcap > T(0)) {
+    apply_softcap<T>(rules, tile, s, softcap_slope, ld);
+    scale = T(1);
+  }
   if (tile.masked) {
     with_mask_storage<T>(rules.p.mask.dtype, [&](auto type) { load_bias<T>(rules, tile, type, bias, ld); });
     // Not a sum alone: a NaN that is masked out must go.
     transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
       const Vec<T> b = load<T>(bias + n * ld + lane);
-      return b == -kInfinity<T> ? b : x + b;
+      return b == -kInfinity<T> ? b : x * scale + b;
     });
+    scale = T(1);
   }
   if (rules.has_slope) {
     transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
-      return x - rules.slope * alibi_distance<T>(rules, tile, lane, n);
+      return x * scale - rules.slope * alibi_distance<T>(rules, tile, lane, n);
     });
+    scale = T(1);
   }
+  if (scale != T(1)) transform<T>(tile, s, ld, [&](Vec<T> x, int64_t, int64_t) { return x * scale; });
   if (tile.windowed) apply_window<T>(rules, tile, s, ld);
 }
 

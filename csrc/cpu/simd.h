@@ -171,7 +171,7 @@ FLASH_ATTN_INLINE void store_partial(Storage* p, Vec<T> v, int64_t count) {
   std::memcpy(p, lanes, size_t(count) * sizeof(Storage));
 }
 
-// Exponentials: 2^x = 2^n * 2^f with n = round(x), f in [-0.5, 0.5], and 2^f = 1 + f * exp2_tail(f).
+// Exponentials: 2^y = 2^n * 2^f with n = round(y), f in [-0.5, 0.5], and 2^f = 1 + f * exp2_tail(f).
 
 template <typename T>
 struct Constants;
@@ -215,28 +215,26 @@ FLASH_ATTN_INLINE Vec<double> exp2_tail(Vec<double> f) {
   return y * f + 0.69314718055994530942;
 }
 
-/// 2^x; 0 where the result would not be a normal number; NaN for NaN.
+/// 2^(x * scale), the product unrounded. 0 where the result would not be a normal number, also for x = -inf; NaN for NaN.
 template <typename T>
-FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x) {
+FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
   using C = Constants<T>;
-  const Vec<T> limited = x < C::kMinExponent ? broadcast<T>(C::kMinExponent) : x;
-  const Vec<T> shifted = limited + C::kRound;
-  const Vec<T> f = limited - (shifted - C::kRound);
+  const Vec<T> shifted = x * scale + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  const Vec<T> f = x * scale - n;
   const Vec<T> power = f * exp2_tail(f) + T(1);
 #if defined(__AVX512F__)
-  const Vec<T> n = shifted - C::kRound;
   Vec<T> y;
   if constexpr (sizeof(T) == 4) {
     y = _mm512_maskz_scalef_ps(__mmask16(-1), power, n);
   } else {
     y = _mm512_maskz_scalef_pd(__mmask8(-1), power, n);
   }
-  return x < C::kMinExponent ? Vec<T>{} : y;
 #else
-  const Vec<T> y = bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
-  const Vec<T> large = x < C::kMaxExponent ? y : x * T(__builtin_huge_val());
-  return x < C::kMinExponent ? Vec<T>{} : large;
+  const Vec<T> scaled = bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
+  const Vec<T> y = shifted < C::kRound + C::kMaxExponent ? scaled : shifted * T(__builtin_huge_val());
 #endif
+  return shifted < C::kRound + C::kMinExponent ? Vec<T>{} : y;
 }
 
 /// tanh(x) to a few units in the last place, also near 0: (e^2x - 1) / (e^2x + 1) with e^2x - 1 free of cancellation.

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--problems", type=int, default=200, help="number of random problems a device is tested on")
+    parser.addoption("--seed", type=int, default=0, help="seed of the first random problem")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Freed memory is full of NaN, so that an output that is not written is seen."""
+    torch.manual_seed(0)
+    poison = [torch.full((1 << n,), float("nan")) for n in range(6, 20)]
+    del poison
+    if torch.cuda.is_available():
+        cuda_poison = [torch.full((1 << n,), float("nan"), device="cuda") for n in range(6, 24)]
+        del cuda_poison
+    yield

@@ -1,0 +1,286 @@
+"""Problems over all features at once: what every kernel family is tested on.
+
+A `Problem` is plain data whose repr reproduces it. `check` runs it forward and backward, on any device, and holds the
+results against the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+from flash_attn import ops
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of `ops.attention` and the backward pass behind it.
+
+    `lengths_q` and `lengths_k` are one length a sequence; without `packed` all are `seqlen_q` and `seqlen_k`.
+    `mask` is "", "bool" or "float"; `mask_dims` says which of (batch, heads, rows, columns) are not broadcast.
+    """
+
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    heads: int = 2
+    heads_k: int = 2
+    seqlen_q: int = 33
+    seqlen_k: int = 33
+    head_dim: int = 16
+    head_dim_v: int = 16
+    causal: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    scale: float | None = None
+    mask: str = ""
+    mask_dims: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    mask_float32: bool = False
+    slopes: str = ""  # "head" or "batch"
+    sinks: bool = False
+    dropout: float = 0.0
+    packed: bool = False
+    used_q: bool = False
+    used_k: bool = False
+    layout: str = "dense"  # "heads_first", "qkv" (slices of one tensor), "strided" (last stride is not 1), "misaligned"
+    use_lse: bool = False
+    frozen: tuple[str, ...] = ()  # inputs that need no gradient
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"Problem({', '.join(changed)})"
+
+    @property
+    def is_plain(self) -> bool:
+        """No mask, bias, softcap, sink or dropout: what the tensor-core families take first."""
+        return not (self.mask or self.softcap or self.slopes or self.sinks or self.dropout)
+
+
+def random_problem(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, max_seqlen: int = 150) -> Problem:
+    """Every feature is on in a third of the problems, so that most have several at once."""
+    rng = random.Random(seed)
+
+    def sometimes(share: float = 1 / 3) -> bool:
+        return rng.random() < share
+
+    heads_k = rng.choice((1, 1, 2, 3))
+    heads = heads_k * rng.choice((1, 1, 2, 4))
+    seqlen_q = rng.choice(
+        (0, 1, 2, 7, rng.randint(1, max_seqlen), rng.randint(1, max_seqlen), rng.randint(1, max_seqlen))
+    )
+    seqlen_k = seqlen_q if sometimes() else rng.choice((0, 1, rng.randint(1, max_seqlen), rng.randint(1, max_seqlen)))
+    head_dim = rng.choice((1, 8, 16, 32, 40, 64, 80, 128, rng.randint(1, 140)))
+    packed = sometimes()
+    mask = rng.choice(("bool", "float")) if sometimes() else ""
+    return Problem(
+        dtype=rng.choice(dtypes),
+        batch=rng.choice((1, 2, 3)),
+        heads=heads,
+        heads_k=heads_k,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim if sometimes(0.6) else rng.choice((1, 8, 24, 64, rng.randint(1, 140))),
+        causal=rng.choice((0, 0, 1, 2)),
+        window=(rng.choice((-1, 0, rng.randint(0, 80))), rng.choice((-1, 0, rng.randint(0, 80))))
+        if sometimes()
+        else (-1, -1),
+        softcap=rng.choice((0.5, 3.0, 30.0)) if sometimes(0.2) else 0.0,
+        scale=rng.choice((0.3, 1.0, -0.2)) if sometimes(0.2) else None,
+        mask=mask,
+        mask_dims=(sometimes(0.5), sometimes(0.5), sometimes(0.7), sometimes(0.8)),
+        mask_float32=sometimes(),
+        slopes=rng.choice(("head", "batch")) if sometimes(0.25) else "",
+        sinks=sometimes(0.25),
+        dropout=rng.choice((0.1, 0.5, 0.9, 1.0)) if sometimes(0.25) else 0.0,
+        packed=packed,
+        used_q=sometimes(0.2),
+        used_k=sometimes(0.2),
+        layout=rng.choice(
+            ("dense", "strided", "misaligned") if packed else ("dense", "heads_first", "qkv", "strided", "misaligned")
+        ),
+        use_lse=sometimes(),
+        frozen=tuple(name for name in ("q", "k", "v", "mask", "slopes", "sinks") if sometimes(0.15)),
+        seed=seed,
+    )
+
+
+@dataclass
+class Inputs:
+    tensors: dict[str, Tensor]  # by the op's names
+    options: dict[str, Any]
+    leaves: dict[str, Tensor]  # those that get a gradient
+    dout: Tensor
+    dlse: Tensor | None
+
+
+def _lengths(generator: random.Random, batch: int, longest: int) -> list[int]:
+    lengths = [generator.choice((0, generator.randint(0, longest), longest)) for _ in range(batch)]
+    lengths[generator.randrange(batch)] = longest
+    return lengths
+
+
+def _starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def _lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values at other strides."""
+    if layout == "strided":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "misaligned":
+        buffer = x.new_empty(x.numel() + 1)
+        return buffer[1:].view(x.shape).copy_(x)
+    if layout == "qkv":  # a slice of a tensor three times as wide
+        return torch.stack((x, x, x), dim=2)[:, :, 1] if x.dim() == 4 else x
+    return x
+
+
+def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
+    g = torch.Generator().manual_seed(p.seed)
+    lengths = random.Random(p.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    lengths_q = _lengths(lengths, p.batch, p.seqlen_q) if p.packed else [p.seqlen_q] * p.batch
+    lengths_k = _lengths(lengths, p.batch, p.seqlen_k) if p.packed else [p.seqlen_k] * p.batch
+    if p.packed:  # a few rows at the end belong to no sequence
+        shape_q, shape_k = (sum(lengths_q) + lengths.choice((0, 3)),), (sum(lengths_k) + lengths.choice((0, 2)),)
+    else:
+        shape_q, shape_k = (p.batch, p.seqlen_q), (p.batch, p.seqlen_k)
+    leaves: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, short: str, values: Tensor, dtype: torch.dtype) -> None:
+        x = values.to(dtype)
+        if short in ("q", "k", "v"):
+            x = _lay_out(x, p.layout)
+        x = x.to(device) if x.device.type != device else x
+        if short in ("q", "k", "v") and p.layout in ("strided", "misaligned", "qkv") and device != "cpu":
+            x = _lay_out(x, p.layout)
+        if x.is_floating_point() and short not in p.frozen:
+            x = x.detach().requires_grad_()
+            leaves[name] = x
+        tensors[name] = x
+
+    heads_first = p.layout == "heads_first"
+
+    def order(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous() if heads_first else x
+
+    add("q", "q", order(randn(*shape_q, p.heads, p.head_dim)), p.dtype)
+    add("k", "k", order(randn(*shape_k, p.heads_k, p.head_dim)), p.dtype)
+    add("v", "v", order(randn(*shape_k, p.heads_k, p.head_dim_v)), p.dtype)
+    statistics = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if p.mask:
+        full = (p.batch, p.heads, p.seqlen_q, p.seqlen_k)
+        shape = [n if keep else 1 for n, keep in zip(full, p.mask_dims, strict=True)]
+        values = randn(*shape)
+        if p.mask == "bool":
+            tensors["attn_mask"] = (values > -0.5).to(device)
+        else:
+            values[randn(*shape) > 1.0] = float("-inf")
+            add("attn_mask", "mask", values, torch.float32 if p.mask_float32 else p.dtype)
+    if p.slopes:
+        shape_slopes = (p.batch, p.heads) if p.slopes == "batch" else (p.heads,)
+        add("alibi_slopes", "slopes", randn(*shape_slopes).abs() * 0.2, statistics)
+    if p.sinks:
+        add("sinks", "sinks", randn(p.heads), statistics)
+    if p.packed:
+        tensors["cu_seqlens_q"] = _starts(lengths_q).to(device)
+        tensors["cu_seqlens_k"] = _starts(lengths_k).to(device)
+    for name, used, all_lengths in (("seqused_q", p.used_q, lengths_q), ("seqused_k", p.used_k, lengths_k)):
+        if used:
+            tensors[name] = torch.tensor([lengths.randint(0, n) for n in all_lengths], dtype=torch.int32).to(device)
+    if p.dropout:
+        tensors["rng_state"] = torch.randint(-(2**62), 2**62, (2,), generator=g).to(device)
+    options = {
+        "max_seqlen_q": p.seqlen_q,
+        "max_seqlen_k": p.seqlen_k,
+        "softmax_scale": p.scale,
+        "causal": p.causal,
+        "window_left": p.window[0],
+        "window_right": p.window[1],
+        "softcap": p.softcap,
+        "dropout_p": p.dropout,
+        "heads_first": heads_first,
+    }
+    dout = order(randn(*shape_q, p.heads, p.head_dim_v)).to(p.dtype).to(device)
+    dlse = None
+    if p.use_lse:
+        dlse = randn(p.heads, shape_q[0]) if p.packed else randn(p.batch, p.heads, p.seqlen_q)
+        dlse = dlse.to(statistics).to(device)
+    return Inputs(tensors, options, leaves, dout, dlse)
+
+
+def _run(function: Any, inputs: Inputs, convert: torch.dtype | None) -> dict[str, Tensor]:
+    """Results and gradients by name. With `convert`, floating inputs are taken to the CPU and that dtype first."""
+    tensors, leaves = dict(inputs.tensors), dict(inputs.leaves)
+    dout, dlse = inputs.dout, inputs.dlse
+    if convert is not None:
+        for name, x in tensors.items():
+            y = x.detach().cpu()
+            tensors[name] = y.to(convert) if y.is_floating_point() else y
+            if name in leaves:
+                leaves[name] = tensors[name].requires_grad_()
+        dout = dout.cpu().to(convert)
+        dlse = None if dlse is None else dlse.cpu().to(convert)
+    out, lse = function(**tensors, **inputs.options)
+    results = {"out": out, "lse": lse}
+    empty = ~torch.isfinite(lse.detach())
+    pairs = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse.masked_fill(empty, 0.0))]
+    results |= _gradients("d", pairs, leaves)
+    if convert == torch.float64:
+        # dS = P (dP - delta), and delta = rowsum(dout * out) is taken from the rounded out. That error reaches the
+        # gradients as a gradient of lse would, and remains where dP and delta cancel.
+        delta = (dout * out.detach()).abs().sum(-1)
+        delta = delta.transpose(-1, -2) if not inputs.options["heads_first"] else delta
+        weight = torch.finfo(inputs.dout.dtype).eps * delta.masked_fill(empty, 0.0)
+        results |= _gradients("noise of d", [(lse, weight)], leaves)
+    return results
+
+
+def _gradients(prefix: str, pairs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    pairs = [(output, weight) for output, weight in pairs if output.requires_grad]
+    gradients: Any = [None] * len(leaves)
+    if pairs and leaves:
+        outputs, weights = zip(*pairs, strict=True)
+        inputs = list(leaves.values())
+        gradients = torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=True)
+    return {
+        f"{prefix}{name}": torch.zeros_like(x) if gradient is None else gradient
+        for (name, x), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def check(p: Problem, device: str = "cpu") -> None:
+    """Raises AssertionError, naming the problem, unless every result and gradient is as near as the dtype allows."""
+    inputs = make_inputs(p, device)
+    got = _run(ops.attention, inputs, None)
+    truth = _run(reference.attention, inputs, torch.float64)
+    eager = _run(reference.attention, inputs, p.dtype)
+    try:
+        for name, result in got.items():
+            expected = truth[name]
+            factor = 2.0 if name in ("out", "lse") else 3.0
+            # A float32 mask of float64 inputs has a float32 gradient; lse is never rounded to 16 bits.
+            dtypes = (result.dtype,) if name == "lse" else (result.dtype, p.dtype)
+            dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
+            noise = truth.get(f"noise of {name}")
+            reference.assert_close(name, result, expected, eager[name], factor, dtype, noise)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{p!r} on {device}") from None

@@ -1,0 +1,116 @@
+"""`FlashMHA` against the textbook's module."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flash_attn import FlashMHA
+
+
+class Textbook(nn.Module):
+    """Multi-head attention as in any course: the whole score matrix, a mask of zeros and ones."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.d_k = num_heads, d_model // num_heads
+        self.W_q, self.W_k = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.W_v, self.W_o = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            w(x).view(x.shape[0], -1, self.num_heads, self.d_k).transpose(1, 2)
+            for w, x in ((self.W_q, q), (self.W_k, k), (self.W_v, v))
+        )
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_k)
+        if mask is not None:
+            scores = scores.masked_fill(mask == 0, -1e9)
+        return self.W_o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_textbook_weights_load_and_give_the_same(causal: bool) -> None:
+    textbook, ours = Textbook(32, 4), FlashMHA(32, 4, causal=causal)
+    ours.load_state_dict(textbook.state_dict())
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    mask = torch.ones(9, 9).tril() if causal else None
+    expected, got = textbook(x, x, x, mask), ours(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def test_cross_attention_and_masks() -> None:
+    textbook, ours = Textbook(32, 4), FlashMHA(32, 4)
+    ours.load_state_dict(textbook.state_dict())
+    x, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    keep = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    expected = textbook(x, context, context, keep.view(2, 1, 1, 7))
+    torch.testing.assert_close(ours(x, context, key_padding_mask=keep), expected)
+    torch.testing.assert_close(ours(x, context, context, keep.view(2, 1, 1, 7)), expected)
+    mask = torch.rand(5, 7) > 0.3
+    mask[:, 0] = True
+    expected = textbook(x, context, context, keep.view(2, 1, 1, 7) & mask)
+    torch.testing.assert_close(ours(x, context, attn_mask=mask, key_padding_mask=keep), expected)
+    bias = torch.zeros(5, 7).masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(ours(x, context, attn_mask=bias, key_padding_mask=keep), expected)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    ours = FlashMHA(32, 4)
+    x = torch.randn(2, 7, 32)
+    keep = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    other = torch.where(keep.unsqueeze(-1), x, torch.randn_like(x) * 100)
+    torch.testing.assert_close(ours(other, key_padding_mask=keep)[keep], ours(x, key_padding_mask=keep)[keep])
+
+
+def test_grouped_heads_bias_and_dtype() -> None:
+    ours = FlashMHA(32, 4, num_heads_k=2, bias=False, dtype=torch.float64)
+    assert ours.W_k.weight.shape == (16, 32) and ours.W_q.bias is None
+    out = ours(torch.randn(2, 5, 32, dtype=torch.float64))
+    assert out.shape == (2, 5, 32) and out.dtype == torch.float64
+
+
+def test_dropout_follows_the_mode() -> None:
+    ours = FlashMHA(32, 4, dropout=0.5)
+    x = torch.randn(2, 9, 32)
+    assert not torch.equal(ours(x), ours(x))
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    ours = FlashMHA(32, 4, causal=True)
+    x = torch.randn(2, 9, 32)
+    keep = torch.rand(2, 9) > 0.3
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, key_padding_mask=keep), ours(x, key_padding_mask=keep))
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"d_model": 30, "num_heads": 4}, "num_heads must divide d_model"),
+        ({"d_model": 32, "num_heads": 0}, "num_heads"),
+        ({"d_model": 32, "num_heads": 4, "num_heads_k": 3}, "num_heads_k"),
+        ({"d_model": 32, "num_heads": 4, "dropout": 1.5}, "dropout"),
+    ],
+)
+def test_bad_sizes(arguments: dict[str, float], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        FlashMHA(**arguments)  # type: ignore[arg-type]
+
+
+def test_bad_inputs() -> None:
+    ours = FlashMHA(32, 4)
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match="query must be"):
+        ours(x[0])
+    with pytest.raises(ValueError, match="key must be"):
+        ours(x, x[..., :16])
+    with pytest.raises(TypeError, match="key_padding_mask must be bool"):
+        ours(x, key_padding_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="key_padding_mask must be"):
+        ours(x, key_padding_mask=torch.ones(5, 2, dtype=torch.bool))

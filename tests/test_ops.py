@@ -1,0 +1,272 @@
+"""The ops as torch sees them: opcheck, compile, function transforms, counters, and derivatives that do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from flash_attn import ops, scaled_dot_product_attention
+
+OPTIONS: dict[str, Any] = {
+    "softmax_scale": None,
+    "causal": 1,
+    "window_left": -1,
+    "window_right": -1,
+    "softcap": 0.0,
+    "dropout_p": 0.0,
+    "heads_first": True,
+    "deterministic": False,
+}
+
+
+def _qkv(length: int = 9, requires_grad: bool = True, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _full_arguments(varlen: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Every tensor argument at once."""
+    if varlen:
+        q, k, v = (torch.randn(20, 4, 8, requires_grad=True) for _ in range(3))
+        starts = torch.tensor([0, 8, 20], dtype=torch.int32)
+        lengths: list[Any] = [starts, starts, None, torch.tensor([7, 10], dtype=torch.int32)]
+    else:
+        q, k, v = (torch.randn(2, 4, 12, 8, requires_grad=True) for _ in range(3))
+        lengths = [None, None, torch.tensor([11, 12], dtype=torch.int32), None]
+    mask = torch.randn(1, 4, 12, 12, requires_grad=True)
+    slopes, sinks = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    tensors = [q, k, v, mask, slopes, sinks, *lengths, torch.tensor([1, 2])]
+    options = {**OPTIONS, "max_seqlen_q": 12, "max_seqlen_k": 12, "dropout_p": 0.2, "heads_first": not varlen}
+    return tensors, options
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_opcheck(varlen: bool) -> None:
+    tensors, options = _full_arguments(varlen)
+    torch.library.opcheck(torch.ops.flash_attn.forward.default, tuple(tensors), options)
+    detached = [x.detach() if x is not None else None for x in tensors]
+    out, lse = torch.ops.flash_attn.forward(*detached, **options)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), *detached, out, lse)
+    needs = {"needs": [True] * 6}
+    torch.library.opcheck(torch.ops.flash_attn.backward.default, arguments, needs | options)
+
+
+def test_a_compiled_training_step_has_one_graph_for_all_lengths() -> None:
+    compiled = 0
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal compiled
+        compiled += 1
+        return module.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _ours(q, k, v).square().sum()
+
+    for length in (9, 17, 33, 12, 64):
+        q, k, v = _qkv(length)
+        got = torch.autograd.grad(loss(q, k, v), (q, k, v))
+        expected = torch.autograd.grad(_torchs(q, k, v).square().sum(), (q, k, v))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert compiled == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_compile_with_inductor_gives_the_same(dropout: float) -> None:
+    @torch.compile(fullgraph=True)
+    def step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q * 2, k, v, bias, dropout_p=dropout).square().sum()
+
+    inputs = [*_qkv(dtype=torch.float32), torch.randn(3, 1, 9, requires_grad=True)]
+    gradients = torch.autograd.grad(step(*inputs), inputs)
+    assert all(torch.isfinite(x).all() for x in gradients)
+    if dropout == 0.0:
+        q, k, v, bias = inputs
+        eager = torch.autograd.grad(scaled_dot_product_attention(q * 2, k, v, bias).square().sum(), inputs)
+        for a, b in zip(gradients, eager, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_func_grad_vmap_and_both_nestings() -> None:
+    q, k, v = _qkv(requires_grad=False)
+    weight = torch.randn_like(q)
+
+    def loss(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: (attend(q, k, v) * weight).sum()
+
+    def close(a: Any, b: Any) -> None:
+        torch.testing.assert_close(a, b)
+
+    close(grad(loss(_ours), (0, 1, 2))(q, k, v), grad(loss(_torchs), (0, 1, 2))(q, k, v))
+    qs, ks, vs = (torch.stack((x, 2 * x, x + 1)) for x in (q, k, v))
+    close(vmap(_ours)(qs, ks, vs), torch.stack([_torchs(*x) for x in zip(qs, ks, vs, strict=True)]))
+    close(vmap(_ours, (0, None, None))(qs, k, v), torch.stack([_torchs(x, k, v) for x in qs]))
+    close(
+        vmap(_ours, (None, 1, 1), 2)(q, ks.movedim(0, 1), vs.movedim(0, 1)).movedim(2, 0),
+        vmap(_torchs, (None, 0, 0))(q, ks, vs),
+    )
+    per_sample = [grad(loss(_torchs), (0, 1, 2))(a, k, b) for a, b in zip(qs, vs, strict=True)]
+    close(
+        vmap(grad(loss(_ours), (0, 1, 2)), (0, None, 0))(qs, k, vs),
+        tuple(torch.stack(x) for x in zip(*per_sample, strict=True)),
+    )
+    close(
+        grad(lambda *x: vmap(loss(_ours))(*x).sum(), (0, 1, 2))(qs, ks, vs),
+        grad(lambda *x: vmap(loss(_torchs))(*x).sum(), (0, 1, 2))(qs, ks, vs),
+    )
+    close(vmap(vmap(_ours))(*(x.unsqueeze(0) for x in (qs, ks, vs))), vmap(_ours)(qs, ks, vs).unsqueeze(0))
+
+
+def test_vmap_over_masks_slopes_and_packed_sequences() -> None:
+    q, k, v = _qkv(requires_grad=False)
+    masks = torch.randn(4, 3, 9, 9, dtype=torch.float64)
+
+    def with_mask(mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    torch.testing.assert_close(vmap(with_mask)(masks), torch.stack([with_mask(m) for m in masks]))
+    loss = grad(lambda mask: with_mask(mask).square().sum())
+    torch.testing.assert_close(vmap(loss)(masks), torch.stack([loss(m) for m in masks]))
+    slopes = torch.rand(4, 3, dtype=torch.float64)
+
+    def with_slopes(slopes: Tensor) -> Tensor:
+        return ops.attention(q, k, v, None, slopes, heads_first=True)[0]
+
+    torch.testing.assert_close(vmap(with_slopes)(slopes), torch.stack([with_slopes(s) for s in slopes]))
+    packed = torch.randn(4, 20, 2, 8)
+    starts = torch.tensor([0, 8, 20], dtype=torch.int32)
+
+    def with_packed(x: Tensor) -> Tensor:
+        options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 12, "max_seqlen_k": 12}
+        return ops.attention(x, x, x, **options)[0]
+
+    torch.testing.assert_close(vmap(with_packed)(packed), torch.stack([with_packed(x) for x in packed]))
+
+
+def test_dropout_under_vmap_follows_its_randomness() -> None:
+    x = torch.randn(3, 1, 2, 16, 8)
+
+    def attend(x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(attend)(x)
+    same = vmap(attend, randomness="same")(x[:1].expand(3, -1, -1, -1, -1))
+    assert torch.equal(same[0], same[1])
+    different = vmap(attend, randomness="different")(x[:1].expand(3, -1, -1, -1, -1))
+    assert not torch.equal(different[0], different[1])
+
+
+def test_forward_mode_raises() -> None:
+    q, k, v = _qkv(requires_grad=False)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        jvp(lambda q: _ours(q, k, v), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        _ours(torch.autograd.forward_ad.make_dual(q, q), k, v)
+
+
+def test_double_backward_raises_and_is_never_zero() -> None:
+    q, k, v = _qkv()
+    (dq,) = torch.autograd.grad(_ours(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        (dq.sum() + q.sum()).backward()
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad(lambda q: grad(lambda q: _ours(q, k.detach(), v.detach()).sum())(q).sum())(q.detach())
+    out, _ = torch.ops.flash_attn.forward(q, k, v, *(None,) * 8, max_seqlen_q=9, max_seqlen_k=9, **OPTIONS)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dq.sum().backward()
+
+
+def test_flop_counter_counts_as_for_torchs_function() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = _qkv(32)
+    with FlopCounterMode(display=False) as ours:
+        _ours(q, k, v).sum().backward()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward_math:
+        _torchs(q.detach(), k.detach(), v.detach())
+    assert ours.get_total_flops() == forward_math.get_total_flops() * 7 / 2
+
+
+def test_selective_checkpointing_can_save_the_op() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    runs = []
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op == torch.ops.flash_attn.forward.default:
+            runs.append(context.is_recompute)
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    q, k, v = _qkv()
+    out = checkpoint(
+        lambda q: _ours(q * 2, k, v),
+        q,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    got = torch.autograd.grad(out.sum(), q)
+    torch.testing.assert_close(got, torch.autograd.grad(_torchs(q * 2, k, v).sum(), q))
+    assert runs and runs[0] is False
+
+
+def test_meta_and_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v = (torch.empty(2, 9, 3, 8, device="meta").transpose(1, 2) for _ in range(3))
+    out = scaled_dot_product_attention(q, k, v[..., :5])
+    assert out.is_meta and out.shape == (2, 3, 9, 5) and out.transpose(1, 2).is_contiguous()
+    with FakeTensorMode():
+        x = torch.randn(2, 3, 9, 8, requires_grad=True)
+        scaled_dot_product_attention(x, x, x).sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_only_lse_used_gives_gradients() -> None:
+    q, k, v = _qkv()
+    _, lse = ops.attention(q, k, v, heads_first=True)
+    got = torch.autograd.grad(lse.sum(), (q, k))
+    scores = q @ k.transpose(-1, -2) / 8**0.5
+    torch.testing.assert_close(got, torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k)))
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    q, k, v = (torch.randn(1, 1, 700, 32, requires_grad=True) for _ in range(3))
+    weight = torch.randn(1, 1, 700, 32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(torch.autograd.grad((_ours(q, k, v) * weight).sum(), (q, k, v)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3), (2, 0, 1, 3)])
+def test_out_has_the_memory_order_of_q(order: tuple[int, ...]) -> None:
+    q = torch.randn(3, 4, 5, 8).permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    out = scaled_dot_product_attention(q, q, q[..., :6])
+    assert out.permute(order).is_contiguous()
+    x = q.clone().requires_grad_()
+    scaled_dot_product_attention(x, x, x).sum().backward()
+    assert x.grad is not None and x.grad.permute(order).is_contiguous()

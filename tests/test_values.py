@@ -1,0 +1,81 @@
+"""NaN, infinities and rows that see nothing: where they go, and where they must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_attn import scaled_dot_product_attention as sdpa
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _inputs(device: str, dtype: torch.dtype, length: int = 70) -> list[torch.Tensor]:
+    return [torch.randn(1, 2, length, 32, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_sees_nothing_gives_zeros_and_zero_gradients(kind: str, dtype: torch.dtype, device: str) -> None:
+    q, k, v = _inputs(device, dtype)
+    mask = torch.rand(70, 70, device=device) > 0.3
+    mask[5] = False
+    mask[66:] = False
+    attn_mask = (
+        mask if kind == "bool" else torch.zeros(70, 70, device=device).masked_fill(~mask, float("-inf")).to(dtype)
+    )
+    out = sdpa(q, k, v, attn_mask)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert torch.equal(out[..., 5, :], torch.zeros_like(out[..., 5, :]))
+    assert torch.equal(out[..., 66:, :], torch.zeros_like(out[..., 66:, :]))
+    assert torch.equal(gradients[0][..., 5, :], torch.zeros_like(out[..., 5, :]))
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_masked_key_holds_does_not_leak(bad: float, dtype: torch.dtype, device: str) -> None:
+    q, k, v = _inputs(device, dtype)
+    keep = torch.ones(70, dtype=torch.bool, device=device)
+    keep[[3, 64, 69]] = False
+    with torch.no_grad():
+        k[..., ~keep, :] = bad
+        v[..., ~keep, :] = bad
+    out = sdpa(q, k, v, keep.view(1, -1))
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = sdpa(q.detach(), k.detach()[..., keep, :], v.detach()[..., keep, :])
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+    assert torch.equal(gradients[2][..., ~keep, :], torch.zeros_like(gradients[2][..., ~keep, :]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_nan_that_is_attended_to_is_seen(where: str, dtype: torch.dtype, device: str) -> None:
+    inputs = dict(zip("qkv", _inputs(device, dtype), strict=True))
+    with torch.no_grad():
+        inputs[where][0, 0, 20, 4] = float("nan")
+    out = sdpa(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
+    assert torch.isfinite(out[0, 1]).all()
+    if where == "v":  # 0 * NaN: rows that do not see key 20 may have it in their tile
+        assert torch.isnan(out[0, 0, 20:, 4]).all()
+        assert torch.isfinite(out[0, 0, :, :4]).all() and torch.isfinite(out[0, 0, :, 5:]).all()
+    else:
+        assert torch.isfinite(out[0, 0, :20]).all()
+        assert torch.isnan(out[0, 0, 20]).all()
+        later = out[0, 0, 21:]
+        assert torch.isnan(later).all() if where == "k" else torch.isfinite(later).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_of_the_smallest_number_is_finite_and_averages(dtype: torch.dtype, device: str) -> None:
+    q, k, v = (x.detach() for x in _inputs(device, dtype, 9))
+    q = torch.zeros_like(q)
+    mask = torch.full((9, 9), torch.finfo(dtype).min, dtype=dtype, device=device)
+    out = sdpa(q, k, v, mask)
+    torch.testing.assert_close(out, v.double().mean(-2, keepdim=True).expand_as(v).to(dtype), rtol=1e-2, atol=1e-2)
