@@ -11,8 +11,9 @@
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 namespace {
 
-constexpr int64_t kTasks = 32;     // as many as there should be at least ...
-constexpr int64_t kMaxSplits = 8;  // ... but no more than this for a head, since each has a dq of its own
+constexpr int64_t kTasks = 32;                // as many as there should be at least ...
+constexpr int64_t kMaxSplits = 8;             // ... but no more than this for a head, since each has a dq of its own
+constexpr int64_t kMaxSplitBytes = 64 << 20;  // ... and all of these take no more than this
 
 template <typename Arithmetic>
 struct BackwardContext {
@@ -23,10 +24,10 @@ struct BackwardContext {
   int64_t ldm, ldd, ldv;
   bool wants_ds;
   // Sums of all tasks; null when a task keeps its own.
-  Acc* dq = nullptr;             // (batch, num_heads_k, splits, m_blocks, ldd, ldm)
+  Acc* dq = nullptr;                 // (batch, num_heads_k, splits, m_blocks, ldd, ldm)
   Acc *dk = nullptr, *dv = nullptr;  // (batch, num_heads_k, n_blocks * kBackwardBlockN, ldd or ldv)
-  double* slopes = nullptr;      // (batch, num_heads, splits)
-  int64_t group_head = 0;        // which of the query heads that share a head of k
+  double* slopes = nullptr;          // (batch, num_heads, splits)
+  int64_t group_head = 0;            // which of the query heads that share a head of k
 
   explicit BackwardContext(const BackwardParams& params) : params(params), statistics{nullptr, nullptr} {
     const ForwardParams& p = params.forward;
@@ -36,7 +37,8 @@ struct BackwardContext {
     m_blocks = (p.seqlen_q + ldm - 1) / ldm;
     n_blocks = (p.seqlen_k + kBackwardBlockN - 1) / kBackwardBlockN;
     const int64_t heads = max(1, p.batch * p.num_heads_k);
-    splits = max(1, min(min((kTasks + heads - 1) / heads, kMaxSplits), n_blocks));
+    const int64_t affordable = kMaxSplitBytes / max(1, heads * m_blocks * ldd * ldm * int64_t(sizeof(Acc)));
+    splits = max(1, min(min((kTasks + heads - 1) / heads, kMaxSplits), min(n_blocks, affordable)));
     wants_ds = params.dq.data != nullptr || params.dk.data != nullptr || params.dslopes != nullptr;
   }
   int64_t dq_size() const { return params.dq.data != nullptr ? m_blocks * ldd * ldm : 0; }
@@ -54,7 +56,10 @@ class KeyRange {
   static constexpr int kPack = Arithmetic::kPack;
 
   KeyRange(const Context& context, const SequenceInfo& sequence, int64_t index, void* scratch)
-      : context_(context), index_(index), arena_(scratch), x_(context.params.forward, arena_),
+      : context_(context),
+        index_(index),
+        arena_(scratch),
+        x_(context.params.forward, arena_),
         tiles_(context.params, context.statistics, sequence, b(), h(), x_) {
     own_dq_ = context.dq == nullptr ? arena_.template take<Acc>(context.dq_size()) : nullptr;
     own_dk_ = arena_.template take<Acc>(kBackwardBlockN * x_.ldd);
@@ -285,8 +290,8 @@ void run_backward(const BackwardParams& params) {
 #if defined(__AVX512BF16__)
   if (params.forward.dtype == DType::kBFloat16) return run<BFloat16Pairs>(params);
 #else
-  if (params.forward.dtype == DType::kFloat64) return run<Plain<double>>(params);
-  run<Plain<float>>(params);
+  if (params.forward.dtype == DType::kFloat64) return run<Plain<double> >(params);
+  run<Plain<float> >(params);
 #endif
 }
 

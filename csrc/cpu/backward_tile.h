@@ -19,19 +19,19 @@ struct BackwardScratch {
   using Acc = typename Arithmetic::Acc;
   using Operand = typename Arithmetic::Operand;
   static constexpr int kPack = Arithmetic::kPack;
-  int64_t ldm;       // rows of a block
-  int64_t ldk, ldd;  // head_dim: in operands along a row, in columns
-  int64_t lde, ldv;  // head_dim_v: the same
-  Operand *k_rows, *v_rows;                // (kBackwardBlockN, ldk), (kBackwardBlockN, lde)
-  Operand *k_across, *k_clean;             // (kBackwardBlockN / kPack, ldd), the second without dead columns' keys
-  Operand *q_t, *dout_t;                   // (ldk, ldm), (lde, ldm)
-  Operand *q_across, *dout_across;         // (ldm / kPack, ldd), (ldm / kPack, ldv)
-  Acc *s, *ds;                             // (kBackwardBlockN, ldm): q.k, then P; dP, then dS
-  Acc *extra, *softcap_slope;              // as s: mask or dropout; derivative of the softcap
-  Operand *p_rows, *ds_rows, *ds_across;   // P and dS as operands: (kBackwardBlockN, ldm / kPack) along rows, and
-                                           // (kBackwardBlockN / kPack, ldm) across
-  Acc *lse, *delta, *factor;               // (ldm)
-  uint8_t *drop, *dead;                    // (ldm): rows that see nothing; (kBackwardBlockN)
+  int64_t ldm;                            // rows of a block
+  int64_t ldk, ldd;                       // head_dim: in operands along a row, in columns
+  int64_t lde, ldv;                       // head_dim_v: the same
+  Operand *k_rows, *v_rows;               // (kBackwardBlockN, ldk), (kBackwardBlockN, lde)
+  Operand *k_across, *k_clean;            // (kBackwardBlockN / kPack, ldd), the second without dead columns' keys
+  Operand *q_t, *dout_t;                  // (ldk, ldm), (lde, ldm)
+  Operand *q_across, *dout_across;        // (ldm / kPack, ldd), (ldm / kPack, ldv)
+  Acc *s, *ds;                            // (kBackwardBlockN, ldm): q.k, then P; dP, then dS
+  Acc *extra, *softcap_slope;             // as s: mask or dropout; derivative of the softcap
+  Operand *p_rows, *ds_rows, *ds_across;  // P and dS as operands: (kBackwardBlockN, ldm / kPack) along rows, and
+                                          // (kBackwardBlockN / kPack, ldm) across
+  Acc *lse, *delta, *factor;              // (ldm)
+  uint8_t *drop, *dead;                   // (ldm): rows that see nothing; (kBackwardBlockN)
 
   BackwardScratch(const ForwardParams& params, Arena& arena) {
     constexpr int W = kLanes<Acc>;
@@ -78,8 +78,14 @@ class BackwardTile {
 
   BackwardTile(const BackwardParams& params, const RowStatistics<Acc>& statistics, const SequenceInfo& sequence,
                int64_t b, int64_t h, const BackwardScratch<Arithmetic>& scratch)
-      : params(params), p(params.forward), rules(p, sequence, b, h), b(b), h(h), k_head(h / p.group_size()),
-        statistics_(statistics), x(scratch) {
+      : params(params),
+        p(params.forward),
+        rules(p, sequence, b, h),
+        b(b),
+        h(h),
+        k_head(h / p.group_size()),
+        statistics_(statistics),
+        x(scratch) {
     keep_scale = p.dropout_p > 0.0 ? Acc(make_dropout(p.rng_state, p.dropout_p).scale) : Acc(1);
   }
 

@@ -12,14 +12,14 @@ template <typename Arithmetic>
 struct ForwardScratch {
   using Acc = typename Arithmetic::Acc;
   using Operand = typename Arithmetic::Operand;
-  int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
-  Operand* q_t;           // (head_dim / pack, ldm)
-  Operand* k;             // (kForwardBlockN, ldk)
-  Operand* v;             // (kForwardBlockN / pack, ldv)
-  Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
-  Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
-  Acc* extra;             // (kForwardBlockN, ldm): mask or dropout
-  Acc* out_t;             // (head_dim_v, ldm)
+  int64_t ldm, ldk, ldv;            // leading dimensions: block rows, operands of head_dim, head_dim_v
+  Operand* q_t;                     // (head_dim / pack, ldm)
+  Operand* k;                       // (kForwardBlockN, ldk)
+  Operand* v;                       // (kForwardBlockN / pack, ldv)
+  Acc* s;                           // (kForwardBlockN, ldm): scores, then probabilities
+  Operand* p;                       // (kForwardBlockN / pack, ldm): probabilities as operands
+  Acc* extra;                       // (kForwardBlockN, ldm): mask or dropout
+  Acc* out_t;                       // (head_dim_v, ldm)
   Acc *row_max, *row_sum, *factor;  // (ldm)
   uint8_t* dead;                    // (kForwardBlockN)
 
@@ -57,8 +57,7 @@ bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row
       for (int i = 0; i < 4; ++i) partial_max[i] = max<T>(load<T>(column + (n + i) * ld), partial_max[i]);
     }
     for (; n < tile.columns; ++n) partial_max[0] = max<T>(load<T>(column + n * ld), partial_max[0]);
-    const Vec<T> new_max =
-        max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
+    const Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
     const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
     const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
     Vec<T> sum[2] = {};
@@ -116,8 +115,8 @@ class ForwardBlock {
 
  private:
   Rows rows_of(const TensorView& t, int64_t head, int64_t row, int64_t count, int64_t columns) const {
-    const char* data = static_cast<const char*>(t.data) +
-                       (b_ * t.batch + row * t.row + head * t.head) * size_of(params_.dtype);
+    const char* data =
+        static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + head * t.head) * size_of(params_.dtype);
     return {data, params_.dtype, t.row, count, columns};
   }
 
@@ -184,8 +183,7 @@ class ForwardBlock {
     }
     for (int64_t lane = 0; lane < rows; ++lane) {
       const double sum = double(x_.row_sum[lane]);
-      lse(m_begin + lane) =
-          sum == 0.0 ? -kInfinity<Acc> : Acc(double(x_.row_max[lane]) * unit + __builtin_log(sum));
+      lse(m_begin + lane) = sum == 0.0 ? -kInfinity<Acc> : Acc(double(x_.row_max[lane]) * unit + __builtin_log(sum));
     }
     store_transposed<Acc>(x_.out_t, x_.ldm, rows, params_.head_dim_v, x_.factor, out_row(m_begin), params_.dtype,
                           params_.out.row);
@@ -265,8 +263,8 @@ void run_forward(const ForwardParams& params) {
 #if defined(__AVX512BF16__)
   if (params.dtype == DType::kBFloat16) return run<BFloat16Pairs>(params);
 #else
-  if (params.dtype == DType::kFloat64) return run<Plain<double>>(params);
-  run<Plain<float>>(params);
+  if (params.dtype == DType::kFloat64) return run<Plain<double> >(params);
+  run<Plain<float> >(params);
 #endif
 }
 

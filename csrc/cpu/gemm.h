@@ -103,7 +103,8 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmeti
   for (int64_t column = 0; column < columns;) {
     const int64_t left = (columns - column) / W;
     if (left == kGemmVectors || left > kGemmVectors + 1) {
-      gemm_columns<Arithmetic, kLayout, kGemmVectors>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);
+      gemm_columns<Arithmetic, kLayout, kGemmVectors>(rows, depth, a, lda, b + column, ldb, c + column, ldc,
+                                                      accumulate);
       column += kGemmVectors * W;
     } else if (left >= 2) {  // four are two and two, not three and one
       gemm_columns<Arithmetic, kLayout, 2>(rows, depth, a, lda, b + column, ldb, c + column, ldc, accumulate);

@@ -11,10 +11,10 @@ constexpr int64_t kBackwardBlockM = 96, kBackwardBlockN = 128;
 
 }  // namespace flash_attn::cpu
 
-#define FLASH_ATTN_CPU_DECLARE_PASSES(isa)     \
-  namespace flash_attn::cpu::isa {             \
-  void run_forward(const ForwardParams& p);    \
-  void run_backward(const BackwardParams& p);  \
+#define FLASH_ATTN_CPU_DECLARE_PASSES(isa)    \
+  namespace flash_attn::cpu::isa {            \
+  void run_forward(const ForwardParams& p);   \
+  void run_backward(const BackwardParams& p); \
   }
 
 FLASH_ATTN_CPU_DECLARE_PASSES(generic)

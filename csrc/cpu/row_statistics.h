@@ -38,8 +38,8 @@ void row_statistics_task(const void* context, int64_t index, void*) {
       statistics.lse[i] = empty ? kInfinity<T> : lse;
       statistics.delta[i] = T(0);
       if (empty) continue;
-      const auto* dout = static_cast<decltype(type)>(params.dout.data) + b * params.dout.batch +
-                         at * params.dout.row + h * params.dout.head;
+      const auto* dout = static_cast<decltype(type)>(params.dout.data) + b * params.dout.batch + at * params.dout.row +
+                         h * params.dout.head;
       const auto* out = static_cast<decltype(type)>(p.out.data) + b * p.out.batch + at * p.out.row + h * p.out.head;
       const RowView& dlse = params.dlse;
       statistics.delta[i] = dot<T>(dout, out, p.head_dim_v);

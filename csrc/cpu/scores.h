@@ -38,9 +38,8 @@ struct ScoreRules {
   ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int64_t b, int64_t h)
       : p(p), sequence(sequence), batch_head(b * p.num_heads + h), scale(T(p.softmax_scale)), softcap(T(p.softcap)) {
     has_slope = p.alibi_slopes != nullptr;
-    slope = has_slope
-                ? static_cast<const T*>(p.alibi_slopes)[b * p.alibi_batch_stride + h * p.alibi_head_stride]
-                : T(0);
+    slope =
+        has_slope ? static_cast<const T*>(p.alibi_slopes)[b * p.alibi_batch_stride + h * p.alibi_head_stride] : T(0);
     const bool biased = p.mask.data != nullptr && p.mask.dtype != DType::kBool;
     extended = p.softcap > 0.0 || biased || has_slope || p.sinks != nullptr || !(p.softmax_scale > 0.0);
     exponent_scale = T(extended ? kLog2E : kLog2E * p.softmax_scale);
@@ -235,8 +234,8 @@ void apply_window(const ScoreRules<T>& rules, const Tile& tile, T* s, int64_t ld
   });
 }
 
-/// From s = q.k to scores as ScoreRules keeps them. s, softcap_slope (null: not wanted) and `bias`, which is scratch, are
-/// (columns, ld), rows as lanes.
+/// From s = q.k to scores as ScoreRules keeps them. s, softcap_slope (null: not wanted) and `bias`, which is scratch,
+/// are (columns, ld), rows as lanes.
 template <typename T>
 void apply_rules(const ScoreRules<T>& rules, const Tile& tile, T* s, T* bias, T* softcap_slope, int64_t ld) {
   // Scaling waits for the first sum, and is rounded with it.

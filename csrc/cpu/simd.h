@@ -215,7 +215,8 @@ FLASH_ATTN_INLINE Vec<double> exp2_tail(Vec<double> f) {
   return y * f + 0.69314718055994530942;
 }
 
-/// 2^(x * scale), the product unrounded. 0 where the result would not be a normal number, also for x = -inf; NaN for NaN.
+/// 2^(x * scale), the product unrounded. 0 where the result would not be a normal number, also for x = -inf; NaN for
+/// NaN.
 template <typename T>
 FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
   using C = Constants<T>;
@@ -231,7 +232,8 @@ FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
     y = _mm512_maskz_scalef_pd(__mmask8(-1), power, n);
   }
 #else
-  const Vec<T> scaled = bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
+  const Vec<T> scaled =
+      bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
   const Vec<T> y = shifted < C::kRound + C::kMaxExponent ? scaled : shifted * T(__builtin_huge_val());
 #endif
   return shifted < C::kRound + C::kMinExponent ? Vec<T>{} : y;
@@ -245,8 +247,8 @@ FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> y = (magnitude > C::kTanhLimit ? broadcast<T>(C::kTanhLimit) : magnitude) * T(2 * kLog2E);
   const Vec<T> shifted = y + C::kRound;
   const Vec<T> f = y - (shifted - C::kRound);
-  const Vec<T> power = bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissaBits) +
-                                        bit_cast<IntVec<T>>(broadcast<T>(T(1))));
+  const Vec<T> power =
+      bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissaBits) + bit_cast<IntVec<T>>(broadcast<T>(T(1))));
   const Vec<T> expm1 = f * exp2_tail(f) * power + (power - T(1));
   const Vec<T> t = expm1 / (expm1 + T(2));
   return x != x ? x : (x < T(0) ? -t : t);
@@ -254,17 +256,17 @@ FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
 
 // Transposition of kLanes x kLanes elements: log2(kLanes) rounds of the perfect shuffle.
 
-#define FLASH_ATTN_ZIP2(a, b, lo, hi)              \
+#define FLASH_ATTN_ZIP2(a, b, lo, hi)             \
   (lo) = __builtin_shufflevector((a), (b), 0, 2); \
   (hi) = __builtin_shufflevector((a), (b), 1, 3)
-#define FLASH_ATTN_ZIP4(a, b, lo, hi)                    \
+#define FLASH_ATTN_ZIP4(a, b, lo, hi)                   \
   (lo) = __builtin_shufflevector((a), (b), 0, 4, 1, 5); \
   (hi) = __builtin_shufflevector((a), (b), 2, 6, 3, 7)
-#define FLASH_ATTN_ZIP8(a, b, lo, hi)                                  \
+#define FLASH_ATTN_ZIP8(a, b, lo, hi)                                 \
   (lo) = __builtin_shufflevector((a), (b), 0, 8, 1, 9, 2, 10, 3, 11); \
   (hi) = __builtin_shufflevector((a), (b), 4, 12, 5, 13, 6, 14, 7, 15)
-#define FLASH_ATTN_ZIP16(a, b, lo, hi)                                                                     \
-  (lo) = __builtin_shufflevector((a), (b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);       \
+#define FLASH_ATTN_ZIP16(a, b, lo, hi)                                                              \
+  (lo) = __builtin_shufflevector((a), (b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); \
   (hi) = __builtin_shufflevector((a), (b), 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 
 template <typename T>

@@ -96,8 +96,8 @@ void pack_transposed(const Rows& src, int64_t rows_padded, typename Arithmetic::
       for (int64_t c = 0; c < operands; c += W) {
         Vec<Operand> block[W];
         for (int i = 0; i < W; ++i) {
-          block[i] = src.present(r + i) ? load_operands<Operand>(data + (r + i) * src.stride, c, src.columns)
-                                        : Vec<Operand>{};
+          block[i] =
+              src.present(r + i) ? load_operands<Operand>(data + (r + i) * src.stride, c, src.columns) : Vec<Operand>{};
         }
         transpose<Operand>(block);
         const int64_t kept = min(W, operands - c);

@@ -1,0 +1,151 @@
+"""Times this package's attention against every other implementation that is installed, all in one process.
+
+Calls of all backends are interleaved in random order, and the median of --rounds is taken. On CUDA each call comes
+behind a flush of the L2 cache and a delay on the device that hides the host's time. Before anything is timed, results
+are compared, and the run stops if they differ. A ratio is the other one's time over ours: above 1 ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import report
+import timing
+import torch
+from backends import BACKENDS, Contender, Inputs, check, contenders
+from shapes import SUITES, Problem, Selection, problems_of
+
+import flash_attn
+
+PASSES = {
+    "fwd": ("fwd",),
+    "bwd": ("bwd",),
+    "both": ("fwd", "bwd"),
+    "step": ("step",),
+    "all": ("fwd", "bwd", "step"),
+}
+HOST_PASSES = ("host_fwd", "host_train_fwd", "host_bwd")
+
+
+def timed_call(contender: Contender, passes: str) -> timing.Timed:
+    """The call to time: forward without gradients; backward alone of a graph that is kept; or both in one, a step."""
+
+    def gradients(out: torch.Tensor, retain_graph: bool) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, contender.leaves, contender.dout, retain_graph=retain_graph)
+
+    passes = passes.removeprefix("host_")
+    enter = partial(contender.entered, grad=passes != "fwd")
+    if passes in ("fwd", "train_fwd"):
+        return enter, contender.forward
+    if passes == "step":
+        return enter, lambda: gradients(contender.forward(), False)
+    with enter():
+        out = contender.forward()
+    return enter, lambda: gradients(out, True)
+
+
+def kernel_of(able: list[Contender], train: bool) -> dict[str, str]:
+    """Which of our kernels runs."""
+    mine = next((contender for contender in able if contender.name == "ours"), None)
+    if mine is None:
+        return {}
+    with mine.entered(grad=train):
+        call = flash_attn.explain(mine.forward).calls[0]
+    choice = call.backward if train and call.backward is not None else call.forward
+    return {"ours_kernel": f"{choice.family}: {choice.kernel}"}
+
+
+def measure(problem: Problem, args: argparse.Namespace) -> list[report.Row]:
+    """All passes of one problem."""
+    device = torch.device(args.device)
+    inputs = Inputs(problem, device)
+    wanted = HOST_PASSES if args.suite == "host" else PASSES[args.passes]
+    train = any(passes not in ("fwd", "host_fwd") for passes in wanted)
+    able, unsuited = contenders(args.backends, inputs, train)
+    agreement = check(able, problem.dtype, train)
+    timer: Callable[..., list[float]] = timing.device_times if device.type == "cuda" else timing.cpu_times
+    if args.suite == "host":
+        timer = timing.host_times
+    rows = []
+    for passes in wanted:
+        calls = [timed_call(contender, passes) for contender in able]
+        times = dict(zip((contender.name for contender in able), timer(calls, args.rounds), strict=True))
+        memory = {}
+        if device.type == "cuda":
+            # Backward's own peak would leave out what forward keeps for it: both together are measured.
+            whole = "fwd" if passes in ("fwd", "host_fwd") else "step"
+            memory = {contender.name: timing.peak_bytes(timed_call(contender, whole)) for contender in able}
+        notes = {"agreement": agreement, **kernel_of(able, passes in ("bwd", "step", "host_bwd"))}
+        rows.append(report.make_row(problem, passes, times, memory, unsuited, notes))
+    return rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="peers", help="problems; host is the host's time for each call")
+    add("--pass", dest="passes", choices=PASSES, default="both", help="both is fwd and bwd; step is the two as one")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--head-dims", type=int, nargs="+", metavar="D")
+    add("--seqlens", type=int, nargs="+", metavar="S")
+    add("--causal", choices=["full", "causal", "both"], default="both")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+    add("--only-backend", choices=BACKENDS, nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)}")
+    add("--flex", action="store_true", help="FlexAttention too, which compiles for every problem")
+    add("--rounds", type=int, default=9, help="samples of each call; their median counts (default 9)")
+    add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
+    add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
+    add("--threads", type=int, help="torch.set_num_threads")
+    add("--out", type=Path, help="folder for the JSON files; default results/DEVICE for a whole suite, else not saved")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    # torch's math path takes longer on a GPU than all others together, and only runs short sequences there.
+    left_out = {"flex": not args.flex, "math": args.device == "cuda" and args.suite in ("peers", "sweep")}
+    args.backends = args.only_backend or [name for name in BACKENDS if not left_out.get(name, False)]
+    narrowed = args.head_dims or args.seqlens or args.dtype or args.causal != "both" or args.only_backend
+    if args.out is None and not narrowed:
+        args.out = Path(__file__).parent / "results" / report.folder_name(torch.device(args.device))
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    selection = Selection(
+        on_cuda=args.device == "cuda",
+        head_dims=args.head_dims,
+        causal={"full": (False,), "causal": (True,), "both": None}[args.causal],
+        seqlens=args.seqlens,
+        dtypes=args.dtype,
+        count=args.count,
+        seed=args.seed,
+    )
+    problems = problems_of(args.suite, selection)
+    if not problems:
+        raise SystemExit(f"suite {args.suite} has no problem of these sizes")
+    head = report.header(torch.device(args.device))
+    print(f"{head['device']}, {head['threads']} threads, {head['versions']}, commit {head['commit']}", flush=True)
+    progress = report.Progress(len(problems))
+    progress.draw()
+    rows: list[report.Row] = []
+    with timing.ClockLog(enabled=args.device == "cuda") as clock:
+        for problem in problems:
+            new = measure(problem, args)
+            rows += new
+            progress.step([report.row_text(problem, row) for row in new])
+            if args.out is not None:
+                head["sm_clock"] = clock.summary()
+                report.save(args.out, args.suite, head, rows)
+    print(*report.summary(rows), sep="\n")
+    print(f"SM clock: {clock.summary()}" if args.device == "cuda" else "", end="\n" if args.device == "cuda" else "")
+    if args.out is not None:
+        print("saved:", *report.save(args.out, args.suite, head, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The problems that are measured."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+MASKS = ("none", "padding", "documents", "random", "bias", "bias_gradient")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem. Tensors are (batch, seqlen, heads, head_dim) in memory, packed when `lengths` are given.
+
+    Attributes:
+        mask: what is handed over as a dense attn_mask: nothing; bool (batch, 1, 1, seqlen), keys beyond each length;
+            bool (1, 1, seqlen, seqlen), four documents; the same shape at random, half of it true; a bias
+            (1, heads, seqlen, seqlen) of q's dtype; that bias with its gradient.
+        window: keys left of the diagonal that a causal row sees; -1 is all.
+        lengths: of the packed sequences, for the varlen functions.
+    """
+
+    head_dim: int
+    causal: bool
+    seqlen: int
+    batch: int
+    heads: int
+    dtype: str = "bf16"
+    heads_k: int = 0
+    mask: str = "none"
+    window: int = -1
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads_k or self.heads
+
+    @property
+    def padded_lengths(self) -> tuple[int, ...]:
+        """Keys that each sequence keeps under the padding mask: from all of them down to a half."""
+        return tuple(self.seqlen - self.seqlen * i // (2 * self.batch) for i in range(self.batch))
+
+    @property
+    def visible_pairs(self) -> float:
+        """(query, key) pairs a head that take part; causal counts as half, as everybody counts it."""
+        n = self.seqlen
+        half = 0.5 if self.causal else 1.0
+        if self.lengths:
+            return half * sum(length * length for length in self.lengths)
+        if self.mask == "padding":
+            return half * n * sum(self.padded_lengths)
+        if self.mask == "documents":
+            return half * self.batch * n * n / 4
+        if 0 <= self.window < n:
+            return self.batch * (n * (self.window + 1) - self.window * (self.window + 1) / 2)
+        return half * self.batch * n * n
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths) if self.lengths else self.batch * self.seqlen
+
+    def flops(self, passes: str) -> float:
+        """Of the two matrix products forward; backward counts 2.5 times that, as everybody counts it."""
+        forward = 4.0 * self.visible_pairs * self.heads * self.head_dim
+        return forward * {"fwd": 1.0, "bwd": 2.5, "step": 3.5}[passes]
+
+    def bytes(self, passes: str) -> float:
+        """Least traffic: q, k, v, out forward; those, dout, dq, dk, dv backward."""
+        size = {"bf16": 2, "fp16": 2, "fp32": 4}[self.dtype]
+        forward = 2 * self.tokens * self.head_dim * (self.heads + self.kv_heads) * size
+        return forward * {"fwd": 1, "bwd": 2, "step": 3}[passes]
+
+    def __str__(self) -> str:
+        parts = [f"d{self.head_dim}", "causal" if self.causal else "full", self.dtype]
+        parts.append(
+            f"{len(self.lengths)} packed, {self.tokens} in all" if self.lengths else f"{self.batch}x{self.seqlen}"
+        )
+        parts.append(f"{self.heads} heads" + (f" on {self.heads_k}" if self.heads_k else ""))
+        parts += [self.mask] * (self.mask != "none") + [f"window {self.window}"] * (self.window >= 0)
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line leaves of a suite; None leaves everything."""
+
+    on_cuda: bool
+    head_dims: Sequence[int] | None = None
+    causal: Sequence[bool] | None = None
+    seqlens: Sequence[int] | None = None
+    dtypes: Sequence[str] | None = None
+    count: int = 20
+    seed: int = 0
+
+    def apply(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems of the chosen sizes, each in every chosen dtype."""
+        kept = [
+            problem
+            for problem in problems
+            if (self.head_dims is None or problem.head_dim in self.head_dims)
+            and (self.causal is None or problem.causal in self.causal)
+            and (self.seqlens is None or problem.seqlen in self.seqlens)
+        ]
+        if self.dtypes is None:
+            return kept
+        return list(dict.fromkeys(replace(problem, dtype=dtype) for dtype in self.dtypes for problem in kept))
+
+
+def peers(selection: Selection) -> list[Problem]:
+    """On CUDA 16,384 tokens and 2,048 features a call, as other projects publish; on the CPU sizes that it can take.
+
+    Head dimensions and lengths that the command line names are added.
+    """
+    if selection.on_cuda:
+        return [
+            Problem(head_dim, causal, seqlen, max(1, 16384 // seqlen), max(1, 2048 // head_dim))
+            for head_dim in selection.head_dims or (64, 128, 256)
+            for causal in (False, True)
+            for seqlen in selection.seqlens or (512, 1024, 2048, 4096, 8192, 16384)
+        ]
+    sizes = ((8, 8, 256, 64), (8, 8, 256, 32), (4, 16, 1024, 128), (1, 8, 2048, 80), (1, 8, 4096, 64))
+    return [
+        Problem(head_dim, causal, seqlen, batch, heads, dtype)
+        for dtype in ("fp32", "bf16")
+        for batch, heads, seqlen, head_dim in sizes
+        for causal in (False, True)
+    ]
+
+
+def sweep(selection: Selection) -> list[Problem]:
+    """Random problems, most of them of no round size."""
+    chance = random.Random(selection.seed)
+    tokens = 16384 if selection.on_cuda else 1024
+    problems = []
+    for _ in range(selection.count):
+        seqlen = int(2 ** chance.uniform(4, 14 if selection.on_cuda else 10))
+        heads_k = chance.choice((1, 2, 4, 8))
+        group = chance.choice((1, 1, 2, 4))
+        problems.append(
+            Problem(
+                head_dim=chance.choice((32, 40, 64, 80, 96, 112, 128, 160, 192, 256)),
+                causal=chance.random() < 0.5,
+                seqlen=seqlen,
+                batch=max(1, int(tokens / seqlen * chance.uniform(0.3, 1))),
+                heads=heads_k * group,
+                dtype=chance.choice(("bf16", "bf16", "fp16") if selection.on_cuda else ("bf16", "fp32")),
+                heads_k=heads_k if group > 1 else 0,
+            )
+        )
+    return problems
+
+
+def varlen(selection: Selection) -> list[Problem]:
+    """Packed sequences: of one length, of random lengths, and one long among short ones."""
+    total = 16384 if selection.on_cuda else 2048
+    chance = random.Random(selection.seed)
+    cuts = sorted(chance.sample(range(1, total), 15))
+    mixes = (
+        (total // 8,) * 8,
+        tuple(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)),
+        (total // 2, *(total // 64,) * 32),
+    )
+    return [
+        Problem(head_dim, causal, max(lengths), len(lengths), 2048 // head_dim, _dtype(selection), lengths=lengths)
+        for head_dim in (64, 128)
+        for causal in (False, True)
+        for lengths in mixes
+    ]
+
+
+def gqa(selection: Selection) -> list[Problem]:
+    """Fewer heads of keys and values."""
+    seqlen, batch = (4096, 4) if selection.on_cuda else (512, 2)
+    return [
+        Problem(head_dim, causal, seqlen, batch, 2048 // head_dim, _dtype(selection), heads_k=2048 // head_dim // group)
+        for head_dim in (64, 128, 256)
+        for causal in (False, True)
+        for group in (4, 8)
+    ]
+
+
+def window(selection: Selection) -> list[Problem]:
+    """Causal sliding windows."""
+    seqlen, windows = (16384, (256, 1024, 4096)) if selection.on_cuda else (2048, (128, 512))
+    return [
+        Problem(head_dim, True, seqlen, 1, 2048 // head_dim, _dtype(selection), window=width)
+        for head_dim in (64, 128)
+        for width in windows
+    ]
+
+
+def mask(selection: Selection) -> list[Problem]:
+    """Dense masks and biases."""
+    batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
+    return [
+        Problem(head_dim, False, seqlen, batch, heads, _dtype(selection), mask=kind)
+        for head_dim in (64, 128)
+        for kind in MASKS[1:]
+    ]
+
+
+def fp32(selection: Selection) -> list[Problem]:
+    """Single precision; TF32 is off."""
+    batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
+    return [Problem(d, causal, seqlen, batch, heads, "fp32") for d in (64, 128) for causal in (False, True)]
+
+
+def host(selection: Selection) -> list[Problem]:
+    """One tiny problem: what a call costs the host."""
+    return [Problem(64, False, 128, 1, 1, _dtype(selection))]
+
+
+SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
+    suite.__name__: suite for suite in (peers, sweep, varlen, gqa, window, mask, fp32, host)
+}
+
+
+def _dtype(selection: Selection) -> str:
+    return "bf16" if selection.on_cuda else "fp32"
+
+
+def problems_of(suite: str, selection: Selection) -> list[Problem]:
+    """The problems of a suite that the command line asks for."""
+    return selection.apply(SUITES[suite](selection))

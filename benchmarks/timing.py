@@ -1,0 +1,149 @@
+"""Timing by CUDA events or the host's clock, peak memory, and the GPU's clock rate while it works."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+Entered = Callable[[], AbstractContextManager[object]]
+Timed = tuple[Entered, Callable[[], object]]  # what to enter around a call, and the call
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
+DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host needs to enqueue a forward or backward pass
+SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU shorter calls are repeated within a sample
+HOST_CALLS = 500  # calls a sample of host time; fewer launches than a CUDA stream queues
+
+
+def _shuffled_rounds(count: int, rounds: int) -> list[list[int]]:
+    """An order for each round, so that heat, clocks and neighbours fall on all alike."""
+    return [random.sample(range(count), count) for _ in range(rounds)]
+
+
+def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
+    """Median milliseconds on the GPU of each call, after one round to warm up.
+
+    Each call comes behind a write to `FLUSH_BYTES`, so that its inputs are not in L2, and a delay on the device, so
+    that all its kernels are enqueued before the first one starts.
+    """
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in timed]
+    for order in _shuffled_rounds(len(timed), rounds + 1):
+        for i in order:
+            enter, call = timed[i]
+            with enter():
+                flush.zero_()
+                torch.cuda._sleep(DELAY_CYCLES)
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+            events[i].append((start, end))
+        torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in pairs[1:]) for pairs in events]
+
+
+def cpu_times(timed: Sequence[Timed], rounds: int) -> list[float]:
+    """Median milliseconds of each call by the host's clock, after one round to warm up."""
+    repeats = []
+    for enter, call in timed:
+        with enter():
+            call()
+            start = time.perf_counter()
+            call()
+            repeats.append(max(1, round(SHORTEST_SAMPLE / (time.perf_counter() - start))))
+    return _host_samples(timed, rounds, repeats)
+
+
+def host_times(timed: Sequence[Timed], rounds: int) -> list[float]:
+    """Median milliseconds that a call holds the host up, results not waited for."""
+    return _host_samples(timed, rounds + 1, [HOST_CALLS] * len(timed))
+
+
+def _host_samples(timed: Sequence[Timed], rounds: int, repeats: Sequence[int]) -> list[float]:
+    cuda = torch.cuda.is_available()
+    samples: list[list[float]] = [[] for _ in timed]
+    for order in _shuffled_rounds(len(timed), rounds):
+        for i in order:
+            enter, call = timed[i]
+            with enter():
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(repeats[i]):
+                    call()
+                samples[i].append((time.perf_counter() - start) / repeats[i] * 1e3)
+    return [statistics.median(values) for values in samples]
+
+
+def peak_bytes(timed: Timed) -> int:
+    """Most device memory in use during a call, above what was in use before it."""
+    enter, call = timed
+    with enter():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+    return peak
+
+
+class ClockLog:
+    """Reads SM clock, power and temperature four times a second while the block runs, by nvidia-smi."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the log
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> ClockLog:
+        if self.enabled:
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+            query = [
+                "--query-gpu=clocks.sm,power.draw,temperature.gpu,utilization.gpu",
+                "--format=csv,noheader,nounits",
+            ]
+            try:
+                self.process = subprocess.Popen(
+                    ["nvidia-smi", f"--id=GPU-{uuid}", *query, "--loop-ms=250"],
+                    stdout=self.file,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+            except OSError:
+                self.process = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+    def summary(self) -> dict[str, float] | None:
+        """Median and extremes of the samples in which the GPU was busy; None without any."""
+        self.file.seek(0)
+        rows = []
+        for line in self.file.read().splitlines():
+            try:
+                rows.append([float(value) for value in line.split(",")])
+            except ValueError:
+                continue  # a line cut off by the end, or a quantity that this GPU does not report
+        busy = [row for row in rows if len(row) == 4 and row[3] > 0]
+        if not busy:
+            return None
+        clocks = [row[0] for row in busy]
+        return {
+            "median_mhz": statistics.median(clocks),
+            "min_mhz": min(clocks),
+            "max_mhz": max(clocks),
+            "median_watts": statistics.median(row[1] for row in busy),
+            "max_celsius": max(row[2] for row in busy),
+        }

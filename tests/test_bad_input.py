@@ -1,0 +1,144 @@
+"""Every refusal of the op: an exception, raised before anything runs, that names the argument, what came and what is
+accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flash_attn import ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _qkv(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    shape = shape or (2, 5, 4, 8)
+    return {name: torch.randn(shape).to(dtype) for name in "qkv"}
+
+
+def _packed(**changes: Any) -> dict[str, Any]:
+    starts = torch.tensor([0, 3, 9], dtype=torch.int32)
+    arguments = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 6, "max_seqlen_k": 6}
+    return _qkv(9, 4, 8) | arguments | changes
+
+
+INT32 = torch.int32
+
+REFUSALS: list[tuple[str, dict[str, Any]]] = [
+    (r"q must be \(batch, seqlen, heads, head_dim\).*\(5, 4, 8\)", {"q": torch.randn(5, 4, 8)}),
+    (r"k must be \(batch, seqlen, heads, head_dim\)", {"k": torch.randn(2, 5, 4)}),
+    ("q must be float64, float32, bfloat16 or float16", _qkv(dtype=torch.int32)),
+    ("same dtype.*float32, float16 and float32", {"k": torch.randn(2, 5, 4, 8).half()}),
+    ("same batch, seqlen and heads", {"v": torch.randn(2, 6, 4, 8)}),
+    ("same batch, seqlen and heads", {"v": torch.randn(2, 5, 2, 8)}),
+    ("same batch, but q has 3 and k 2", {"q": torch.randn(3, 5, 4, 8)}),
+    ("same head_dim", {"q": torch.randn(2, 5, 4, 9)}),
+    ("must divide those of q, but q has 5 and k 4", {"q": torch.randn(2, 5, 5, 8)}),
+    (r"attn_mask must broadcast.*\(2, 4, 5, 5\).*\(2, 4, 5, 6\)", {"attn_mask": torch.randn(2, 4, 5, 6)}),
+    ("attn_mask must broadcast", {"attn_mask": torch.randn(5, 5)}),
+    ("attn_mask must be bool, float32 or q's dtype", {"attn_mask": torch.zeros(1, 1, 5, 5, dtype=INT32)}),
+    ("attn_mask must be bool, float32 or q's dtype", {"attn_mask": torch.zeros(1, 1, 5, 5).half()}),
+    ("alibi_slopes must be float32, but is float64", {"alibi_slopes": torch.zeros(4, dtype=torch.float64)}),
+    (r"alibi_slopes must have shape \(num_heads\) = \(4,\)", {"alibi_slopes": torch.zeros(3)}),
+    ("sinks must be float32", {"sinks": torch.zeros(4, dtype=torch.bfloat16)}),
+    ("sinks must have shape", {"sinks": torch.zeros(2, 4)}),
+    ("window must be two numbers >= 0, or -1", {"window_left": -2}),
+    ("window must be two numbers >= 0, or -1", {"window_right": -3}),
+    ("causal must be 0", {"causal": 3}),
+    ("softcap must be 0 .off. or a positive number", {"softcap": -1.0}),
+    ("softcap must be 0 .off. or a positive number", {"softcap": float("nan")}),
+    (r"dropout_p must be in \[0, 1\], but is 1.5", {"dropout_p": 1.5, "rng_state": torch.tensor([1, 2])}),
+    (r"dropout_p must be in \[0, 1\]", {"dropout_p": -0.5}),
+    (r"dropout_p must be in \[0, 1\]", {"dropout_p": float("nan")}),
+    ("rng_state must be int64", {"dropout_p": 0.5, "rng_state": torch.tensor([1.0, 2.0])}),
+    ("rng_state must have shape", {"dropout_p": 0.5, "rng_state": torch.tensor([1])}),
+    ("seqused_k must be int32, but is int64", {"seqused_k": torch.tensor([1, 2])}),
+    (r"seqused_q must have shape \(batch\) = \(2,\)", {"seqused_q": torch.tensor([1], dtype=INT32)}),
+    ("cu_seqlens_q must be int32, but is int64", _packed(cu_seqlens_q=torch.tensor([0, 3, 9]))),
+    ("cu_seqlens_k must have shape", _packed(cu_seqlens_k=torch.tensor([0, 9], dtype=INT32))),
+    ("max_seqlen_q must be given", _packed(max_seqlen_q=None)),
+    ("max_seqlen_k must be >= 0", _packed(max_seqlen_k=-1)),
+    (r"q must be \(total, heads, head_dim\) with cu_seqlens", _packed(q=torch.randn(1, 9, 4, 8))),
+]
+
+HOST_LENGTHS: list[tuple[str, dict[str, Any]]] = [
+    ("cu_seqlens_q must not decrease", _packed(cu_seqlens_q=torch.tensor([0, 6, 3], dtype=INT32))),
+    ("cu_seqlens_k must not decrease", _packed(cu_seqlens_k=torch.tensor([0, 3, 10], dtype=INT32))),
+    ("max_seqlen.*but is 5 and sequence 1 has 6", _packed(max_seqlen_q=5)),
+    ("seqused_k must lie in", {"seqused_k": torch.tensor([5, 6], dtype=INT32)}),
+    ("seqused_q must lie in", _packed(seqused_q=torch.tensor([-1, 2], dtype=INT32))),
+]
+
+
+def _call(device: str, changes: dict[str, Any]) -> None:
+    arguments = _qkv() | changes
+    ops.attention(**{n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("text, changes", REFUSALS, ids=[str(i) + " " + t[:30] for i, (t, _) in enumerate(REFUSALS)])
+def test_a_wrong_argument_is_refused(text: str, changes: dict[str, Any], device: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        _call(device, changes)
+
+
+@pytest.mark.parametrize("text, changes", HOST_LENGTHS)
+def test_lengths_in_host_memory_are_checked_in_full(text: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        _call("cpu", changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text, changes", HOST_LENGTHS)
+def test_lengths_on_a_device_are_checked_on_request_and_clamped_otherwise(
+    text: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _call("cuda", changes)
+    torch.cuda.synchronize()
+    monkeypatch.setattr(ops, "_CHECK_LENGTHS", True)
+    with pytest.raises(RuntimeError):
+        _call("cuda", changes)
+
+
+def test_an_unsupported_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_CPU", "mmx")
+    with pytest.raises(RuntimeError, match=r"FLASH_ATTN_CPU must name an instruction set of this processor.*mmx"):
+        ops.attention(**_qkv())
+
+
+def test_gradients_of_what_has_none_are_refused() -> None:
+    inputs = _qkv()
+    out, lse = ops.attention(**inputs)
+    options: dict[str, Any] = {
+        "max_seqlen_q": 5,
+        "max_seqlen_k": 5,
+        "softmax_scale": None,
+        "causal": 0,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+        "heads_first": False,
+        "deterministic": False,
+    }
+
+    def backward(
+        mask: Any = None, out: torch.Tensor = out, needs: tuple[bool, ...] = (True,) * 3 + (False,) * 3
+    ) -> None:
+        tensors = (*inputs.values(), mask, *(None,) * 7)
+        torch.ops.flash_attn.backward(torch.ones_like(out), None, *tensors, out, lse, needs=list(needs), **options)
+
+    backward()
+    only_mask = (False, False, False, True, False, False)
+    with pytest.raises(RuntimeError, match="attn_mask must be a floating-point tensor"):
+        backward(torch.ones(1, 1, 5, 5, dtype=torch.bool), needs=only_mask)
+    with pytest.raises(RuntimeError, match="alibi_slopes must be given"):
+        backward(needs=(False,) * 4 + (True, False))
+    with pytest.raises(RuntimeError, match="sinks must be given"):
+        backward(needs=(False,) * 5 + (True,))
+    with pytest.raises(RuntimeError, match="needs must have 6 entries"):
+        backward(needs=(True,))
+    with pytest.raises(RuntimeError, match="dout must have shape"):
+        backward(out=out[:, :4])

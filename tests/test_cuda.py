@@ -1,0 +1,167 @@
+"""What is particular to CUDA: devices, streams, graphs, memory, sizes, and the choice of a family."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems import Problem, check, random_problem
+
+from flash_attn import explain, ops
+from flash_attn import scaled_dot_product_attention as sdpa
+
+pytestmark = pytest.mark.gpu
+FORCED = os.environ.get("FLASH_ATTN_FORCE")
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+
+
+def _qkv(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> list[Tensor]:
+    return [torch.randn(*shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, ...]:
+    out = sdpa(q, k, v, is_causal=True, dropout_p=dropout)
+    return (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_cuda_graphs_capture_a_training_step_and_replays_draw_fresh_masks(dropout: float) -> None:
+    q, k, v = _qkv(2, 3, 130, 64)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _step(q, k, v, dropout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _step(q, k, v, dropout)
+    graph.replay()
+    first = [x.clone() for x in results]
+    graph.replay()
+    second = [x.clone() for x in results]
+    if dropout:
+        assert not torch.equal(first[0], second[0])
+    else:
+        for a, b, c in zip(first, second, _step(q, k, v), strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    q, k, v = _qkv(2, 3, 130, 64)
+    packed = [x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    starts = torch.tensor([0, 100, 260], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(q, k, v, 0.1)
+        out, _ = ops.attention(*packed, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=160, max_seqlen_k=160)
+        torch.autograd.grad(out.sum(), packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_it_runs_on_the_current_stream() -> None:
+    q, k, v = _qkv(2, 3, 1000, 64)
+    expected = _step(q, k, v)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = [(x * 1).detach().requires_grad_() for x in (q, k, v)]
+        got = _step(*late)
+    stream.synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@two_devices
+def test_it_runs_where_its_tensors_are_whatever_device_is_current() -> None:
+    q, k, v = _qkv(2, 3, 130, 64)
+    expected = _step(q, k, v)
+    others = [x.detach().to("cuda:1").requires_grad_() for x in (q, k, v)]
+    with torch.cuda.device(0):
+        got = _step(*others)
+        assert torch.cuda.current_device() == 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+    with pytest.raises(RuntimeError, match="k must be on q's device"):
+        sdpa(q, others[1], others[2])
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    if FORCED not in (None, "universal"):
+        pytest.skip("asked of the forced family by its own tests")
+    q, k, v = _qkv(2, 4, 700, 64, dtype=torch.float32)
+    first = _step(q, k, v)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(_step(q, k, v), first, strict=True))
+
+
+def test_out_of_memory_is_torchs_error_and_says_how_much() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    rows = free // 64 // 4 + 2**24
+    q = torch.zeros(64, device="cuda").expand(1, 1, rows, 64)
+    k = torch.zeros(1, 1, 1, 64, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError, match="MiB for out"):
+        sdpa(q, k, k)
+
+
+def test_tensors_beyond_2_to_the_31_elements() -> None:
+    batch, heads, rows = 2**15 + 3, 16, 70
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    q = torch.randn(batch, heads, rows, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    assert q.numel() > 2**31
+    out = sdpa(q, q, q, is_causal=True)
+    (gradient,) = torch.autograd.grad(out, q, out.detach())
+    for b in (0, batch // 2, batch - 1):
+        x = q[b : b + 1].detach().requires_grad_()
+        expected = sdpa(x, x, x, is_causal=True)
+        assert torch.equal(out[b : b + 1], expected)
+        torch.testing.assert_close(gradient[b : b + 1], torch.autograd.grad(expected, x, expected.detach())[0])
+
+
+@pytest.mark.parametrize("batch, heads", [(70_000, 1), (1, 70_000), (300, 300)])
+def test_more_than_65535_heads_and_sequences(batch: int, heads: int) -> None:
+    x = torch.randn(batch, heads, 3, 8, device="cuda", requires_grad=True)
+    out = sdpa(x, x, x)
+    expected = torch.softmax(x @ x.transpose(-1, -2) / 8**0.5, -1) @ x
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    got, want = (torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_forced_family_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _qkv(1, 2, 64, 64)
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "universal")
+    assert explain(q, k, v).calls[0].forward.family == "universal"
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "tpu")
+    with pytest.raises(RuntimeError, match="FLASH_ATTN_FORCE=tpu.*no such family"):
+        sdpa(q, k, v)
+    if torch.cuda.get_device_capability() == (9, 0):
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
+        with pytest.raises(RuntimeError, match="FLASH_ATTN_FORCE=sm90.*bfloat16"):
+            sdpa(q, k, v)
+
+
+def _tensor_core_problem(seed: int) -> Problem:
+    """A random problem that the tensor-core families take."""
+    problem = random_problem(seed, (torch.bfloat16, torch.float16), max_seqlen=700)
+    dims = (8, 64, 72, 96, 128, 192, 256)
+    head_dim = dims[seed % 7]
+    plain = replace(problem, mask="", softcap=0.0, slopes="", sinks=False, dropout=0.0, scale=None, head_dim=head_dim)
+    layout = {"strided": "dense", "misaligned": "qkv" if not plain.packed else "dense"}.get(plain.layout, plain.layout)
+    return replace(plain, head_dim_v=128 if head_dim == 192 and seed % 2 else head_dim, layout=layout)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 50))
+def test_random_problems_of_the_tensor_core_families(first: int) -> None:
+    failures = []
+    for seed in range(first, first + 50):
+        try:
+            check(_tensor_core_problem(seed), "cuda")
+        except Exception as error:
+            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+    assert not failures, f"{len(failures)} of 50 problems miss\n" + "\n".join(failures[:10])

@@ -1,0 +1,49 @@
+"""The op library's promises to the dynamic linker: one build for any torch >= 2.11 and any Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from flash_attn.library import LIBRARY
+
+pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+
+_ALLOWED = re.compile(
+    r"lib(torch|torch_cpu|c10|stdc\+\+|m|gcc_s|c|dl|rt|pthread|asan|ubsan)\.so[.\d]*|ld-linux[\w-]*\.so[.\d]*"
+)
+
+
+def _read(option: str) -> str:
+    return subprocess.run(["readelf", option, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+
+
+def test_it_needs_libtorch_and_nothing_of_cuda_or_python() -> None:
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _read("-dW"))
+    assert "libtorch.so" in needed
+    assert [name for name in needed if not _ALLOWED.fullmatch(name)] == []
+
+
+def test_what_it_takes_from_torch_is_the_stable_c_interface() -> None:
+    undefined = [line.split()[-1].split("@")[0] for line in _read("-sW").splitlines() if " UND " in line]
+    mangled = [name for name in undefined if re.match(r"_ZNK?(3c10|2at|5torch)", name)]
+    assert mangled == [], "C++ symbols of torch change from release to release"
+    assert [name for name in undefined if name.startswith(("Py", "_Py", "cuda", "cu"))] == []
+    assert any(name.startswith("aoti_torch_") for name in undefined)
+
+
+def test_the_stream_of_cuda_is_a_weak_symbol() -> None:
+    lines = [line for line in _read("-sW").splitlines() if "aoti_torch_get_current_cuda_stream" in line]
+    if not lines:
+        pytest.skip("built without CUDA kernels")
+    assert all("WEAK" in line for line in lines)
+
+
+def test_it_exports_nothing_of_the_cuda_runtime() -> None:
+    exported = [
+        line.split()[-1] for line in _read("--dyn-syms").splitlines() if " GLOBAL " in line and " UND " not in line
+    ]
+    assert [name for name in exported if name.startswith("cuda")] == []
