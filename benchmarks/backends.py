@@ -61,11 +61,13 @@ class Inputs:
     def dense_mask(self) -> Tensor | None:
         """The mask, or window and lengths as one, for an implementation that has neither windows nor packed input."""
         p = self.problem
+        if not p.lengths and p.window < 0:
+            return self.mask
         causal = torch.ones(p.seqlen, p.seqlen, dtype=torch.bool, device=self.device).tril()
         if p.lengths:
             keep = self.valid[:, None, None, :]
             return keep & causal if p.causal else keep
-        return causal.triu(-p.window) if p.window >= 0 else self.mask
+        return causal.triu(-p.window)
 
     def pad(self, x: Tensor) -> Tensor:
         """(tokens, heads, head_dim) to (batch, max_seqlen, heads, head_dim) with zeros."""

@@ -74,7 +74,8 @@ class FlashMHA(nn.Module):
             key: (batch, seq_k, d_model). Default: query, which is self-attention.
             value: (batch, seq_k, d_model). Default: key.
             attn_mask: as in `scaled_dot_product_attention`: bool (True takes part) or floating (added to the scores),
-                broadcasts to (batch, num_heads, seq, seq_k).
+                broadcasts to (batch, num_heads, seq, seq_k), so that a mask for each batch entry is
+                (batch, 1, seq, seq_k). With `causal` both hold.
             key_padding_mask: (batch, seq_k) bool, **True keeps a key, False ignores it**: a tokenizer's attention mask,
                 and the opposite of `nn.MultiheadAttention`'s. A query left with no key gets zeros (before W_o).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .shapes import memory_order
 
 _RAGGED_DIM = 2  # of (batch, heads, ragged length, head_dim)
 
@@ -22,7 +24,7 @@ def is_jagged(*tensors: Tensor) -> bool:
 
 
 def jagged_attention(
-    query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None
+    query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
     """The packed path: offsets are cu_seqlens, and the lengths of a tensor with holes are seqused.
 
@@ -33,10 +35,17 @@ def jagged_attention(
         dropout_p: see `scaled_dot_product_attention`.
         is_causal: see `scaled_dot_product_attention`.
         scale: see `scaled_dot_product_attention`.
+        enable_gqa: see `scaled_dot_product_attention`.
 
     Returns:
         Jagged (batch, heads, ragged L, Ev), with query's offsets.
+
+    Raises:
+        RuntimeError: the numbers of heads do not fit.
     """
+    heads, heads_k = query.shape[1], key.shape[1]
+    if heads_k not in (heads, 1) and not enable_gqa:
+        raise RuntimeError(f"key must have the heads of query, {heads}, or enable_gqa be True, but it has {heads_k}")
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)
     out, _ = ops.attention(
         q,
@@ -88,16 +97,17 @@ def distributed_attention(
     Args:
         attend: attention of local tensors.
         query: DTensor (batch, heads, L, E), on every mesh dimension replicated or sharded over batch (0) or heads (1).
-        key: as query, with the same placements.
-        value: as query, with the same placements.
-        attn_mask: None, a DTensor with query's placements, or, if replicated on every rank, a tensor that broadcasts
-            over the sharded dimensions.
+        key: as query, with the same placements. Where those shard, it has query's size or, over heads, a multiple of
+            the shards.
+        value: as key.
+        attn_mask: None, a DTensor (batch, heads, L | 1, S | 1) with query's placements, or, if replicated on every
+            rank, a tensor that broadcasts over the sharded dimensions.
 
     Returns:
         DTensor with query's placements.
 
     Raises:
-        NotImplementedError: another placement, such as one sharded over the sequence.
+        NotImplementedError: another placement, such as one sharded over the sequence, or heads that do not divide.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -110,15 +120,42 @@ def distributed_attention(
             "query, key and value must have the same placements, each Replicate, Shard(0) (batch) or Shard(1) (heads), "
             f"but have {placements}, {key.placements} and {value.placements}"
         )
+    sharded = [p.dim for p in placements if isinstance(p, Shard)]
+    if sharded and not query.dim() == key.dim() == value.dim() == 4:
+        raise NotImplementedError(
+            "sharded DTensors must be (batch, heads, length, columns), but query, key and value have shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    for name, x in (("key", key), ("value", value)):
+        _check_shards(name, x, query)
     if isinstance(attn_mask, DTensor):
-        if attn_mask.placements != placements:
+        fits = attn_mask.dim() == 4 and all(attn_mask.shape[d] == query.shape[d] for d in sharded)
+        if attn_mask.placements != placements or (sharded and not fits):
             raise NotImplementedError(
-                f"attn_mask must have query's placements {placements}, but has {attn_mask.placements}"
+                f"attn_mask must be (batch, heads, L, S) with query's placements {placements}, but has "
+                f"{attn_mask.placements} and shape {tuple(attn_mask.shape)}"
             )
         attn_mask = attn_mask.to_local()
     local = attend(query.to_local(), key.to_local(), value.to_local(), attn_mask)
     shape = (*query.shape[:-1], value.shape[-1])
-    stride = torch.empty(shape, device="meta").stride()
+    order = memory_order(query)
+    dense = torch.empty([shape[i] for i in order], device="meta").permute([order.index(i) for i in range(len(order))])
     return DTensor.from_local(
-        local, query.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        local, query.device_mesh, placements, run_check=False, shape=dense.shape, stride=dense.stride()
     )
+
+
+def _check_shards(name: str, x: Any, query: Any) -> None:
+    """Each rank must hold just the batch entries and heads of `x` that its part of `query` attends to."""
+    from torch.distributed.tensor import Shard
+
+    for dim, what in ((0, "batch entries"), (1, "heads")):
+        shards = math.prod(
+            x.device_mesh.size(i) for i, p in enumerate(x.placements) if isinstance(p, Shard) and p.dim == dim
+        )
+        even = dim == 1 and x.shape[1] % shards == 0 and query.shape[1] % shards == 0
+        if shards > 1 and x.shape[dim] != query.shape[dim] and not even:
+            raise NotImplementedError(
+                f"over {shards} shards, {name} must have query's {query.shape[dim]} {what}, but has {x.shape[dim]}; "
+                "heads may differ where both numbers are multiples of the shards"
+            )

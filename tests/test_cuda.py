@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from problems import Problem, check, random_problem
-
 from flash_attn import explain, ops
 from flash_attn import scaled_dot_product_attention as sdpa
+from problems import Problem, check, random_problem
 
 pytestmark = pytest.mark.gpu
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
@@ -138,11 +137,11 @@ def test_a_forced_family_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FLASH_ATTN_FORCE", "universal")
     assert explain(q, k, v).calls[0].forward.family == "universal"
     monkeypatch.setenv("FLASH_ATTN_FORCE", "tpu")
-    with pytest.raises(RuntimeError, match="FLASH_ATTN_FORCE=tpu.*no such family"):
+    with pytest.raises(RuntimeError, match=r"FLASH_ATTN_FORCE=tpu.*no such family"):
         sdpa(q, k, v)
     if torch.cuda.get_device_capability() == (9, 0):
         monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
-        with pytest.raises(RuntimeError, match="FLASH_ATTN_FORCE=sm90.*bfloat16"):
+        with pytest.raises(RuntimeError, match=r"FLASH_ATTN_FORCE=sm90.*bfloat16"):
             sdpa(q, k, v)
 
 

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int64_t kTasks = 32;                // as many as there should be at least ...
 constexpr int64_t kMaxSplits = 8;             // ... but no more than this for a head, since each has a dq of its own
-constexpr int64_t kMaxSplitBytes = 64 << 20;  // ... and all of these take no more than this
+constexpr int64_t kMaxSplitBytes = 68 << 20;  // ... and all of these take no more than this: 4 of 65,536 x 64 floats
+constexpr int64_t kQueryBytes = 16 << 20;     // for a head's queries, packed once by a task; where they need more, they
+                                              // are packed anew for every block of keys
 
 template <typename Arithmetic>
 struct BackwardContext {
@@ -21,6 +23,7 @@ struct BackwardContext {
   const BackwardParams& params;
   RowStatistics<Acc> statistics;
   int64_t m_blocks, n_blocks, splits;
+  int64_t query_blocks;  // as many as a task keeps packed: m_blocks or 1
   int64_t ldm, ldd, ldv;
   bool wants_ds;
   // Sums of all tasks; null when a task keeps its own.
@@ -32,9 +35,11 @@ struct BackwardContext {
   explicit BackwardContext(const BackwardParams& params) : params(params), statistics{nullptr, nullptr} {
     const ForwardParams& p = params.forward;
     Arena none(nullptr);
-    const BackwardScratch<Arithmetic> tile(p, none);
+    const BackwardScratch<Arithmetic> tile(p, 1, none);
     ldm = tile.ldm, ldd = tile.ldd, ldv = tile.ldv;
     m_blocks = (p.seqlen_q + ldm - 1) / ldm;
+    const int64_t operands = tile.ldk + tile.lde + (ldd + ldv) / Arithmetic::kPack;
+    query_blocks = m_blocks * ldm * operands * int64_t(sizeof(Acc)) <= kQueryBytes ? max(1, m_blocks) : 1;
     n_blocks = (p.seqlen_k + kBackwardBlockN - 1) / kBackwardBlockN;
     const int64_t heads = max(1, p.batch * p.num_heads_k);
     const int64_t affordable = kMaxSplitBytes / max(1, heads * m_blocks * ldd * ldm * int64_t(sizeof(Acc)));
@@ -59,17 +64,19 @@ class KeyRange {
       : context_(context),
         index_(index),
         arena_(scratch),
-        x_(context.params.forward, arena_),
+        x_(context.params.forward, context.query_blocks, arena_),
         tiles_(context.params, context.statistics, sequence, b(), h(), x_) {
     own_dq_ = context.dq == nullptr ? arena_.template take<Acc>(context.dq_size()) : nullptr;
     own_dk_ = arena_.template take<Acc>(kBackwardBlockN * x_.ldd);
     own_dv_ = arena_.template take<Acc>(kBackwardBlockN * x_.ldv);
+    packed_ = arena_.template take<uint8_t>(context.query_blocks);
   }
   int64_t scratch_bytes() const { return arena_.used(); }
 
   void run() {
     dq_ = context_.dq == nullptr ? own_dq_ : context_.dq + index_ * context_.dq_size();
     std::memset(dq_, 0, size_t(context_.dq_size()) * sizeof(Acc));
+    std::memset(packed_, 0, size_t(context_.query_blocks));
     const int64_t split = index_ % context_.splits;
     for (int64_t block = context_.n_blocks * split / context_.splits;
          block < context_.n_blocks * (split + 1) / context_.splits; ++block) {
@@ -137,23 +144,31 @@ class KeyRange {
     const BackwardParams& params = context_.params;
     const ForwardParams& p = params.forward;
     const bool want_ds = context_.wants_ds;
-    tiles_.load_queries(tile.m_begin, tile.rows);
+    const QueryBlock<Arithmetic>& block = queries(tile, m_block);
     const Operand* keys;
-    tiles_.compute(tile, want_ds, false, context_.slopes != nullptr ? &dslope_ : nullptr, keys);
+    tiles_.compute(tile, block, want_ds, false, context_.slopes != nullptr ? &dslope_ : nullptr, keys);
     tiles_.pack_probabilities(tile, want_ds);
     const int64_t lane = tile.lane_begin, lanes = tile.lane_end - lane, ldm = x_.ldm, first = lane / kPack;
     if (params.dv.data != nullptr) {
       gemm<Arithmetic, Layout::kRowMajor>(tile.columns, x_.ldv, lanes / kPack, x_.p_rows + first, ldm / kPack,
-                                          x_.dout_across + first * x_.ldv, x_.ldv, dv_, x_.ldv, true);
+                                          block.dout_across + first * x_.ldv, x_.ldv, dv_, x_.ldv, true);
     }
     if (params.dk.data != nullptr) {
       gemm<Arithmetic, Layout::kRowMajor>(tile.columns, x_.ldd, lanes / kPack, x_.ds_rows + first, ldm / kPack,
-                                          x_.q_across + first * x_.ldd, x_.ldd, dk_, x_.ldd, true);
+                                          block.q_across + first * x_.ldd, x_.ldd, dk_, x_.ldd, true);
     }
     if (params.dq.data != nullptr) {
       gemm<Arithmetic, Layout::kDepthMajor>(p.head_dim, lanes, (tile.columns + kPack - 1) / kPack, keys, x_.ldd,
                                             x_.ds_across + lane, ldm, dq_ + m_block * x_.ldd * ldm + lane, ldm, true);
     }
+  }
+
+  const QueryBlock<Arithmetic>& queries(const Tile& tile, int64_t m_block) {
+    const bool keep = context_.query_blocks > 1;
+    const int64_t slot = keep ? m_block : 0;
+    if (!keep || packed_[slot] == 0) tiles_.load_queries(tile.m_begin, tile.rows, x_.queries[slot]);
+    packed_[slot] = 1;
+    return x_.queries[slot];
   }
 
   void store_keys(int64_t n_begin, int64_t columns) {
@@ -176,6 +191,7 @@ class KeyRange {
   const BackwardScratch<Arithmetic> x_;
   BackwardTile<Arithmetic> tiles_;
   Acc *own_dq_, *own_dk_, *own_dv_;
+  uint8_t* packed_;  // (query_blocks): which of them are
   Acc *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
   double dslope_ = 0.0;
 };
@@ -204,7 +220,7 @@ void reduce_dq_task(const void* context, int64_t index, void* scratch) {
     }
   }
   Arena arena(scratch);
-  const BackwardScratch<Arithmetic> x(p, arena);
+  const BackwardScratch<Arithmetic> x(p, 1, arena);
   const BackwardTile<Arithmetic> tiles(c.params, c.statistics, sequence_info(p, b), b, h, x);
   KeyRange<Arithmetic>::store_dq(tiles, x, block, sums);
 }

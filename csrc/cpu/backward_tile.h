@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "random.h"
 #include "scores.h"
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
@@ -12,6 +13,15 @@ namespace flash_attn::cpu::FLASH_ATTN_ISA {
 template <typename T>
 struct RowStatistics {
   T *lse, *delta;
+};
+
+/// A block of query rows, packed.
+template <typename Arithmetic>
+struct QueryBlock {
+  using Operand = typename Arithmetic::Operand;
+  Operand *q_t, *dout_t;                  // (ldk, ldm), (lde, ldm)
+  Operand *q_across, *dout_across;        // (ldm / kPack, ldd), (ldm / kPack, ldv)
+  typename Arithmetic::Acc *lse, *delta;  // (ldm); lse is +inf in lanes without a row, or whose row sees nothing
 };
 
 template <typename Arithmetic>
@@ -24,16 +34,17 @@ struct BackwardScratch {
   int64_t lde, ldv;                       // head_dim_v: the same
   Operand *k_rows, *v_rows;               // (kBackwardBlockN, ldk), (kBackwardBlockN, lde)
   Operand *k_across, *k_clean;            // (kBackwardBlockN / kPack, ldd), the second without dead columns' keys
-  Operand *q_t, *dout_t;                  // (ldk, ldm), (lde, ldm)
-  Operand *q_across, *dout_across;        // (ldm / kPack, ldd), (ldm / kPack, ldv)
+  QueryBlock<Arithmetic>* queries;        // (query_blocks)
   Acc *s, *ds;                            // (kBackwardBlockN, ldm): q.k, then P; dP, then dS
-  Acc *extra, *softcap_slope;             // as s: mask or dropout; derivative of the softcap
+  Acc *bias, *softcap_slope;              // as s; the second: derivative of the softcap
+  uint8_t* bytes;                         // (kBackwardBlockN, byte_stride(ldm)): bool mask, then dropout
   Operand *p_rows, *ds_rows, *ds_across;  // P and dS as operands: (kBackwardBlockN, ldm / kPack) along rows, and
                                           // (kBackwardBlockN / kPack, ldm) across
-  Acc *lse, *delta, *factor;              // (ldm)
+  Acc* factor;                            // (ldm)
   uint8_t *drop, *dead;                   // (ldm): rows that see nothing; (kBackwardBlockN)
 
-  BackwardScratch(const ForwardParams& params, Arena& arena) {
+  /// `query_blocks`: how many blocks of queries are kept.
+  BackwardScratch(const ForwardParams& params, int64_t query_blocks, Arena& arena) {
     constexpr int W = kLanes<Acc>;
     constexpr int64_t kN = kBackwardBlockN;
     ldm = max(W, min(kBackwardBlockM, round_up(params.seqlen_q, W)));
@@ -45,13 +56,20 @@ struct BackwardScratch {
     v_rows = arena.take<Operand>(kN * lde);
     k_across = kPack == 1 ? k_rows : arena.take<Operand>(kN / kPack * ldd);
     k_clean = params.mask.data != nullptr ? arena.take<Operand>(kN / kPack * ldd) : nullptr;
-    q_t = arena.take<Operand>(ldk * ldm);
-    dout_t = arena.take<Operand>(lde * ldm);
-    q_across = arena.take<Operand>(ldm / kPack * ldd);
-    dout_across = arena.take<Operand>(ldm / kPack * ldv);
+    queries = arena.take<QueryBlock<Arithmetic>>(query_blocks);
+    for (int64_t i = 0; i < query_blocks; ++i) {
+      const QueryBlock<Arithmetic> block{arena.take<Operand>(ldk * ldm),
+                                         arena.take<Operand>(lde * ldm),
+                                         arena.take<Operand>(ldm / kPack * ldd),
+                                         arena.take<Operand>(ldm / kPack * ldv),
+                                         arena.take<Acc>(ldm),
+                                         arena.take<Acc>(ldm)};
+      if (queries != nullptr) queries[i] = block;
+    }
     s = arena.take<Acc>(kN * ldm);
     ds = arena.take<Acc>(kN * ldm);
-    extra = params.mask.data != nullptr || params.dropout_p > 0.0 ? arena.take<Acc>(kN * ldm) : nullptr;
+    bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
+    bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
     softcap_slope = params.softcap > 0.0 ? arena.take<Acc>(kN * ldm) : nullptr;
     if constexpr (kPack == 1) {
       p_rows = s;
@@ -61,14 +79,13 @@ struct BackwardScratch {
       ds_rows = arena.take<Operand>(kN * ldm / kPack);
       ds_across = arena.take<Operand>(kN / kPack * ldm);
     }
-    lse = arena.take<Acc>(ldm);
-    delta = arena.take<Acc>(ldm);
     factor = arena.take<Acc>(ldm);
     drop = arena.take<uint8_t>(ldm);
     dead = arena.take<uint8_t>(kN);
   }
 };
 
+/// Everything that a tile of head h of sequence b goes through.
 template <typename Arithmetic>
 class BackwardTile {
  public:
@@ -84,10 +101,9 @@ class BackwardTile {
         b(b),
         h(h),
         k_head(h / p.group_size()),
-        statistics_(statistics),
-        x(scratch) {
-    keep_scale = p.dropout_p > 0.0 ? Acc(make_dropout(p.rng_state, p.dropout_p).scale) : Acc(1);
-  }
+        keep_scale(p.dropout_p > 0.0 ? Acc(make_dropout(p.rng_state, p.dropout_p).scale) : Acc(1)),
+        x(scratch),
+        statistics_(statistics) {}
 
   /// Element (row, head, 0) of this sequence; `row` counts from its start, `first` is that start in the tensor.
   void* at(const TensorView& t, int64_t head, int64_t first, int64_t row) const {
@@ -109,37 +125,38 @@ class BackwardTile {
   }
 
   /// Rows that see nothing at all are read as 0, whatever q and dout hold there.
-  void load_queries(int64_t m_begin, int64_t rows) {
+  void load_queries(int64_t m_begin, int64_t rows, const QueryBlock<Arithmetic>& block) {
     const Acc* lse = row_lse(m_begin);
     const Acc* delta = statistics_.delta + rules.batch_head * p.seqlen_q + m_begin;
     for (int64_t lane = 0; lane < x.ldm; ++lane) {
-      x.lse[lane] = lane < rows ? lse[lane] : kInfinity<Acc>;
-      x.delta[lane] = lane < rows ? delta[lane] : Acc(0);
-      x.drop[lane] = lane >= rows || lse[lane] == kInfinity<Acc>;
+      block.lse[lane] = lane < rows ? lse[lane] : kInfinity<Acc>;
+      block.delta[lane] = lane < rows ? delta[lane] : Acc(0);
+      x.drop[lane] = block.lse[lane] == kInfinity<Acc>;
     }
     const Rows q{q_row(p.q, m_begin), p.dtype, p.q.row, rows, p.head_dim, x.drop};
     const Rows dout{q_row(params.dout, m_begin), p.dtype, params.dout.row, rows, p.head_dim_v, x.drop};
     const int64_t padded = round_up(rows, kLanes<Acc>);
-    pack_transposed<Arithmetic>(q, padded, x.q_t, x.ldm);
-    pack_transposed<Arithmetic>(dout, padded, x.dout_t, x.ldm);
-    pack_across<Arithmetic>(q, padded, x.q_across, x.ldd);
-    pack_across<Arithmetic>(dout, padded, x.dout_across, x.ldv);
+    pack_transposed<Arithmetic>(q, padded, block.q_t, x.ldm);
+    pack_transposed<Arithmetic>(dout, padded, block.dout_t, x.ldm);
+    pack_across<Arithmetic>(q, padded, block.q_across, x.ldd);
+    pack_across<Arithmetic>(dout, padded, block.dout_across, x.ldv);
   }
 
   /// x.s = P after dropout, x.ds = dS toward the score before its softcap; `dslope` grows by what the tile adds. With
   /// `toward_bias` dS stays the gradient of the whole score. `k` is what dq is to be made of.
-  void compute(const Tile& tile, bool want_ds, bool toward_bias, double* dslope, const Operand*& k) {
+  void compute(const Tile& tile, const QueryBlock<Arithmetic>& block, bool want_ds, bool toward_bias, double* dslope,
+               const Operand*& k) {
     const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x.ldm;
     gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (p.head_dim + kPack - 1) / kPack, x.k_rows, x.ldk,
-                                        x.q_t + lane, ldm, x.s + lane, ldm, false);
-    apply_rules<Acc>(rules, tile, x.s, x.extra, x.softcap_slope, ldm);
+                                        block.q_t + lane, ldm, x.s + lane, ldm, false);
+    apply_rules<Acc>(rules, tile, {x.s, x.bias, x.softcap_slope, x.bytes, ldm});
     k = tile.masked && find_dead_columns<Acc>(tile, x.s, ldm, x.dead) ? clean_keys(tile) : x.k_across;
-    if (p.dropout_p > 0.0) draw_dropout<Acc>(rules, tile, x.extra, ldm);
+    if (p.dropout_p > 0.0) draw_dropout<Acc>(rules, tile, x.bytes, ldm);
     if (want_ds) {
       gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (p.head_dim_v + kPack - 1) / kPack, x.v_rows, x.lde,
-                                          x.dout_t + lane, ldm, x.ds + lane, ldm, false);
+                                          block.dout_t + lane, ldm, x.ds + lane, ldm, false);
     }
-    softmax_gradient(tile, want_ds);
+    softmax_gradient(tile, block, want_ds);
     if (!want_ds) return;
     if (dslope != nullptr) *dslope += slope_gradient(tile);
     if (x.softcap_slope != nullptr && !toward_bias) {
@@ -151,31 +168,36 @@ class BackwardTile {
 
   /// P and dS as operands: along rows for dv and dk, across them for dq.
   void pack_probabilities(const Tile& tile, bool want_ds) {
-    if constexpr (kPack == 2) {
-      const int64_t ldm = x.ldm;
-      for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
-        for (int64_t n = 0; n < tile.columns; ++n) {
-          const HalfWords p = __builtin_convertvector(round_to_bfloat16(load<Acc>(x.s + n * ldm + lane)), HalfWords);
-          store_vector(reinterpret_cast<uint16_t*>(x.p_rows) + n * ldm + lane, p);
-        }
-        for (int64_t n = 0; want_ds && n < tile.columns; n += 2) {
-          const bool pair = n + 1 < tile.columns;
-          const Words even = round_to_bfloat16(load<Acc>(x.ds + n * ldm + lane));
-          const Words odd = pair ? round_to_bfloat16(load<Acc>(x.ds + (n + 1) * ldm + lane)) : Words{};
-          uint16_t* rows = reinterpret_cast<uint16_t*>(x.ds_rows) + n * ldm + lane;
-          store_vector(rows, __builtin_convertvector(even, HalfWords));
-          if (pair) store_vector(rows + ldm, __builtin_convertvector(odd, HalfWords));
-          store_vector(x.ds_across + n / 2 * ldm + lane, even | (odd << 16));
-        }
+#if defined(__AVX512BF16__)
+    constexpr int W = kLanes<float>;
+    auto* p_rows = reinterpret_cast<BFloat16*>(x.p_rows);
+    auto* ds_rows = reinterpret_cast<BFloat16*>(x.ds_rows);
+    for (int64_t n = 0; n < tile.columns; n += 2) {
+      const bool pair = n + 1 < tile.columns;
+      for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += W) {
+        const int64_t i = n * x.ldm + lane, next = i + x.ldm;  // one row more fits when columns are odd
+        const HalfWordPairs p_pair = round_to_bfloat16(load<Acc>(x.s + i), load<Acc>(x.s + next));
+        store_vector(p_rows + i, low_half(p_pair));
+        store_vector(p_rows + next, high_half(p_pair));
+        if (!want_ds) continue;
+        const Vec<Acc> odd = pair ? load<Acc>(x.ds + next) : Vec<Acc>{};
+        const HalfWordPairs ds_pair = round_to_bfloat16(load<Acc>(x.ds + i), odd);
+        store_vector(ds_rows + i, low_half(ds_pair));
+        store_vector(ds_rows + next, high_half(ds_pair));
+        store_vector(x.ds_across + n / 2 * x.ldm + lane, interleave(ds_pair));
       }
     }
+#else
+    (void)tile, (void)want_ds;  // they are operands as they are
+#endif
   }
 
   const BackwardParams& params;
   const ForwardParams& p;
   const ScoreRules<Acc> rules;
   const int64_t b, h, k_head;
-  Acc keep_scale;
+  const Acc keep_scale;  // of dropout
+  const BackwardScratch<Arithmetic>& x;
 
  private:
   const Operand* clean_keys(const Tile& tile) {
@@ -186,17 +208,17 @@ class BackwardTile {
     return x.k_clean;
   }
 
-  void softmax_gradient(const Tile& tile, bool want_ds) {
+  void softmax_gradient(const Tile& tile, const QueryBlock<Arithmetic>& block, bool want_ds) {
     const bool dropout = p.dropout_p > 0.0;
     const Acc unit = rules.extended ? Acc(1) : rules.scale;
     for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
-      const Vec<Acc> lse = load<Acc>(x.lse + lane), delta = load<Acc>(x.delta + lane);
+      const Vec<Acc> lse = load<Acc>(block.lse + lane), delta = load<Acc>(block.delta + lane);
       for (int64_t n = 0; n < tile.columns; ++n) {
         const int64_t i = n * x.ldm + lane;
         const Vec<Acc> probability = exp2<Acc>(load<Acc>(x.s + i) * unit - lse, Acc(kLog2E));
         Vec<Acc> kept = probability, dp = want_ds ? load<Acc>(x.ds + i) : Vec<Acc>{};
         if (dropout) {
-          const IntVec<Acc> dropped = load<Acc>(x.extra + i) == Acc(0);
+          const IntVec<Acc> dropped = load_bytes<Acc>(x.bytes + n * byte_stride(x.ldm) + lane) == 0;
           kept = dropped ? Vec<Acc>{} : kept * keep_scale;
           dp = dropped ? Vec<Acc>{} : dp * keep_scale;
         }
@@ -220,9 +242,6 @@ class BackwardTile {
   }
 
   const RowStatistics<Acc>& statistics_;
-
- public:
-  const BackwardScratch<Arithmetic>& x;
 };
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

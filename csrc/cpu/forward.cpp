@@ -1,44 +1,75 @@
-// Forward pass. A task is a block of query rows of one head. It goes over the keys in tiles with the online softmax
-// (Milakov and Gimelshein 2018; Dao et al. 2022), everything transposed: S = K Q^T (columns, rows), O^T += V^T P, so
-// that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they lie.
+// Forward pass. A task is a few blocks of query rows of one head. It goes over the keys in tiles with the online
+// softmax (Milakov and Gimelshein 2018; Dao et al. 2022), everything transposed: S = K Q^T (columns, rows), O^T += V^T
+// P, so that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they
+// lie. All the task's blocks use a tile of k and v before the next is packed.
 #include "isa.h"
 #include "parallel.h"
+#include "random.h"
 #include "scores.h"
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 namespace {
 
+constexpr int64_t kMaxRowBlocks = 4;                    // of a task
+constexpr int64_t kTasks = 32;                          // as many as there should be at least
+constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
+
+/// Query rows [begin, begin + rows) and what the softmax knows of them.
+template <typename Arithmetic>
+struct RowBlock {
+  typename Arithmetic::Operand* q_t;            // (head_dim / pack, ldm)
+  typename Arithmetic::Acc* out_t;              // (head_dim_v, ldm)
+  typename Arithmetic::Acc *row_max, *row_sum;  // (ldm)
+  int64_t begin, rows;
+  Range columns;
+};
+
 template <typename Arithmetic>
 struct ForwardScratch {
   using Acc = typename Arithmetic::Acc;
   using Operand = typename Arithmetic::Operand;
-  int64_t ldm, ldk, ldv;            // leading dimensions: block rows, operands of head_dim, head_dim_v
-  Operand* q_t;                     // (head_dim / pack, ldm)
-  Operand* k;                       // (kForwardBlockN, ldk)
-  Operand* v;                       // (kForwardBlockN / pack, ldv)
-  Acc* s;                           // (kForwardBlockN, ldm): scores, then probabilities
-  Operand* p;                       // (kForwardBlockN / pack, ldm): probabilities as operands
-  Acc* extra;                       // (kForwardBlockN, ldm): mask or dropout
-  Acc* out_t;                       // (head_dim_v, ldm)
-  Acc *row_max, *row_sum, *factor;  // (ldm)
-  uint8_t* dead;                    // (kForwardBlockN)
+  int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
+  int64_t row_blocks;     // of a task
+  Operand* k;             // (kForwardBlockN, ldk)
+  Operand* v;             // (kForwardBlockN / pack, ldv)
+  Operand* v_clean;       // as v, without the values of dead columns
+  Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
+  Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
+  Acc* bias;              // (kForwardBlockN, ldm)
+  uint8_t* bytes;         // (kForwardBlockN, byte_stride(ldm)): bool mask, then dropout
+  Acc* factor;            // (ldm)
+  uint8_t* dead;          // (kForwardBlockN)
+  RowBlock<Arithmetic> rows[kMaxRowBlocks];
 
   ForwardScratch(const ForwardParams& params, Arena& arena) {
     constexpr int W = kLanes<Acc>;
+    constexpr int64_t kPack = Arithmetic::kPack, kN = kForwardBlockN;
     ldm = max(W, min(kForwardBlockM, round_up(params.seqlen_q, W)));
-    ldk = round_up((params.head_dim + Arithmetic::kPack - 1) / Arithmetic::kPack, kPadding<Acc>);
+    ldk = round_up((params.head_dim + kPack - 1) / kPack, kPadding<Acc>);
     ldv = round_up(params.head_dim_v, kPadding<Acc>);
-    q_t = arena.take<Operand>(ldk * ldm);
-    k = arena.take<Operand>(kForwardBlockN * ldk);
-    v = arena.take<Operand>(kForwardBlockN / Arithmetic::kPack * ldv);
-    s = arena.take<Acc>(kForwardBlockN * ldm);
-    p = Arithmetic::kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kForwardBlockN / 2 * ldm);
-    extra = params.mask.data != nullptr || params.dropout_p > 0.0 ? arena.take<Acc>(kForwardBlockN * ldm) : nullptr;
-    out_t = arena.take<Acc>(ldv * ldm);
-    row_max = arena.take<Acc>(ldm);
-    row_sum = arena.take<Acc>(ldm);
+    const int64_t blocks = (params.seqlen_q + ldm - 1) / ldm,
+                  block_bytes = (ldk + ldv) * ldm * int64_t(sizeof(Acc)) + 1;
+    row_blocks =
+        min(min(params.batch * params.num_heads * blocks / kTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
+    row_blocks = max(1, min(row_blocks, blocks));
+    k = arena.take<Operand>((kN + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
+    v = arena.take<Operand>(kN / kPack * ldv);
+    v_clean = params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(kN / kPack * ldv) : nullptr;
+    s = arena.take<Acc>(kN * ldm);
+    p = kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kN / kPack * ldm);
+    bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
+    bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
     factor = arena.take<Acc>(ldm);
-    dead = arena.take<uint8_t>(kForwardBlockN);
+    dead = arena.take<uint8_t>(kN);
+    for (int64_t i = 0; i < row_blocks; ++i) {
+      rows[i] = {arena.take<Operand>(ldk * ldm),
+                 arena.take<Acc>(ldv * ldm),
+                 arena.take<Acc>(ldm),
+                 arena.take<Acc>(ldm),
+                 0,
+                 0,
+                 {0, 0}};
+    }
   }
 };
 
@@ -60,14 +91,19 @@ bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row
     const Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
     const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
     const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
-    Vec<T> sum[2] = {};
-    for (n = 0; n < tile.columns; ++n) {
-      const Vec<T> probability = exp2<T>(load<T>(column + n * ld) - shift, exponent_scale);
-      store<T>(column + n * ld, probability);
-      sum[n % 2] += probability;
+    const auto probability = [&](int64_t column_n) {
+      const Vec<T> p = exp2<T>(load<T>(column + column_n * ld) - shift, exponent_scale);
+      store<T>(column + column_n * ld, p);
+      return p;
+    };
+    Vec<T> sum{}, odd_sum{};
+    for (n = 0; n + 2 <= tile.columns; n += 2) {
+      sum += probability(n);
+      odd_sum += probability(n + 1);
     }
+    if (n < tile.columns) sum += probability(n);
     store<T>(row_max + lane, new_max);
-    store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + (sum[0] + sum[1]));
+    store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + (sum + odd_sum));
     store<T>(rescale + lane, alpha);
     changed |= alpha != T(1);
   }
@@ -78,39 +114,49 @@ bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row
 template <typename Arithmetic>
 void pack_probabilities(const Tile& tile, const typename Arithmetic::Acc* s, typename Arithmetic::Operand* p,
                         int64_t ld) {
-  if constexpr (Arithmetic::kPack == 2) {
-    for (int64_t n = 0; n < tile.columns; n += 2) {
-      for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<float>) {
-        const Words even = round_to_bfloat16(load<float>(s + n * ld + lane));
-        const Words odd = n + 1 < tile.columns ? round_to_bfloat16(load<float>(s + (n + 1) * ld + lane)) : Words{};
-        store_vector(p + n / 2 * ld + lane, even | (odd << 16));
-      }
+#if defined(__AVX512BF16__)
+  for (int64_t n = 0; n < tile.columns; n += 2) {
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<float>) {
+      const Vec<float> odd = n + 1 < tile.columns ? load<float>(s + (n + 1) * ld + lane) : Vec<float>{};
+      store_vector(p + n / 2 * ld + lane, interleave(round_to_bfloat16(load<float>(s + n * ld + lane), odd)));
     }
   }
+#else
+  (void)tile, (void)s, (void)p, (void)ld;  // they are operands as they are
+#endif
 }
 
 template <typename Arithmetic>
-class ForwardBlock {
+class ForwardTask {
  public:
   using Acc = typename Arithmetic::Acc;
   using Operand = typename Arithmetic::Operand;
+  static constexpr int kPack = Arithmetic::kPack;
 
-  ForwardBlock(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
+  ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
       : params_(params), rules_(params, sequence, b, h), b_(b), h_(h), arena_(scratch), x_(params, arena_) {}
 
-  void run(int64_t m_begin) {
-    const SequenceInfo& sequence = rules_.sequence;
-    const int64_t rows = max(0, min(x_.ldm, sequence.seqlen_q - m_begin));
-    if (rows > 0) {
-      start(m_begin, rows);
-      const Range columns = visible_columns(params_, sequence, m_begin, m_begin + rows);
-      for (int64_t n = max(columns.begin, 0); n < columns.end; n += kForwardBlockN) {
-        Tile tile{m_begin, rows, n, min(kForwardBlockN, columns.end - n), 0, 0};
-        if (plan_tile<Acc>(rules_, tile)) process_tile(tile);
-      }
-      finish(m_begin, rows);
+  /// Row blocks from `m_block` on.
+  void run(int64_t m_block) {
+    Range columns{rules_.sequence.seqlen_k, 0};
+    for (int64_t i = 0; i < x_.row_blocks; ++i) {
+      start(x_.rows[i], (m_block + i) * x_.ldm);
+      if (x_.rows[i].rows == 0) continue;
+      columns.begin = min(columns.begin, x_.rows[i].columns.begin);
+      columns.end = max(columns.end, x_.rows[i].columns.end);
     }
-    clear(m_begin + rows, min(m_begin + x_.ldm, sequence.seqlen_q_padded));
+    for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
+      const int64_t end = min(n + kForwardBlockN, columns.end);
+      bool loaded = false;
+      for (int64_t i = 0; i < x_.row_blocks; ++i) {
+        Tile tile;
+        if (!make_tile(x_.rows[i], n, end, tile)) continue;
+        if (!loaded) load_keys(n, end - n);
+        loaded = true;
+        process_tile(tile, x_.rows[i], tile.n_begin - n);
+      }
+    }
+    for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);
   }
 
  private:
@@ -120,78 +166,103 @@ class ForwardBlock {
     return {data, params_.dtype, t.row, count, columns};
   }
 
-  void start(int64_t m_begin, int64_t rows) {
-    pack_transposed<Arithmetic>(rows_of(params_.q, h_, rules_.sequence.q_row + m_begin, rows, params_.head_dim),
-                                round_up(rows, kLanes<Acc>), x_.q_t, x_.ldm);
+  void start(RowBlock<Arithmetic>& block, int64_t begin) {
+    const SequenceInfo& sequence = rules_.sequence;
+    block.begin = begin;
+    block.rows = max(0, min(x_.ldm, sequence.seqlen_q - begin));
+    if (block.rows == 0) return;
+    block.columns = visible_columns(params_, sequence, begin, begin + block.rows);
+    block.columns.begin = max(block.columns.begin, 0);
+    pack_transposed<Arithmetic>(rows_of(params_.q, h_, sequence.q_row + begin, block.rows, params_.head_dim),
+                                round_up(block.rows, kLanes<Acc>), block.q_t, x_.ldm);
     // A sink is a key without a value: a score the row has seen before any other.
     const Acc* sinks = static_cast<const Acc*>(params_.sinks);
     const Acc first_max = sinks != nullptr ? sinks[h_] : -kInfinity<Acc>;
     for (int64_t lane = 0; lane < x_.ldm; ++lane) {
-      x_.row_max[lane] = first_max;
-      x_.row_sum[lane] = first_max > -kInfinity<Acc> || first_max != first_max ? Acc(1) : Acc(0);
+      block.row_max[lane] = first_max;
+      block.row_sum[lane] = first_max > -kInfinity<Acc> || first_max != first_max ? Acc(1) : Acc(0);
     }
-    std::memset(x_.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
   }
 
-  void process_tile(const Tile& tile) {
-    const int64_t k_head = h_ / params_.group_size(), k_row = rules_.sequence.k_row + tile.n_begin;
+  /// The block's part of columns [n, end). It starts at a whole operand of v.
+  bool make_tile(const RowBlock<Arithmetic>& block, int64_t n, int64_t end, Tile& tile) const {
+    const int64_t first = n + max(0, block.columns.begin - n) / kPack * kPack;
+    tile = {block.begin, block.rows, first, min(end, block.columns.end) - first, 0, 0};
+    return block.rows > 0 && tile.columns > 0 && plan_tile<Acc>(rules_, tile);
+  }
+
+  void load_keys(int64_t n, int64_t columns) {
+    const int64_t k_head = h_ / params_.group_size(), row = rules_.sequence.k_row + n;
+    pack_rows<Arithmetic>(rows_of(params_.k, k_head, row, columns, params_.head_dim), round_up(columns, kGemmRows),
+                          x_.k, x_.ldk);
+    pack_across<Arithmetic>(rows_of(params_.v, k_head, row, columns, params_.head_dim_v), round_up(columns, kPack),
+                            x_.v, x_.ldv);
+  }
+
+  /// `offset`: where the tile's columns begin among those loaded.
+  void process_tile(const Tile& tile, const RowBlock<Arithmetic>& block, int64_t offset) {
     const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x_.ldm;
-    pack_rows<Arithmetic>(rows_of(params_.k, k_head, k_row, tile.columns, params_.head_dim),
-                          round_up(tile.columns, kGemmRows), x_.k, x_.ldk);
-    pack_across<Arithmetic>(rows_of(params_.v, k_head, k_row, tile.columns, params_.head_dim_v),
-                            round_up(tile.columns, Arithmetic::kPack), x_.v, x_.ldv);
-    const int64_t depth = (params_.head_dim + Arithmetic::kPack - 1) / Arithmetic::kPack;
-    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, depth, x_.k, x_.ldk, x_.q_t + lane, ldm, x_.s + lane, ldm,
-                                        false);
-    apply_rules<Acc>(rules_, tile, x_.s, x_.extra, nullptr, ldm);
-    if (tile.masked && find_dead_columns<Acc>(tile, x_.s, ldm, x_.dead)) {
-      for (int64_t n = 0; n < tile.columns; ++n) {
-        if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v, x_.ldv, n);
-      }
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (params_.head_dim + kPack - 1) / kPack,
+                                        x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
+    apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
+    const Operand* v = x_.v + offset / kPack * x_.ldv;
+    if ((tile.masked || tile.n_begin < block.columns.begin) && find_dead_columns<Acc>(tile, x_.s, ldm, x_.dead)) {
+      v = clean_values(tile, v);
     }
-    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, x_.row_max, x_.row_sum, x_.factor)) {
-      rescale_out(tile);
+    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, block.row_max, block.row_sum, x_.factor)) {
+      rescale_out(tile, block);
     }
     if (params_.dropout_p > 0.0) {
-      draw_dropout<Acc>(rules_, tile, x_.extra, ldm);
+      draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
       transform<Acc>(tile, x_.s, ldm, [&](Vec<Acc> p, int64_t lane, int64_t n) {
-        return load<Acc>(x_.extra + n * ldm + lane) == Acc(0) ? Vec<Acc>{} : p;
+        return load_bytes<Acc>(x_.bytes + n * byte_stride(ldm) + lane) == 0 ? Vec<Acc>{} : p;
       });
     }
     pack_probabilities<Arithmetic>(tile, x_.s, x_.p, ldm);
-    gemm<Arithmetic, Layout::kDepthMajor>(params_.head_dim_v, lanes,
-                                          (tile.columns + Arithmetic::kPack - 1) / Arithmetic::kPack, x_.v, x_.ldv,
-                                          x_.p + lane, ldm, x_.out_t + lane, ldm, true);
+    gemm<Arithmetic, Layout::kDepthMajor>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v, x_.ldv,
+                                          x_.p + lane, ldm, block.out_t + lane, ldm, true);
   }
 
-  void rescale_out(const Tile& tile) {
-    for (int64_t c = 0; c < params_.head_dim_v; ++c) {
-      Acc* row = x_.out_t + c * x_.ldm;
-      for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
-        store<Acc>(row + lane, load<Acc>(row + lane) * load<Acc>(x_.factor + lane));
+  const Operand* clean_values(const Tile& tile, const Operand* v) {
+    std::memcpy(x_.v_clean, v, size_t(round_up(tile.columns, kPack) / kPack * x_.ldv) * sizeof(Operand));
+    for (int64_t n = 0; n < tile.columns; ++n) {
+      if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v_clean, x_.ldv, n);
+    }
+    return x_.v_clean;
+  }
+
+  void rescale_out(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
+      const Vec<Acc> factor = load<Acc>(x_.factor + lane);
+      if (!any_lane<Acc>(factor != Acc(1))) continue;
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * factor);
       }
     }
   }
 
-  void finish(int64_t m_begin, int64_t rows) {
+  /// Writes the block's rows, and those after it that the sequence has but does not use.
+  void finish(const RowBlock<Arithmetic>& block) {
     const Acc keep_scale =
         params_.dropout_p > 0.0 ? Acc(make_dropout(params_.rng_state, params_.dropout_p).scale) : Acc(1);
     const double unit = rules_.extended ? 1.0 : params_.softmax_scale;
-    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
-      const Acc sum = x_.row_sum[lane];
+    for (int64_t lane = 0; lane < block.rows; ++lane) {
+      const Acc sum = block.row_sum[lane];
       x_.factor[lane] = sum == Acc(0) ? Acc(0) : keep_scale / sum;
+      lse(block.begin + lane) =
+          sum == Acc(0) ? -kInfinity<Acc> : Acc(double(block.row_max[lane]) * unit + __builtin_log(double(sum)));
     }
-    for (int64_t lane = 0; lane < rows; ++lane) {
-      const double sum = double(x_.row_sum[lane]);
-      lse(m_begin + lane) = sum == 0.0 ? -kInfinity<Acc> : Acc(double(x_.row_max[lane]) * unit + __builtin_log(sum));
+    for (int64_t lane = block.rows; lane < x_.ldm; ++lane) x_.factor[lane] = Acc(0);
+    if (block.rows > 0) {
+      store_transposed<Acc>(block.out_t, x_.ldm, block.rows, params_.head_dim_v, x_.factor, out_row(block.begin),
+                            params_.dtype, params_.out.row);
     }
-    store_transposed<Acc>(x_.out_t, x_.ldm, rows, params_.head_dim_v, x_.factor, out_row(m_begin), params_.dtype,
-                          params_.out.row);
-  }
-
-  void clear(int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    clear_rows(out_row(begin), params_.dtype, end - begin, params_.head_dim_v, params_.out.row);
+    const int64_t begin = block.begin + block.rows, end = min(block.begin + x_.ldm, rules_.sequence.seqlen_q_padded);
+    if (begin < end) {
+      clear_rows(out_row(begin), params_.dtype, end - begin, params_.head_dim_v, params_.out.row);
+    }
     for (int64_t row = begin; row < end; ++row) lse(row) = -kInfinity<Acc>;
   }
 
@@ -210,21 +281,31 @@ class ForwardBlock {
   const ScoreRules<Acc> rules_;
   const int64_t b_, h_;
   Arena arena_;
-  const ForwardScratch<Arithmetic> x_;
+  ForwardScratch<Arithmetic> x_;
 };
 
-/// Task `index` is (sequence, head, block of rows). The last block comes first: under a causal mask it is the heaviest.
+/// How the work is cut: task `index` is (sequence, head, run of row blocks). The last rows come first: under a causal
+/// mask they are the heaviest.
+template <typename Arithmetic>
+struct ForwardContext {
+  const ForwardParams& params;
+  int64_t row_blocks, runs, scratch_bytes;
+
+  explicit ForwardContext(const ForwardParams& params) : params(params) {
+    Arena size(nullptr);
+    const ForwardScratch<Arithmetic> scratch(params, size);
+    row_blocks = scratch.row_blocks;
+    runs = (params.seqlen_q + row_blocks * scratch.ldm - 1) / (row_blocks * scratch.ldm);
+    scratch_bytes = size.used();
+  }
+};
+
 template <typename Arithmetic>
 void forward_task(const void* context, int64_t index, void* scratch) {
-  const ForwardParams& params = *static_cast<const ForwardParams*>(context);
-  Arena none(nullptr);
-  const int64_t block = ForwardScratch<Arithmetic>(params, none).ldm;
-  const int64_t blocks = (params.seqlen_q + block - 1) / block;
-  const int64_t m_block = blocks - 1 - index % blocks, h = index / blocks % params.num_heads,
-                b = index / blocks / params.num_heads;
-  const SequenceInfo sequence = sequence_info(params, b);
-  if (m_block * block >= sequence.seqlen_q_padded) return;
-  ForwardBlock<Arithmetic>(params, sequence, b, h, scratch).run(m_block * block);
+  const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
+  const int64_t run = c.runs - 1 - index % c.runs, head = index / c.runs;
+  const int64_t b = head / c.params.num_heads, h = head % c.params.num_heads;
+  ForwardTask<Arithmetic>(c.params, sequence_info(c.params, b), b, h, scratch).run(run * c.row_blocks);
 }
 
 /// Rows of the packed tensors that belong to no sequence.
@@ -251,10 +332,8 @@ void clear_unused_rows(const ForwardParams& p) {
 template <typename Arithmetic>
 void run(const ForwardParams& params) {
   clear_unused_rows<typename Arithmetic::Acc>(params);
-  Arena size(nullptr);
-  const int64_t block = ForwardScratch<Arithmetic>(params, size).ldm;
-  const int64_t tasks = params.batch * params.num_heads * ((params.seqlen_q + block - 1) / block);
-  run_tasks(tasks, size.used(), forward_task<Arithmetic>, &params);
+  const ForwardContext<Arithmetic> context(params);
+  run_tasks(params.batch * params.num_heads * context.runs, context.scratch_bytes, forward_task<Arithmetic>, &context);
 }
 
 }  // namespace

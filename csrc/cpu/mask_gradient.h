@@ -19,7 +19,7 @@ class MaskGradientBlock {
   using Acc = typename Arithmetic::Acc;
 
   MaskGradientBlock(const MaskGradientContext<Acc>& context, void* scratch)
-      : context_(context), p_(context.params.forward), arena_(scratch), x_(p_, arena_) {
+      : context_(context), p_(context.params.forward), arena_(scratch), x_(p_, 1, arena_) {
     sum_ = arena_.take<Acc>(kBackwardBlockN * x_.ldm);
   }
   int64_t scratch_bytes() const { return arena_.used(); }
@@ -56,9 +56,9 @@ class MaskGradientBlock {
       for (int64_t m = all_rows ? 0 : row_begin_; m < m_end; m += x_.ldm) {
         Tile tile{m, min(x_.ldm, m_end - m), n, columns, 0, 0};
         if (!plan_tile<Acc>(tiles.rules, tile)) continue;
-        tiles.load_queries(m, tile.rows);
+        tiles.load_queries(m, tile.rows, x_.queries[0]);
         const typename Arithmetic::Operand* keys;
-        tiles.compute(tile, true, true, nullptr, keys);
+        tiles.compute(tile, x_.queries[0], true, true, nullptr, keys);
         add_tile(tile, all_rows, all_columns);
       }
     }

@@ -1,9 +1,8 @@
-// What turns q.k into a score: scale, softcap, attn_mask, ALiBi, window, dropout. A tile of scores is transposed,
+// What turns q.k into a score: scale, softcap, attn_mask, ALiBi, window. A tile of scores is transposed,
 // (key column, query row), with query rows as lanes, so that every rule below is the same for all lanes but for a few
 // vectors.
 #pragma once
 
-#include "../philox.h"
 #include "../sequence.h"
 #include "tile.h"
 
@@ -51,26 +50,22 @@ struct ScoreRules {
   }
 };
 
-// Reading attn_mask. A bool becomes 0 or -inf.
-
-struct Bool {
-  uint8_t byte;
+/// A tile's scores s and what the rules need beside them: (columns, ld), rows as lanes.
+template <typename T>
+struct ScoreTile {
+  T* s;
+  T* bias;           // scratch
+  T* softcap_slope;  // gets the derivative of the softcap; null: not wanted
+  uint8_t* visible;  // scratch; (columns, byte_stride(ld))
+  int64_t ld;
 };
 
-template <typename T>
-FLASH_ATTN_INLINE Vec<T> load(const Bool* p) {
-  using Bytes = typename VectorOf<uint8_t, kLanes<T>>::type;
-  const IntVec<T> wide = __builtin_convertvector(load_vector<Bytes>(p), IntVec<T>);
-  return wide != 0 ? Vec<T>{} : broadcast<T>(-kInfinity<T>);
-}
-
-template <typename T>
-FLASH_ATTN_INLINE Vec<T> load_mask(const Bool* p) {
-  return load<T>(p);
-}
+// attn_mask is read in blocks of kByteRows x kByteRows when it is bool: a transposition of bytes.
+constexpr int kByteRows = 16;
+constexpr int64_t byte_stride(int64_t ld) { return round_up(ld, kByteRows) + kByteRows; }
 
 template <typename T, typename Storage>
-FLASH_ATTN_INLINE Vec<T> load_mask(const Storage* p) {
+FLASH_ATTN_INLINE Vec<T> load_bias(const Storage* p) {
   if constexpr (std::is_same_v<T, double> && std::is_same_v<Storage, float>) {
     return __builtin_convertvector(load_vector<typename VectorOf<float, kVectorBytes / 2>::type>(p), Vec<double>);
   } else {
@@ -79,16 +74,15 @@ FLASH_ATTN_INLINE Vec<T> load_mask(const Storage* p) {
 }
 
 template <typename T, typename Storage>
-FLASH_ATTN_INLINE Vec<T> load_mask_up_to(const Storage* p, int64_t count) {
-  if (count >= kLanes<T>) return load_mask<T>(p);
-  Storage lanes[kLanes<T>] = {};
-  std::memcpy(lanes, p, size_t(count) * sizeof(Storage));
-  return load_mask<T>(lanes);
+FLASH_ATTN_INLINE Vec<T> load_bias_up_to(const Storage* p, int64_t count) {
+  if (count >= kLanes<T>) return load_bias<T>(p);
+  Storage lanes[kLanes<T>];
+  copy_partial<kLanes<T>>(lanes, p, count);
+  return load_bias<T>(lanes);
 }
 
 template <typename T, typename F>
-FLASH_ATTN_INLINE void with_mask_storage(DType dtype, F f) {
-  if (dtype == DType::kBool) return f(static_cast<const Bool*>(nullptr));
+FLASH_ATTN_INLINE void with_bias_storage(DType dtype, F f) {
   if constexpr (std::is_same_v<T, double>) {
     if (dtype == DType::kFloat32) return f(static_cast<const float*>(nullptr));
   }
@@ -103,27 +97,78 @@ FLASH_ATTN_INLINE bool any_lane(IntVec<T> mask) {
   return any != 0;
 }
 
-/// Looks at (outer, inner) elements of the mask: does some score stay, does some go?
+/// What a mask does with the scores of a tile.
+struct MaskEffect {
+  bool some_stay = false, some_go = false;
+  bool known() const { return some_stay && some_go; }
+};
+
+/// Looks at (outer, inner) elements of a bias.
 template <typename T, typename Storage>
-void scan_mask(const Storage* data, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
-               bool& some_stay, bool& some_go) {
-  for (int64_t i = 0; i < outer && !(some_stay && some_go); ++i) {
+void scan_bias(const Storage* data, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
+               MaskEffect& effect) {
+  for (int64_t i = 0; i < outer && !effect.known(); ++i) {
     const Storage* line = data + i * outer_stride;
-    IntVec<T> stay{}, go{};
-    int64_t j = 0;
-    for (; inner_stride == 1 && j + kLanes<T> <= inner; j += kLanes<T>) {
-      const IntVec<T> gone = load_mask<T>(line + j) == -kInfinity<T>;
-      go |= gone;
-      stay |= ~gone;
-    }
-    some_stay = some_stay || any_lane<T>(stay);
-    some_go = some_go || any_lane<T>(go);
-    for (; j < inner; ++j) {
-      const bool gone = load_mask_up_to<T>(line + j * inner_stride, 1)[0] == -kInfinity<T>;
-      some_go = some_go || gone;
-      some_stay = some_stay || !gone;
+    for (int64_t j = 0; j < inner && !effect.known();) {
+      if (inner_stride == 1 && j + kLanes<T> <= inner) {
+        const Vec<T> bias = load_bias<T>(line + j);
+        effect.some_stay = effect.some_stay || any_lane<T>(bias != -kInfinity<T>);
+        effect.some_go = effect.some_go || any_lane<T>(bias == -kInfinity<T>);
+        j += kLanes<T>;
+      } else {
+        const bool goes = load_bias_up_to<T>(line + j * inner_stride, 1)[0] == -kInfinity<T>;
+        effect.some_stay = effect.some_stay || !goes;
+        effect.some_go = effect.some_go || goes;
+        ++j;
+      }
     }
   }
+}
+
+/// The same for a bool mask.
+inline void scan_bool(const uint8_t* data, int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride,
+                      MaskEffect& effect) {
+  using Bytes = Vec<uint8_t>;
+  for (int64_t i = 0; i < outer && !effect.known(); ++i) {
+    const uint8_t* line = data + i * outer_stride;
+    Bytes stay{}, go{};
+    int64_t j = 0;
+    for (; inner_stride == 1 && j + kVectorBytes <= inner; j += kVectorBytes) {
+      const Bytes v = load_vector<Bytes>(line + j);
+      stay |= v;
+      go |= bit_cast<Bytes>(v == 0);
+    }
+    effect.some_stay = effect.some_stay || any_lane<float>(bit_cast<IntVec<float>>(stay));
+    effect.some_go = effect.some_go || any_lane<float>(bit_cast<IntVec<float>>(go));
+    for (; j < inner; ++j) {
+      const bool stays = line[j * inner_stride] != 0;
+      effect.some_stay = effect.some_stay || stays;
+      effect.some_go = effect.some_go || !stays;
+    }
+  }
+}
+
+/// Rows [m_begin, m_end) and columns [n_begin, n_end) of the mask.
+template <typename T>
+MaskEffect scan_mask(const ScoreRules<T>& rules, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  const MaskView& mask = rules.p.mask;
+  int64_t outer = mask.row == 0 ? 1 : m_end - m_begin, outer_stride = mask.row;
+  int64_t inner = mask.col == 0 ? 1 : n_end - n_begin, inner_stride = mask.col;
+  if (mask.row == 1) {
+    const int64_t rows = outer;
+    outer = inner, outer_stride = mask.col, inner = rows, inner_stride = 1;
+  }
+  MaskEffect effect;
+  const char* data = rules.mask_at(m_begin, n_begin);
+  if (mask.dtype == DType::kBool) {
+    scan_bool(reinterpret_cast<const uint8_t*>(data), outer, outer_stride, inner, inner_stride, effect);
+    return effect;
+  }
+  effect.some_go = true;  // a bias that is nowhere -inf is added all the same
+  with_bias_storage<T>(mask.dtype, [&](auto type) {
+    scan_bias<T>(reinterpret_cast<decltype(type)>(data), outer, outer_stride, inner, inner_stride, effect);
+  });
+  return effect;
 }
 
 /// Fills in which lanes and rules a tile has. False: no score of it exists.
@@ -143,36 +188,26 @@ bool plan_tile(const ScoreRules<T>& rules, Tile& tile) {
                      visible_columns(p, rules.sequence, tile.m_begin + tile.lane_begin).end};
   tile.windowed = narrow.begin > tile.n_begin || narrow.end < n_end;
   if (p.mask.data == nullptr) return true;
-  bool some_stay = false, some_go = p.mask.dtype != DType::kBool;  // a bias that is nowhere -inf is added all the same
-  const int64_t mask_rows = p.mask.row == 0 ? 1 : last - first, mask_columns = p.mask.col == 0 ? 1 : tile.columns;
-  with_mask_storage<T>(p.mask.dtype, [&](auto type) {
-    const auto* data = reinterpret_cast<decltype(type)>(rules.mask_at(first, tile.n_begin));
-    if (p.mask.row == 1) {
-      scan_mask<T>(data, mask_columns, p.mask.col, mask_rows, 1, some_stay, some_go);
-    } else {
-      scan_mask<T>(data, mask_rows, p.mask.row, mask_columns, p.mask.col, some_stay, some_go);
-    }
-  });
-  tile.masked = some_go;
-  return some_stay;
+  const MaskEffect effect = scan_mask<T>(rules, first, last, tile.n_begin, n_end);
+  tile.masked = effect.some_go;
+  return effect.some_stay;
 }
 
 /// attn_mask's tile as T: bias (columns, ld), rows as lanes. Lanes beyond the rows become -inf.
 template <typename T, typename Storage>
-void load_bias(const ScoreRules<T>& rules, const Tile& tile, const Storage*, T* bias, int64_t ld) {
+void read_bias(const ScoreRules<T>& rules, const Tile& tile, const Storage*, T* bias, int64_t ld) {
   constexpr int W = kLanes<T>;
   const MaskView& mask = rules.p.mask;
   const auto* origin = reinterpret_cast<const Storage*>(rules.mask_at(tile.m_begin, tile.n_begin));
-  const Vec<T> none = broadcast<T>(-kInfinity<T>);
+  const Vec<T> none = broadcast<T>(-kInfinity<T>), numbers = lane_numbers<T>();
   for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += W) {
     const int64_t rows = min(W, tile.rows - lane);
-    const Vec<T> numbers = lane_numbers<T>();
     const Storage* data = origin + lane * mask.row;
     if (mask.col == 1 && mask.row != 0) {
       for (int64_t n = 0; n < tile.columns; n += W) {
         Vec<T> block[W];
         for (int i = 0; i < W; ++i) {
-          block[i] = i < rows ? load_mask_up_to<T>(data + i * mask.row + n, tile.columns - n) : none;
+          block[i] = i < rows ? load_bias_up_to<T>(data + i * mask.row + n, tile.columns - n) : none;
         }
         transpose<T>(block);
         for (int64_t i = 0; i < min(W, tile.columns - n); ++i) store<T>(bias + (n + i) * ld + lane, block[i]);
@@ -182,13 +217,36 @@ void load_bias(const ScoreRules<T>& rules, const Tile& tile, const Storage*, T* 
     for (int64_t n = 0; n < tile.columns; ++n, data += mask.col) {
       Vec<T> value;
       if (mask.row == 0) {
-        value = broadcast<T>(load_mask_up_to<T>(data, 1)[0]);
+        value = broadcast<T>(load_bias_up_to<T>(data, 1)[0]);
       } else if (mask.row == 1) {
-        value = load_mask_up_to<T>(data, rows);
+        value = load_bias_up_to<T>(data, rows);
       } else {
-        for (int i = 0; i < W; ++i) value[i] = i < rows ? load_mask_up_to<T>(data + i * mask.row, 1)[0] : T(0);
+        for (int i = 0; i < W; ++i) value[i] = i < rows ? load_bias_up_to<T>(data + i * mask.row, 1)[0] : T(0);
       }
       store<T>(bias + n * ld + lane, numbers < T(rows) ? value : none);
+    }
+  }
+}
+
+/// A bool attn_mask's tile as bytes: visible (columns, byte_stride(ld)), rows as lanes. Lanes beyond the rows are
+/// visible to nobody.
+template <typename T>
+void read_visible(const ScoreRules<T>& rules, const Tile& tile, uint8_t* visible, int64_t stride) {
+  const MaskView& mask = rules.p.mask;
+  const auto* origin = reinterpret_cast<const uint8_t*>(rules.mask_at(tile.m_begin, tile.n_begin));
+  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kByteRows) {
+    const int64_t rows = min(kByteRows, tile.rows - lane);
+    const uint8_t* data = origin + lane * mask.row;
+    if (mask.col == 1 && mask.row != 0) {
+      for (int64_t n = 0; n < tile.columns; n += kByteRows) {
+        transpose_bytes(data + n, mask.row, rows, min(kByteRows, tile.columns - n), visible + n * stride + lane,
+                        stride);
+      }
+      continue;
+    }
+    for (int64_t n = 0; n < tile.columns; ++n, data += mask.col) {
+      uint8_t* to = visible + n * stride + lane;
+      for (int64_t i = 0; i < kByteRows; ++i) to[i] = i < rows ? data[i * mask.row] : uint8_t(0);
     }
   }
 }
@@ -234,33 +292,48 @@ void apply_window(const ScoreRules<T>& rules, const Tile& tile, T* s, int64_t ld
   });
 }
 
-/// From s = q.k to scores as ScoreRules keeps them. s, softcap_slope (null: not wanted) and `bias`, which is scratch,
-/// are (columns, ld), rows as lanes.
 template <typename T>
-void apply_rules(const ScoreRules<T>& rules, const Tile& tile, T* s, T* bias, T* softcap_slope, int64_t ld) {
+void apply_bool_mask(const ScoreRules<T>& rules, const Tile& tile, const ScoreTile<T>& t) {
+  const int64_t stride = byte_stride(t.ld);
+  read_visible<T>(rules, tile, t.visible, stride);
+  transform<T>(tile, t.s, t.ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+    return load_bytes<T>(t.visible + n * stride + lane) != 0 ? x : broadcast<T>(-kInfinity<T>);
+  });
+}
+
+/// s = scale * s + bias
+template <typename T>
+void apply_bias(const ScoreRules<T>& rules, const Tile& tile, const ScoreTile<T>& t, T scale) {
+  with_bias_storage<T>(rules.p.mask.dtype, [&](auto type) { read_bias<T>(rules, tile, type, t.bias, t.ld); });
+  // Not a sum alone: a NaN that is masked out must go.
+  transform<T>(tile, t.s, t.ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+    const Vec<T> b = load<T>(t.bias + n * t.ld + lane);
+    return b == -kInfinity<T> ? b : x * scale + b;
+  });
+}
+
+/// From t.s = q.k to scores as ScoreRules keeps them.
+template <typename T>
+void apply_rules(const ScoreRules<T>& rules, const Tile& tile, const ScoreTile<T>& t) {
   // Scaling waits for the first sum, and is rounded with it.
   T scale = rules.extended ? rules.scale : T(1);
   if (rules.softcap > T(0)) {
-    apply_softcap<T>(rules, tile, s, softcap_slope, ld);
+    apply_softcap<T>(rules, tile, t.s, t.softcap_slope, t.ld);
     scale = T(1);
   }
-  if (tile.masked) {
-    with_mask_storage<T>(rules.p.mask.dtype, [&](auto type) { load_bias<T>(rules, tile, type, bias, ld); });
-    // Not a sum alone: a NaN that is masked out must go.
-    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
-      const Vec<T> b = load<T>(bias + n * ld + lane);
-      return b == -kInfinity<T> ? b : x * scale + b;
-    });
+  if (tile.masked && rules.p.mask.dtype != DType::kBool) {
+    apply_bias<T>(rules, tile, t, scale);
     scale = T(1);
   }
   if (rules.has_slope) {
-    transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
+    transform<T>(tile, t.s, t.ld, [&](Vec<T> x, int64_t lane, int64_t n) {
       return x * scale - rules.slope * alibi_distance<T>(rules, tile, lane, n);
     });
     scale = T(1);
   }
-  if (scale != T(1)) transform<T>(tile, s, ld, [&](Vec<T> x, int64_t, int64_t) { return x * scale; });
-  if (tile.windowed) apply_window<T>(rules, tile, s, ld);
+  if (scale != T(1)) transform<T>(tile, t.s, t.ld, [&](Vec<T> x, int64_t, int64_t) { return x * scale; });
+  if (tile.masked && rules.p.mask.dtype == DType::kBool) apply_bool_mask<T>(rules, tile, t);
+  if (tile.windowed) apply_window<T>(rules, tile, t.s, t.ld);
 }
 
 /// Marks the columns that no row of the tile sees, by their scores. Their keys and values may hold anything, NaN too.
@@ -276,20 +349,6 @@ bool find_dead_columns(const Tile& tile, const T* s, int64_t ld, uint8_t* dead) 
     any = any || dead[n] != 0;
   }
   return any;
-}
-
-/// keep (columns, ld), rows as lanes: 1 where dropout keeps a score, 0 where not.
-template <typename T>
-void draw_dropout(const ScoreRules<T>& rules, const Tile& tile, T* keep, int64_t ld) {
-  const Dropout dropout = make_dropout(rules.p.rng_state, rules.p.dropout_p);
-  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; ++lane) {
-    for (int64_t n = 0; n < tile.columns;) {
-      const int64_t column = tile.n_begin + n;
-      const Philox4 random = dropout.block(rules.batch_head, tile.m_begin + lane, column);
-      const int64_t end = min(tile.columns, n + Dropout::kColumns - column % Dropout::kColumns);
-      for (; n < end; ++n) keep[n * ld + lane] = dropout.keep(random, int((tile.n_begin + n) % 8)) ? T(1) : T(0);
-    }
-  }
 }
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -78,9 +78,18 @@ FLASH_ATTN_INLINE To bit_cast(From from) {
   return to;
 }
 
+/// b where one is NaN
 template <typename T>
 FLASH_ATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_max_ps(__mmask16(-1), a, b);
+  } else {
+    return _mm512_maskz_max_pd(__mmask8(-1), a, b);
+  }
+#else
   return a > b ? a : b;
+#endif
 }
 
 /// Lane numbers 0, 1, 2, ...
@@ -106,9 +115,51 @@ FLASH_ATTN_INLINE void store(T* p, Vec<T> v) {
 using HalfWords = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many as a vector has floats
 using Words = Vec<uint32_t>;
 
+// gcc 12 takes wide conversions of integers apart into scalars.
+FLASH_ATTN_INLINE Words widen(HalfWords v) {
+#if defined(__AVX512F__)
+  return bit_cast<Words>(_mm512_maskz_cvtepu16_epi32(__mmask16(-1), bit_cast<__m256i>(v)));
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+
+FLASH_ATTN_INLINE HalfWords narrow(Words v) {
+#if defined(__AVX512F__)
+  return bit_cast<HalfWords>(_mm512_maskz_cvtepi32_epi16(__mmask16(-1), bit_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, HalfWords);
+#endif
+}
+
+/// kLanes<T> bytes, each as an integer lane.
+template <typename T>
+FLASH_ATTN_INLINE IntVec<T> load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<IntVec<T>>(_mm512_maskz_cvtepu8_epi32(__mmask16(-1), load_vector<__m128i>(p)));
+  } else {
+    return bit_cast<IntVec<T>>(
+        _mm512_maskz_cvtepu8_epi64(__mmask8(-1), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+#else
+  return __builtin_convertvector(load_vector<typename VectorOf<uint8_t, kLanes<T>>::type>(p), IntVec<T>);
+#endif
+}
+
+/// The low byte of every lane.
+FLASH_ATTN_INLINE void store_bytes(uint8_t* p, Words v) {
+#if defined(__AVX512F__)
+  store_vector(p, _mm512_maskz_cvtepi32_epi8(__mmask16(-1), bit_cast<__m512i>(v)));
+#else
+  using Bytes = VectorOf<uint8_t, kLanes<uint32_t>>::type;
+  store_vector(p, __builtin_convertvector(v, Bytes));
+#endif
+}
+
 template <typename T>
 FLASH_ATTN_INLINE Vec<float> load(const BFloat16* p) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(load_vector<HalfWords>(p), Words) << 16);
+  return bit_cast<Vec<float>>(widen(load_vector<HalfWords>(p)) << 16);
 }
 
 FLASH_ATTN_INLINE Words round_to_bfloat16(Vec<float> v) {
@@ -119,8 +170,31 @@ FLASH_ATTN_INLINE Words round_to_bfloat16(Vec<float> v) {
 
 template <typename T>
 FLASH_ATTN_INLINE void store(BFloat16* p, Vec<float> v) {
-  store_vector(p, __builtin_convertvector(round_to_bfloat16(v), HalfWords));
+  store_vector(p, narrow(round_to_bfloat16(v)));
 }
+
+#if defined(__AVX512BF16__)
+using HalfWordPairs = Vec<uint16_t>;
+
+/// The lanes of `first` as bfloat16, then those of `second`.
+FLASH_ATTN_INLINE HalfWordPairs round_to_bfloat16(Vec<float> first, Vec<float> second) {
+  return bit_cast<HalfWordPairs>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+FLASH_ATTN_INLINE HalfWords low_half(HalfWordPairs v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+FLASH_ATTN_INLINE HalfWords high_half(HalfWordPairs v) {
+  return __builtin_shufflevector(v, v, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+/// From that: a word a lane, `first` in its low half.
+FLASH_ATTN_INLINE Words interleave(HalfWordPairs v) {
+  return bit_cast<Words>(__builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
+                                                 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+#endif
 
 template <typename T>
 FLASH_ATTN_INLINE Vec<float> load(const Float16* p) {
@@ -129,7 +203,7 @@ FLASH_ATTN_INLINE Vec<float> load(const Float16* p) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(load_vector<__m128i>(p));
 #else
-  const Words half = __builtin_convertvector(load_vector<HalfWords>(p), Words);
+  const Words half = widen(load_vector<HalfWords>(p));
   const Words magnitude = (half & 0x7fffu) << 13;
   // The exponent moves from bias 15 to 127 by a product, which also makes subnormal numbers right.
   const Words finite = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
@@ -152,15 +226,33 @@ FLASH_ATTN_INLINE void store(Float16* p, Vec<float> v) {
   const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const Words large = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
   const Words half = magnitude >= 0x47800000u ? large : (magnitude < 0x38800000u ? tiny : normal);
-  store_vector(p, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), HalfWords));
+  store_vector(p, narrow(half | ((bits >> 16) & 0x8000u)));
 #endif
 }
 
-/// The first `count` < kLanes numbers; the others are 0.
+/// Elements [0, count) of a row, count < kSize; the others are 0. Nothing beyond the row is touched.
+template <int kSize, typename Storage>
+FLASH_ATTN_INLINE void copy_partial(Storage* to, const Storage* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (kSize * sizeof(Storage) == 64 && sizeof(Storage) == 8) {
+    store_vector(to, _mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from));
+  } else if constexpr (kSize * sizeof(Storage) == 64 && sizeof(Storage) == 4) {
+    store_vector(to, _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from));
+  } else if constexpr (kSize * sizeof(Storage) == 64 && sizeof(Storage) == 2) {
+    store_vector(to, _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), from));
+  } else if constexpr (kSize * sizeof(Storage) == 32 && sizeof(Storage) == 2) {
+    store_vector(to, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from));
+  } else
+#endif
+  {
+    for (int i = 0; i < kSize; ++i) to[i] = i < count ? from[i] : Storage{};
+  }
+}
+
 template <typename T, typename Storage>
 FLASH_ATTN_INLINE Vec<T> load_partial(const Storage* p, int64_t count) {
-  Storage lanes[kLanes<T>] = {};
-  std::memcpy(lanes, p, size_t(count) * sizeof(Storage));
+  Storage lanes[kLanes<T>];
+  copy_partial<kLanes<T>>(lanes, p, count);
   return load<T>(lanes);
 }
 
@@ -168,7 +260,7 @@ template <typename T, typename Storage>
 FLASH_ATTN_INLINE void store_partial(Storage* p, Vec<T> v, int64_t count) {
   Storage lanes[kLanes<T>];
   store<T>(lanes, v);
-  std::memcpy(p, lanes, size_t(count) * sizeof(Storage));
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
 // Exponentials: 2^y = 2^n * 2^f with n = round(y), f in [-0.5, 0.5], and 2^f = 1 + f * exp2_tail(f).
@@ -252,45 +344,6 @@ FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> expm1 = f * exp2_tail(f) * power + (power - T(1));
   const Vec<T> t = expm1 / (expm1 + T(2));
   return x != x ? x : (x < T(0) ? -t : t);
-}
-
-// Transposition of kLanes x kLanes elements: log2(kLanes) rounds of the perfect shuffle.
-
-#define FLASH_ATTN_ZIP2(a, b, lo, hi)             \
-  (lo) = __builtin_shufflevector((a), (b), 0, 2); \
-  (hi) = __builtin_shufflevector((a), (b), 1, 3)
-#define FLASH_ATTN_ZIP4(a, b, lo, hi)                   \
-  (lo) = __builtin_shufflevector((a), (b), 0, 4, 1, 5); \
-  (hi) = __builtin_shufflevector((a), (b), 2, 6, 3, 7)
-#define FLASH_ATTN_ZIP8(a, b, lo, hi)                                 \
-  (lo) = __builtin_shufflevector((a), (b), 0, 8, 1, 9, 2, 10, 3, 11); \
-  (hi) = __builtin_shufflevector((a), (b), 4, 12, 5, 13, 6, 14, 7, 15)
-#define FLASH_ATTN_ZIP16(a, b, lo, hi)                                                              \
-  (lo) = __builtin_shufflevector((a), (b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); \
-  (hi) = __builtin_shufflevector((a), (b), 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-
-template <typename T>
-FLASH_ATTN_INLINE void zip(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
-  if constexpr (kLanes<T> == 2) {
-    FLASH_ATTN_ZIP2(a, b, low, high);
-  } else if constexpr (kLanes<T> == 4) {
-    FLASH_ATTN_ZIP4(a, b, low, high);
-  } else if constexpr (kLanes<T> == 8) {
-    FLASH_ATTN_ZIP8(a, b, low, high);
-  } else {
-    FLASH_ATTN_ZIP16(a, b, low, high);
-  }
-}
-
-/// r[i][j] <-> r[j][i]
-template <typename T>
-FLASH_ATTN_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int kHalf = kLanes<T> / 2;
-  for (int round = 1; round < kLanes<T>; round *= 2) {
-    Vec<T> next[kLanes<T>];
-    for (int i = 0; i < kHalf; ++i) zip<T>(r[i], r[i + kHalf], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < kLanes<T>; ++i) r[i] = next[i];
-  }
 }
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -6,6 +6,7 @@
 
 #include "../tensor_view.h"
 #include "gemm.h"
+#include "transpose.h"
 
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
@@ -49,8 +50,8 @@ FLASH_ATTN_INLINE Vec<Operand> load_operands(const Storage* row, int64_t operand
   if constexpr (std::is_same_v<Operand, uint32_t>) {
     const int64_t left = columns - 2 * operand;
     if (left >= 2 * W) return load_vector<Vec<Operand>>(row + 2 * operand);
-    uint16_t lanes[2 * W] = {};
-    std::memcpy(lanes, row + 2 * operand, size_t(left) * sizeof(Storage));
+    Storage lanes[2 * W];
+    copy_partial<2 * W>(lanes, row + 2 * operand, left);
     return load_vector<Vec<Operand>>(lanes);
   } else {
     return load_up_to<Operand>(row + operand, columns - operand);
@@ -117,10 +118,10 @@ void pack_across(const Rows& src, int64_t rows_padded, typename Arithmetic::Oper
     const auto words = [&](int64_t r, int64_t c) {
       if (!src.present(r) || c >= src.columns) return Words{};
       const BFloat16* p = data + r * src.stride + c;
-      if (src.columns - c >= kLanes<uint32_t>) return __builtin_convertvector(load_vector<HalfWords>(p), Words);
-      uint16_t lanes[kLanes<uint32_t>] = {};
-      std::memcpy(lanes, p, size_t(src.columns - c) * sizeof(BFloat16));
-      return __builtin_convertvector(load_vector<HalfWords>(lanes), Words);
+      if (src.columns - c >= kLanes<uint32_t>) return widen(load_vector<HalfWords>(p));
+      BFloat16 lanes[kLanes<uint32_t>];
+      copy_partial<kLanes<uint32_t>>(lanes, p, src.columns - c);
+      return widen(load_vector<HalfWords>(lanes));
     };
     for (int64_t r = 0; r < rows_padded; r += 2) {
       for (int64_t c = 0; c < ld; c += kLanes<uint32_t>) {

@@ -1,0 +1,71 @@
+// Square transpositions in registers.
+#pragma once
+
+#include "simd.h"
+
+namespace flash_attn::cpu::FLASH_ATTN_ISA {
+
+// kLanes x kLanes elements take log2(kLanes) rounds of the perfect shuffle.
+
+#define FLASH_ATTN_ZIP2(a, b, lo, hi)             \
+  (lo) = __builtin_shufflevector((a), (b), 0, 2); \
+  (hi) = __builtin_shufflevector((a), (b), 1, 3)
+#define FLASH_ATTN_ZIP4(a, b, lo, hi)                   \
+  (lo) = __builtin_shufflevector((a), (b), 0, 4, 1, 5); \
+  (hi) = __builtin_shufflevector((a), (b), 2, 6, 3, 7)
+#define FLASH_ATTN_ZIP8(a, b, lo, hi)                                 \
+  (lo) = __builtin_shufflevector((a), (b), 0, 8, 1, 9, 2, 10, 3, 11); \
+  (hi) = __builtin_shufflevector((a), (b), 4, 12, 5, 13, 6, 14, 7, 15)
+#define FLASH_ATTN_ZIP16(a, b, lo, hi)                                                              \
+  (lo) = __builtin_shufflevector((a), (b), 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); \
+  (hi) = __builtin_shufflevector((a), (b), 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+
+template <typename T>
+FLASH_ATTN_INLINE void zip(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
+  if constexpr (kLanes<T> == 2) {
+    FLASH_ATTN_ZIP2(a, b, low, high);
+  } else if constexpr (kLanes<T> == 4) {
+    FLASH_ATTN_ZIP4(a, b, low, high);
+  } else if constexpr (kLanes<T> == 8) {
+    FLASH_ATTN_ZIP8(a, b, low, high);
+  } else {
+    FLASH_ATTN_ZIP16(a, b, low, high);
+  }
+}
+
+/// r[i][j] <-> r[j][i]
+template <typename T>
+FLASH_ATTN_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+  for (int round = 1; round < kLanes<T>; round *= 2) {
+    Vec<T> next[kLanes<T>];
+    for (int i = 0; i < kHalf; ++i) zip<T>(r[i], r[i + kHalf], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < kLanes<T>; ++i) r[i] = next[i];
+  }
+}
+
+/// 16 x 16 bytes: dst[j][i] = src[i][j] for i < rows and j < columns; 0 for the other i. Strides in bytes.
+FLASH_ATTN_INLINE void transpose_bytes(const uint8_t* src, int64_t src_stride, int64_t rows, int64_t columns,
+                                       uint8_t* dst, int64_t dst_stride) {
+  using Bytes = VectorOf<uint8_t, 16>::type;
+  Bytes r[16];
+  for (int i = 0; i < 16; ++i) {
+    r[i] = Bytes{};
+    if (i >= rows) continue;
+    if (columns >= 16) {
+      r[i] = load_vector<Bytes>(src + i * src_stride);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) r[i][j] = src[i * src_stride + j];
+    }
+  }
+  for (int round = 0; round < 4; ++round) {
+    Bytes next[16];
+    for (int i = 0; i < 8; ++i) {
+      FLASH_ATTN_ZIP16(r[i], r[i + 8], next[2 * i], next[2 * i + 1]);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = next[i];
+  }
+  for (int64_t j = 0; j < 16 && j < columns; ++j) store_vector(dst + j * dst_stride, r[j]);
+}
+
+}  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,41 @@
+// Launching kernels and the errors of it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace flash_attn::cuda {
+
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("flash_attn: ") + kernel + ": " + cudaGetErrorString(error));
+  }
+}
+
+/// Launches `num_blocks` blocks of `kernel`, which adds params.first_block to its blockIdx.x: one launch holds at most
+/// 2^31 - 1 blocks. The limit of dynamic shared memory belongs to the current device, so it is set every time.
+template <typename Params>
+void launch_blocks(void (*kernel)(Params), Params params, int64_t num_blocks, int threads, int shared_bytes,
+                   cudaStream_t stream, const char* name) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  constexpr int kSharedBytesWithoutOptIn = 48 << 10;
+  if (shared_bytes > kSharedBytesWithoutOptIn) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_bytes),
+          name);
+  }
+  for (int64_t first = 0; first < num_blocks; first += kMaxBlocks) {
+    params.first_block = first;
+    void* arguments[] = {&params};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                           dim3(unsigned(std::min(kMaxBlocks, num_blocks - first))), dim3(unsigned(threads)), arguments,
+                           size_t(shared_bytes), stream),
+          name);
+  }
+}
+
+}  // namespace flash_attn::cuda

@@ -1,0 +1,94 @@
+// The Hopper family's backward entry: what it takes, its plan, its launch.
+#include <algorithm>
+
+#include "backward_plan.h"
+#include "sm90.h"
+#include "tensor_map.h"
+
+namespace flash_attn::sm90 {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 27;  // so that bounds and differences of rows stay in 32 bits
+
+const char* refuses_sizes(const ForwardParams& p) {
+  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 || p.head_dim == 0 || p.head_dim_v == 0 ||
+      p.total_q == 0 || p.total_k == 0) {
+    return "a tensor is empty";
+  }
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim is not a multiple of 8";
+  if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
+  const double heads = double(p.batch) * double(p.num_heads);
+  // Blocks of 64 rows, of which the row kernels launch up to two CTAs each.
+  if (heads * (double(p.seqlen_q) / 64 + 2) >= double(1 << 30) ||
+      heads * (double(p.seqlen_k) / 64 + 2) >= double(1 << 30)) {
+    return "there are over 2^30 tiles";
+  }
+  return nullptr;
+}
+
+const char* refuses_tensors(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
+  const auto q_source = [&](const TensorView& view, int64_t head_dim) -> TensorMapSource {
+    return {view,        p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q,
+            p.num_heads, head_dim};
+  };
+  const auto k_source = [&](const TensorView& view, int64_t head_dim) -> TensorMapSource {
+    return {view,          p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k,
+            p.num_heads_k, head_dim};
+  };
+  const TensorMapSource sources[] = {
+      q_source(p.q, p.head_dim),       q_source(p.out, p.head_dim_v),     q_source(params.dout, p.head_dim_v),
+      q_source(params.dq, p.head_dim), k_source(p.k, p.head_dim),         k_source(p.v, p.head_dim_v),
+      k_source(params.dk, p.head_dim), k_source(params.dv, p.head_dim_v),
+  };
+  for (const TensorMapSource& source : sources) {
+    if (const char* reason = source.view.data != nullptr ? tensor_map_refuses(source) : nullptr) return reason;
+  }
+  return nullptr;
+}
+
+/// A maximum beyond the packed tensor itself says nothing, and would not fit the tensor maps.
+BackwardParams with_true_maxima(BackwardParams params) {
+  ForwardParams& p = params.forward;
+  if (p.is_varlen_q()) p.seqlen_q = std::min(p.seqlen_q, p.total_q);
+  if (p.is_varlen_k()) p.seqlen_k = std::min(p.seqlen_k, p.total_k);
+  return params;
+}
+
+const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
+  const BackwardParams params = with_true_maxima(given);
+  const ForwardParams& p = params.forward;
+  if (device.compute_capability != 90) return "the device is not of compute capability 9.0";
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (const char* reason = refuses_sizes(p)) return reason;
+  if (p.mask.data != nullptr) return "there is an attn_mask";
+  if (p.alibi_slopes != nullptr) return "there are alibi_slopes";
+  if (p.sinks != nullptr) return "there are sinks";
+  if (p.softcap != 0) return "there is a softcap";
+  if (p.dropout_p != 0) return "there is dropout";
+  if (!(p.softmax_scale >= 1e-4 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-4 and 1e6";
+  if (p.deterministic && !backward_variant_for(p).whole_head && p.seqlen_k > backward_variant_for(p).block_n) {
+    return "deterministic: head_dim over 128 adds to dq in any order";
+  }
+  return refuses_tensors(params);
+}
+
+Plan plan(const BackwardParams& given, const DeviceInfo& device) {
+  const BackwardParams params = with_true_maxima(given);
+  const BackwardPlan chosen = plan_backward(params, device);
+  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
+          backward_workspace_bytes(chosen, params)};
+}
+
+void launch(const BackwardParams& given, const DeviceInfo& device, void* stream) {
+  const BackwardParams params = with_true_maxima(given);
+  launch_backward(plan_backward(params, device), params, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+const BackwardKernel kBackward = {"sm90", refuses, plan, launch};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,113 @@
+// What a backward kernel is compiled for, and the shared memory that follows from it.
+#pragma once
+
+#include "backward_ptx.h"
+#include "backward_statistics.h"
+#include "backward_tile.h"
+
+namespace flash_attn::sm90 {
+
+/// How a kernel cuts the problem. A kernel's shape derives from this and overrides.
+struct BackwardShape {
+  static constexpr int kHeadDim = 128;  // smaller ones are filled up with zeros
+  static constexpr int kBlockM = 64;    // query rows of a step
+  static constexpr int kStages = 2;     // of Q and dO
+  static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
+  // dQ leaves through shared memory and a warp of its own that adds it up in bulk; else by reductions from registers.
+  static constexpr bool kDqWarps = true;
+  // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
+  // for dense problems in which every query row sees the first key.
+  static constexpr bool kFusedDq = false;
+};
+
+template <typename Element_, typename Shape>
+struct BackwardConfig : Shape {
+  using Element = Element_;
+  static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
+  static constexpr int kBlockN = 64 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kPanels = (Shape::kHeadDim + 63) / 64;
+  static constexpr int kPanelBytesQ = Shape::kBlockM * 128, kPanelBytesKV = kBlockN * 128;
+  static constexpr int kBytesQ = kPanels * kPanelBytesQ, kBytesKV = kPanels * kPanelBytesKV;
+  static constexpr int kBytesStatistics = Shape::kBlockM * kStatisticBytes;
+
+  // dK of a step stays in flight into the next one where registers allow dS to live that long.
+  static constexpr bool kDkInFlight = Shape::kBlockM == 64;
+
+  static constexpr int kTileSlots = 2;
+  static constexpr int kTileReaders = 1 + 4 * kConsumers + (Shape::kDqWarps ? kConsumers : 0);  // the producer, warps
+
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  static_assert(!Shape::kFusedDq || !Shape::kDqWarps, "dQ stays with the thread that computes it");
+  // Each warpgroup computes one 64 x 64 tile of dQ, whose columns are whole panels: a panel, or half of the rows.
+  static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
+};
+
+template <typename Config>
+struct BackwardStorage {
+  alignas(1024) uint8_t k[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
+  alignas(1024) uint8_t v[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
+  alignas(1024) uint8_t q[Config::kStages][Config::kBytesQ];               // [panel][kBlockM][64]
+  alignas(1024) uint8_t dout[Config::kStages][Config::kBytesQ];            // [panel][kBlockM][64]
+  alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
+  alignas(128) float dq[Config::kDqWarps ? Config::kConsumers : 0][kDqTile];
+  alignas(128) StatisticOperand weights;
+  alignas(128) uint8_t statistics[Config::kStages][Config::kBytesStatistics];
+
+  // full: the producer's copy has arrived. empty: all consumers (K and V: all their warps, when dK and dV have left
+  // through K's and V's buffers) have read it for the last time.
+  alignas(8) uint64_t k_full[Config::kStagesKV], v_full[Config::kStagesKV], kv_empty[Config::kStagesKV];
+  uint64_t q_full[Config::kStages], q_empty[Config::kStages];
+  uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+  uint64_t dq_empty[Config::kConsumers];  // the dQ warp's copy has been read
+
+  uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];
+  uint64_t tile_wanted;  // the producer has issued all copies of a tile
+  BackwardTile tiles[Config::kTileSlots];
+};
+
+/// Zeros where no copy will write: wgmma reads all panels of a tile.
+template <int kThreads>
+SM90_DEVICE void clear_shared(void* begin, int bytes) {
+  for (int i = threadIdx.x; i < bytes / 16; i += kThreads) static_cast<uint4*>(begin)[i] = uint4{0, 0, 0, 0};
+  async_proxy_fence();
+}
+
+/// Place in a ring of buffers. The parity of a barrier's phase flips with every round.
+template <int kStages>
+struct BackwardRing {
+  int stage = 0;
+  uint32_t phase = 0;
+  SM90_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+/// Place in the rings of tiles and of K and V, which advance together: one register for all of a consumer's places.
+template <typename Config>
+struct BackwardTileRing {
+  uint32_t count = 0;
+  SM90_DEVICE int slot() const { return count % Config::kTileSlots; }
+  SM90_DEVICE uint32_t slot_phase() const { return count / Config::kTileSlots % 2; }
+  SM90_DEVICE int stage_kv() const { return count % Config::kStagesKV; }
+  SM90_DEVICE uint32_t phase_kv() const { return count / Config::kStagesKV % 2; }
+};
+
+/// Named barriers; 0 is __syncthreads.
+enum BackwardBarrier : int {
+  kDsReady = 1,  // both consumers have written their half of dS, or have read K for the last time
+  kDqReady = 2,  // + consumer: its dQ is in shared memory
+};
+
+/// From 16-bit fragments of S^T or dP^T, 64 key rows by query rows, to where a lane's stmatrix row of dS begins in a
+/// panel [query rows][64 key rows]; 16 query rows on are 2048 bytes further.
+SM90_DEVICE int ds_store_offset(int warp, int lane) {
+  const int chunk = (2 * warp + lane / 8 % 2) ^ (lane % 8);  // 128-byte swizzle
+  return (lane % 8 + lane / 16 * 8) * 128 + chunk * 16;
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,342 @@
+// Backward pass: dq, dk, dv from dout (Dao et al., "FlashAttention", 2022, section 3.1 and algorithm 4;
+// "FlashAttention-2", 2023, algorithm 2), for head dimensions up to 128.
+//
+// A CTA owns 128 rows of K and V and streams blocks of Q and dO past them. S, dP are computed transposed, so that P and
+// dS, packed, are operands from registers for dV and dK, which stay in registers for the whole tile:
+//
+//   S^T = K Q^T    P^T = exp(S^T - lse)      dV += P^T dO
+//   dP^T = V dO^T  dS^T = P^T (dP^T - delta)  dK += dS^T Q      dQ += dS K, over all CTAs, in fp32 in global memory
+//
+// Two consumer warpgroups own 64 rows of K each; for dQ they share dS through shared memory and each takes half of the
+// result. Of the third warpgroup one thread is the scheduler, one the producer (TMA), two warps add dQ to global
+// memory.
+//
+//   consumer, step i   S, dP issued, dK(i - 1) in flight | exp under dP | dS | dV, barrier, dQ, dK | dQ out under dK
+#pragma once
+
+#include "backward_producer.h"
+
+namespace flash_attn::sm90 {
+
+// ---- consumer
+
+template <typename Config>
+struct BackwardConsumer {
+  using Element = typename Config::Element;
+  using Mma = Wgmma<Element>;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  static constexpr int kFragment = kBlockM / 2;  // floats a thread of 64 x kBlockM
+  static constexpr int kDqSize = kDqTile / 128;  // the same of 64 x 64
+
+  const BackwardKernelParams& params;
+  BackwardStorage<Config>& shared;
+  const int warpgroup, warp, lane;
+  BackwardRing<Config::kStages> q;
+  BackwardTileRing<Config> tiles;
+  uint32_t step = 0;                         // over all tiles
+  float dk[kHeadDim / 2], dv[kHeadDim / 2];  // without softmax_scale
+  float s[kFragment], dp[kFragment];         // S^T, then P^T; dP^T, then dS^T
+  uint32_t p[kFragment / 2], ds[kFragment / 2];
+  float dq[kDqSize];
+
+  // -- matrix products
+
+  /// acc = rows (64 of K or V) block^T (kBlockM rows of Q or dO), plus the statistics of the block's rows.
+  SM90_DEVICE void issue_transposed(float (&acc)[kFragment], const uint8_t* rows, const uint8_t* block,
+                                    uint32_t weights) {
+    const uint32_t a = descriptor(rows) + warpgroup * (64 * 128 / 16), b = descriptor(block);
+    wgmma_discard(acc);
+    wgmma_fence();
+    Mma::template ss<false>(acc, a, b);
+#pragma unroll
+    for (int k = 1; k < kHeadDim / 16; ++k) {
+      Mma::template ss<true>(acc, a + k_step_along(k, kBlockN), b + k_step_along(k, kBlockM));
+    }
+    add_statistics(Element{}, acc, weights, statistics_descriptor(shared.statistics[q.stage]));
+    wgmma_commit();
+  }
+
+  /// acc (64 key rows x kHeadDim) += fragment (64 x kBlockM) block (kBlockM rows of dO or Q).
+  SM90_DEVICE void issue_accumulate(float (&acc)[kHeadDim / 2], const uint32_t* fragment, const uint8_t* block) {
+    const uint32_t b = descriptor_across(block, kBlockM);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockM / 16; ++k) Mma::template rs<true>(acc, fragment + 4 * k, b + k_step_across(k));
+    wgmma_commit();
+  }
+
+  /// dQ = dS K: this warpgroup's 64 of kHeadDim columns, or 64 of kBlockM rows.
+  SM90_DEVICE void issue_dq() {
+    constexpr bool kHalfOfColumns = kBlockM == 64;
+    const uint32_t a = descriptor(shared.ds[step % 2]) + (kHalfOfColumns ? 0 : warpgroup * (64 * 128 / 16));
+    const uint32_t b = descriptor_across(
+        shared.k[tiles.stage_kv()] + (kHalfOfColumns ? warpgroup * Config::kPanelBytesKV : 0), kBlockN);
+    if constexpr (!Config::kFusedDq) wgmma_discard(dq);
+    wgmma_fence();
+    Mma::template ss<Config::kFusedDq, kColumns, kRows>(dq, a, b);
+#pragma unroll
+    for (int k = 1; k < kBlockN / 16; ++k) {
+      Mma::template ss<true, kColumns, kRows>(dq, a + k_step_along(k, kBlockM), b + k_step_across(k));
+    }
+    wgmma_commit();
+  }
+
+  // -- the pieces of a step
+
+  SM90_DEVICE void pack_fragment(uint32_t (&to)[kFragment / 2], const float (&from)[kFragment]) {
+#pragma unroll
+    for (int i = 0; i < kFragment / 2; ++i) to[i] = pack<Element>(from[2 * i], from[2 * i + 1]);
+  }
+
+  /// To the operand of dQ, transposed back: [kBlockM][64 key rows of this warpgroup].
+  SM90_DEVICE void store_ds() {
+    const uint32_t row =
+        shared_address(shared.ds[step % 2]) + warpgroup * Config::kPanelBytesQ + ds_store_offset(warp, lane);
+#pragma unroll
+    for (int k = 0; k < kBlockM / 16; ++k) stmatrix_x4_transposed(row + k * 2048, ds + 4 * k);
+    async_proxy_fence();  // wgmma reads it, after kDsReady
+  }
+
+  /// Where this thread adds up its part of dQ, as float4s 32 apart.
+  SM90_DEVICE float4* dq_sum(const BackwardTile& tile, int head, int m_block) const {
+    const int64_t block = Config::kFusedDq
+                              ? (int64_t{blockIdx.x} * tile.num_heads + head) * params.num_m_blocks + m_block
+                              : tile.block + head * params.num_blocks + m_block;
+    return reinterpret_cast<float4*>(params.dq_accum + (block * Config::kConsumers + warpgroup) * kDqTile +
+                                     warp * (kDqTile / 4)) +
+           lane;
+  }
+
+  /// What this thread has stored for the tiles before, as the start of the product.
+  SM90_DEVICE void load_dq(const BackwardTile& tile, int head, int m_block) {
+    const bool first = tile.n_begin == 0;
+    const float4* const sum = dq_sum(tile, head, m_block);
+#pragma unroll
+    for (int i = 0; i < kDqSize; i += 4) {
+      const float4 x = first ? float4{0.f, 0.f, 0.f, 0.f} : __ldcg(sum + i / 4 * 32);
+      dq[i] = x.x;
+      dq[i + 1] = x.y;
+      dq[i + 2] = x.z;
+      dq[i + 3] = x.w;
+    }
+  }
+
+  /// Hands this warp's quarter of dQ to the dQ warp, or takes it to global memory itself.
+  SM90_DEVICE void emit_dq(const BackwardTile& tile, int head, int m_block) {
+    if constexpr (Config::kDqWarps) {
+      const uint32_t to = shared_address(shared.dq[warpgroup]) + (warp * (kDqTile / 4) + lane * 4) * sizeof(float);
+      mbarrier_wait(&shared.dq_empty[warpgroup], (step & 1) ^ 1);  // the last step's has left
+#pragma unroll
+      for (int i = 0; i < kDqSize; i += 4) store_shared(to + i / 4 * 512, dq + i);
+      async_proxy_fence();
+      named_barrier_arrive(kDqReady + warpgroup, 160);
+    } else if constexpr (Config::kFusedDq) {
+      const int last_row = min((m_block + 1) * kBlockM, static_cast<int>(params.problem.seqlen_q)) - 1;
+      if (tile.n_begin + kBlockN > min(tile.seqlen_k - 1, last_row + tile.right_bound)) {  // no later tile adds to it
+        store_dq_rows(tile, head, m_block * kBlockM);
+      } else {
+        float4* const sum = dq_sum(tile, head, m_block);
+#pragma unroll
+        for (int i = 0; i < kDqSize; i += 4)
+          __stcg(sum + i / 4 * 32, make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
+      }
+    } else {
+      float4* const sum = dq_sum(tile, head, m_block);
+#pragma unroll
+      for (int i = 0; i < kDqSize; i += 4) global_reduce_add(reinterpret_cast<float*>(sum + i / 4 * 32), dq + i);
+    }
+  }
+
+  SM90_DEVICE void store_dq_rows(const BackwardTile& tile, int head, int block_row) {
+    constexpr bool kHalfOfColumns = kBlockM == 64;
+    const ForwardParams& p = params.problem;
+    const float scale = static_cast<float>(p.softmax_scale);
+    const int row = block_row + (kHalfOfColumns ? 0 : 64 * warpgroup) + 16 * warp + lane / 4;
+    const int col = kHalfOfColumns ? 64 * warpgroup : 0, cols = static_cast<int>(p.head_dim) - col;
+    uint16_t* const to = static_cast<uint16_t*>(params.dq.data) + tile.q_batch * params.dq.batch + row * params.dq.row +
+                         (tile.q_head + head) * params.dq.head + col + 2 * (lane % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= p.seqlen_q) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (8 * j >= cols) continue;
+        const uint32_t pair = pack<Element>(dq[4 * j + 2 * r] * scale, dq[4 * j + 2 * r + 1] * scale);
+        *reinterpret_cast<uint32_t*>(to + 8 * r * params.dq.row + 8 * j) = pair;
+      }
+    }
+  }
+
+  /// One thread releases for its warpgroup: its own wait for the product that read implies the others'.
+  SM90_DEVICE void release(uint64_t* barrier) {
+    if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
+  }
+
+  // -- the hot loop
+
+  SM90_DEVICE void process_step(const BackwardTile& tile, int head, int m_block, bool mask, int previous_q) {
+    mbarrier_wait(&shared.q_full[q.stage], q.phase);
+    mbarrier_wait(&shared.dout_full[q.stage], q.phase);
+    issue_transposed(s, shared.k[tiles.stage_kv()], shared.q[q.stage], lse_weights_descriptor(shared.weights));
+    issue_transposed(dp, shared.v[tiles.stage_kv()], shared.dout[q.stage], delta_weights_descriptor(shared.weights));
+    wgmma_wait<1>();  // S, and dK of the last step
+    wgmma_results(s);
+    wgmma_results(dk);
+    if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
+    // ptxas would sink the exponentials below the wait for dP; this branch keeps them under it.
+    if (mask) {
+      mask_probabilities(s, tile, tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
+                         m_block * kBlockM + 2 * (lane % 4));
+    }
+    wgmma_wait<0>();
+    wgmma_results(dp);
+    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
+#pragma unroll
+    for (int i = 0; i < kFragment; ++i) dp[i] *= s[i];
+    pack_fragment(p, s);
+    pack_fragment(ds, dp);
+    store_ds();
+    issue_accumulate(dv, p, shared.dout[q.stage]);
+    named_barrier_sync(kDsReady, 256);  // both halves of dS; also, dQ of the last step has read the other buffer
+    issue_dq();
+    issue_accumulate(dk, ds, shared.q[q.stage]);
+    wgmma_wait<1>();  // dV and dQ
+    wgmma_results(dv);
+    wgmma_results(dq);
+    release(&shared.dout_empty[q.stage]);
+    emit_dq(tile, head, m_block);
+    if constexpr (!Config::kDkInFlight) {
+      wgmma_wait<0>();
+      wgmma_results(dk);
+      release(&shared.q_empty[q.stage]);
+    }
+    ++step;
+    q.advance();
+  }
+
+  SM90_DEVICE void process_tile(const BackwardTile& tile) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
+    const Range full = full_blocks<kBlockM>(tile, tile.n_begin + 64 * warpgroup);
+    const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
+    int previous_q = -1;  // stage that dK in flight still reads
+    mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
+    mbarrier_wait(&shared.v_full[tiles.stage_kv()], tiles.phase_kv());
+    const int m_end = tile.m_end;  // a copy: a step's barriers would make the compiler read it again
+    for (int head = 0; head < tile.num_heads; ++head) {
+#pragma unroll 1
+      for (int m_block = tile.m_begin; m_block < m_end; ++m_block) {
+        const int stage = q.stage;
+        process_step(tile, head, m_block, m_block < full_begin || m_block >= full_end, previous_q);
+        previous_q = stage;
+      }
+    }
+    wgmma_wait<0>();
+    wgmma_results(dk);
+    if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
+  }
+
+  // -- epilogue
+
+  /// This warp's 16 rows of dK or dV through its own rows of a buffer, so that TMA writes whole rows.
+  SM90_DEVICE void store_rows(const float (&acc)[kHeadDim / 2], float scale, int panels, uint8_t* buffer,
+                              const CUtensorMap& map, const BackwardTile& tile) {
+    const int row = 64 * warpgroup + 16 * warp;
+    const uint32_t staging = shared_address(buffer) + row * 128;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      if (j / 4 >= panels) continue;  // these stay zero for the next tile
+      const auto pair = [&](int i) { return pack<Element>(acc[8 * j + i] * scale, acc[8 * j + i + 1] * scale); };
+      const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
+      stmatrix_x4(staging + j / 4 * Config::kPanelBytesKV + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
+                  pair(6));
+    }
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) {
+      for (int panel = 0; panel < panels; ++panel) {
+        tma_store(&map, staging + panel * Config::kPanelBytesKV,
+                  {64 * panel, tile.dkv_x + row, tile.dkv_y, tile.kv_head, tile.kv_batch});
+      }
+    }
+  }
+
+  SM90_DEVICE void store_tile(const BackwardTile& tile) {
+    if (params.wants_dv) store_rows(dv, 1.f, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
+    named_barrier_sync(kDsReady, 256);  // both consumers have read all of K
+    if (params.wants_dk) {
+      store_rows(dk, static_cast<float>(params.problem.softmax_scale), params.panels, shared.k[tiles.stage_kv()],
+                 params.dk, tile);
+    }
+    if (lane == 0) {
+      tma_store_commit();
+      tma_store_wait_read();
+      mbarrier_arrive(&shared.kv_empty[tiles.stage_kv()]);
+      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    }
+    __syncwarp();
+  }
+
+  SM90_DEVICE void run() {
+    while (true) {
+      mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+      const BackwardTile& tile = shared.tiles[tiles.slot()];
+      if (tile.num_heads < 0) break;
+      process_tile(tile);
+      store_tile(tile);
+      ++tiles.count;
+    }
+    if (lane == 0) tma_store_wait();  // shared memory must outlive the stores
+  }
+};
+
+// ---- kernel
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardKernelParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<BackwardStorage<Config>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+  if (threadIdx.x == 0) {
+    const auto init = [](uint64_t* barriers, int stages, int arrivals) {
+      for (int i = 0; i < stages; ++i) mbarrier_init(&barriers[i], arrivals);
+    };
+    init(shared.k_full, Config::kStagesKV, 1);
+    init(shared.v_full, Config::kStagesKV, 1);
+    init(shared.kv_empty, Config::kStagesKV, 4 * Config::kConsumers);
+    init(shared.tile_full, Config::kTileSlots, 1);
+    init(shared.tile_empty, Config::kTileSlots, Config::kTileReaders);
+    init(shared.q_full, Config::kStages, 1);
+    init(shared.dout_full, Config::kStages, 1);
+    init(shared.q_empty, Config::kStages, Config::kConsumers);
+    init(shared.dout_empty, Config::kStages, Config::kConsumers);
+    init(&shared.tile_wanted, 1, 1);
+    init(shared.dq_empty, Config::kConsumers, 1);
+    mbarrier_init_fence();
+  }
+  if (params.panels < Config::kPanels || params.panels_v < Config::kPanels) {
+    clear_shared<Config::kThreads>(shared.k,
+                                   sizeof(shared.k) + sizeof(shared.v) + sizeof(shared.q) + sizeof(shared.dout));
+  }
+  shared.weights.template init<typename Config::Element>();
+  __syncthreads();
+  grid_dependency_wait();  // for statistics, zeros in dq_accum and next_tile
+  if (warpgroup == Config::kConsumers) {
+    register_budget_lower<Config::kProducerRegisters>();
+    if (warp == 0) {
+      if (threadIdx.x % 32 == 0) BackwardProducer<Config>{params, shared}.run();
+    } else if (warp == 3) {
+      if (threadIdx.x % 32 == 0) schedule_tiles(params, shared);
+    } else if (Config::kDqWarps) {
+      store_dq(params, shared, warp - 1);
+    }
+  } else {
+    register_budget_raise<Config::kConsumerRegisters>();
+    BackwardConsumer<Config>{params, shared, warpgroup, warp, static_cast<int>(threadIdx.x % 32)}.run();
+  }
+}
+
+}  // namespace flash_attn::sm90

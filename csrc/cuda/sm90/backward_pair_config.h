@@ -1,0 +1,131 @@
+// What a backward kernel of two CTAs is compiled for, its shared memory, and its producer.
+#pragma once
+
+#include "backward_config.h"
+
+namespace flash_attn::sm90 {
+
+template <typename Element_, int kHeadDim_, int kHeadDimV_>
+struct BackwardPairConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
+  static constexpr int kBlockM = 64;
+  static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
+  static constexpr int kThreads = 384;
+  static constexpr int kPanelBytes = 64 * 128;  // every operand has 64 rows
+  static constexpr int kPanels = kHeadDim / 64, kPanelsV = kHeadDimV / 64;
+  static constexpr int kBytes = kPanels * kPanelBytes, kBytesV = kPanelsV * kPanelBytes;  // of Q or K, of dO or V
+  static constexpr int kDqPanels =
+      4;  // one each of the pair's four consumers; with a head dimension of 192 one is idle
+  static constexpr int kBytesPeer = 2 * kPanelBytes;
+  static constexpr int kBytesStatistics = kBlockM * kStatisticBytes;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  static_assert(kPanels == 3 || kPanels == 4, "the pair shares out three or four panels of dQ");
+};
+
+template <typename Config>
+struct BackwardPairStorage {
+  alignas(1024) uint8_t k[Config::kBytes], v[Config::kBytesV];  // [panel][64 key rows][64]
+  alignas(1024) uint8_t k_peer[Config::kBytesPeer];             // the peer's key rows, this CTA's half of the columns
+  alignas(1024) uint8_t q[2][Config::kBytes], dout[Config::kBytesV];                  // [panel][64 query rows][64]
+  alignas(1024) uint8_t ds[2][Config::kPanelBytes], ds_peer[2][Config::kPanelBytes];  // [64 query rows][64 key rows]
+  alignas(128) uint8_t p[2][Config::kPanelBytes];                                     // [16 bytes of a thread][128]
+  alignas(128) StatisticOperand weights;
+  alignas(128) uint8_t statistics[2][Config::kBytesStatistics];
+
+  // full: has arrived. empty: both warpgroups (p: all warps of one) have read it for the last time.
+  alignas(8) uint64_t k_full, v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
+  uint64_t ds_full[2], ds_peer_full[2];
+  uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
+
+  BackwardTile tile;
+};
+
+enum BackwardPairBarrier : int {
+  kPairBoth = 1,       // both consumers have read all of K and V
+  kPairGradients = 2,  // the gradients warpgroup has written dS
+};
+
+// As descriptor() and descriptor_across(), for 64 rows; in a cluster a shared address has the rank above bit 18.
+SM90_DEVICE uint32_t pair_descriptor(const void* tile) { return (shared_address(tile) & 0x3FFFF) >> 4; }
+SM90_DEVICE uint32_t pair_descriptor_across(const void* tile) { return pair_descriptor(tile) | (64 * 8) << 16; }
+
+template <typename Element>
+SM90_DEVICE float2 unpack(uint32_t x);
+template <>
+SM90_DEVICE float2 unpack<__nv_bfloat16>(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+template <>
+SM90_DEVICE float2 unpack<__half>(uint32_t x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
+
+// ---- producer
+
+/// Whether the sequence reaches the key rows of CTA `rank`, and a query row sees the tile at all.
+SM90_DEVICE bool has_rows(const BackwardTile& tile, int rank) {
+  return tile.m_begin < tile.m_end && tile.n_begin + 64 * rank < tile.seqlen_k;
+}
+
+template <typename Config>
+struct BackwardPairProducer {
+  const BackwardKernelParams& params;
+  BackwardPairStorage<Config>& shared;
+  const int rank;
+
+  SM90_DEVICE void load_panels(uint8_t* buffer, const CUtensorMap& map, uint64_t* full, int first, int end, int x,
+                               int y, int head, int batch) {
+    for (int panel = first; panel < end; ++panel) {
+      tma_load(buffer + (panel - first) * Config::kPanelBytes, &map, full, {64 * panel, x, y, head, batch});
+    }
+  }
+
+  /// Panels [first, end) of the key rows of CTA `of`, or none if no rows are there: the kernel has zeroed them then.
+  SM90_DEVICE void load_kv(uint8_t* buffer, const CUtensorMap& map, uint64_t* full, int first, int end, int of) {
+    const BackwardTile& tile = shared.tile;
+    if (!has_rows(tile, of)) return;
+    load_panels(buffer, map, full, first, end, tile.kv_x + of * Config::kRowsN, tile.kv_y, tile.kv_head, tile.kv_batch);
+  }
+
+  SM90_DEVICE void load_v() {
+    mbarrier_arrive_expect(&shared.v_full, has_rows(shared.tile, rank) ? params.panels_v * Config::kPanelBytes : 0);
+    load_kv(shared.v, params.v, &shared.v_full, 0, params.panels_v, rank);
+  }
+
+  SM90_DEVICE void load_k() {
+    const int peer_first = 2 * rank, peer_end = min(peer_first + 2, params.panels);
+    const int own = has_rows(shared.tile, rank) ? params.panels : 0;
+    const int peer = has_rows(shared.tile, rank ^ 1) ? max(0, peer_end - peer_first) : 0;
+    mbarrier_arrive_expect(&shared.k_full, (own + peer) * Config::kPanelBytes);
+    load_kv(shared.k, params.k, &shared.k_full, 0, params.panels, rank);
+    load_kv(shared.k_peer, params.k, &shared.k_full, peer_first, peer_end, rank ^ 1);
+  }
+
+  SM90_DEVICE void run() {
+    const BackwardTile& tile = shared.tile;
+    load_k();
+    if (tile.m_begin == tile.m_end) load_v();
+    int step = 0;
+    for (int head = 0; head < tile.num_heads; ++head) {
+      for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
+        const int stage = step % 2, x = tile.q_x + m_block * Config::kBlockM;
+        uint64_t* const q_full = &shared.q_full[stage];
+        mbarrier_wait(&shared.q_empty[stage], step / 2 % 2 ^ 1);
+        mbarrier_arrive_expect(q_full, params.panels * Config::kPanelBytes + Config::kBytesStatistics);
+        load_panels(shared.q[stage], params.q, q_full, 0, params.panels, x, tile.q_y, tile.q_head + head, tile.q_batch);
+        const int64_t block = tile.block + head * params.num_blocks + m_block;
+        bulk_load(shared.statistics[stage], params.statistics + block * Config::kBlockM, Config::kBytesStatistics,
+                  q_full);
+        if (step == 0) load_v();
+        mbarrier_wait(&shared.dout_empty, step % 2 ^ 1);
+        mbarrier_arrive_expect(&shared.dout_full, params.panels_v * Config::kPanelBytes);
+        load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v, x, tile.q_y, tile.q_head + head,
+                    tile.q_batch);
+      }
+    }
+  }
+};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,340 @@
+// Backward pass for head dimensions up to 256, where dK and dV of 64 key rows fill the registers of a warpgroup each:
+// two CTAs, a cluster, share a tile of 128 key rows, and the warpgroups have different parts. See backward_kernel.h for
+// the formulas.
+//
+//   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
+//   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
+//   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
+//   producer    one thread, TMA
+//
+// So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
+#pragma once
+
+#include <cstddef>
+
+#include "backward_pair_config.h"
+
+namespace flash_attn::sm90 {
+
+// ---- consumers
+
+enum class PairRole { kScores, kGradients };
+
+template <typename Config, PairRole kRole>
+struct BackwardPairConsumer {
+  using Element = typename Config::Element;
+  using Mma = Wgmma<Element>;
+  static constexpr bool kScores = kRole == PairRole::kScores;
+  static constexpr int kDepth = kScores ? Config::kHeadDim : Config::kHeadDimV;            // of the product for S or dP
+  static constexpr int kColumns = kScores ? Config::kHeadDimV : Config::kHeadDim;          // of dV or dK
+  static constexpr int kParts = kColumns > 192 ? 2 : 1, kPartColumns = kColumns / kParts;  // one instruction's
+
+  const BackwardKernelParams& params;
+  BackwardPairStorage<Config>& shared;
+  const int rank, warp, lane;
+  int step = 0, steps = 0;
+  float acc[kParts][kPartColumns / 2];  // dV or dK, 64 key rows
+  float s[32];                          // S^T, P^T; or dP^T, dS^T: 64 key rows by 64 query rows
+  float dq[32];                         // 64 query rows by 64 columns
+  uint32_t operand[16];                 // s, packed
+
+  SM90_DEVICE void release(uint64_t* barrier) {
+    if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
+  }
+
+  SM90_DEVICE void arrive_warp(uint64_t* barrier) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  // -- matrix products
+
+  SM90_DEVICE void issue_transposed(const uint8_t* rows, const uint8_t* block, int stage, uint32_t weights) {
+    const uint32_t a = pair_descriptor(rows), b = pair_descriptor(block);
+    wgmma_discard(s);
+    wgmma_fence();
+    Mma::template ss<false>(s, a, b);
+#pragma unroll
+    for (int k = 1; k < kDepth / 16; ++k) Mma::template ss<true>(s, a + k_step_along(k, 64), b + k_step_along(k, 64));
+    add_statistics(Element{}, s, weights, statistics_descriptor(shared.statistics[stage]));
+    wgmma_commit();
+  }
+
+  SM90_DEVICE void issue_scores(int stage) {
+    issue_transposed(shared.k, shared.q[stage], stage, lse_weights_descriptor(shared.weights));
+  }
+
+  SM90_DEVICE void issue_accumulate(const uint8_t* block) {
+    const uint32_t b = pair_descriptor_across(block);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Mma::template rs<true>(acc[part], operand + 4 * k, b + part * kPartColumns * 8 + k_step_across(k));
+      }
+    }
+    wgmma_commit();
+  }
+
+  /// dQ = dS K over this CTA's key rows, then the peer's. The idle consumer of three panels multiplies what lies behind
+  /// K, which nobody sees: no branch may part the products.
+  SM90_DEVICE void issue_dq(int buffer) {
+    constexpr int kColumns64 = kScores ? 0 : 1;  // of this CTA's half
+    const uint32_t ds = pair_descriptor(shared.ds[buffer]), ds_peer = pair_descriptor(shared.ds_peer[buffer]);
+    const uint32_t k = pair_descriptor_across(shared.k + (2 * rank + kColumns64) * Config::kPanelBytes);
+    const uint32_t k_peer = pair_descriptor_across(shared.k_peer + kColumns64 * Config::kPanelBytes);
+    wgmma_discard(dq);
+    wgmma_fence();
+    Mma::template ss<false, Major::kColumns, Major::kRows>(dq, ds, k);
+#pragma unroll
+    for (int i = 1; i < 4; ++i)
+      Mma::template ss<true, Major::kColumns, Major::kRows>(dq, ds + k_step_along(i, 64), k + k_step_across(i));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Mma::template ss<true, Major::kColumns, Major::kRows>(dq, ds_peer + k_step_along(i, 64),
+                                                            k_peer + k_step_across(i));
+    }
+    wgmma_commit();
+  }
+
+  // -- dS of a step goes to the next step's dQ
+
+  SM90_DEVICE void wait_ds(int of_step) {
+    mbarrier_wait(&shared.ds_full[of_step % 2], of_step / 2 % 2);
+    mbarrier_wait(&shared.ds_peer_full[of_step % 2], of_step / 2 % 2);
+  }
+
+  /// dQ has read both copies of dS. The barrier of the next one from the peer is armed before the peer may send.
+  SM90_DEVICE void free_ds(int of_step) {
+    if (threadIdx.x % 128 != 0) return;
+    uint64_t* const free = &shared.ds_free[of_step % 2];
+    if (kScores) {
+      mbarrier_arrive_expect(&shared.ds_peer_full[of_step % 2], Config::kPanelBytes);
+      mbarrier_arrive(free);
+    }
+    mbarrier_arrive_peer(peer_address(free, rank ^ 1));
+  }
+
+  SM90_DEVICE void emit_dq(int64_t block) {
+    if (2 * rank + (kScores ? 0 : 1) >= Config::kPanels) return;
+    float* const to = params.dq_accum + (block * Config::kDqPanels + 2 * rank + (kScores ? 0 : 1)) * kDqTile +
+                      warp * (kDqTile / 4) + lane * 4;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) global_reduce_add(to + i / 4 * 128, dq + i);
+  }
+
+  // -- the two parts of a step
+
+  SM90_DEVICE void pack_operand() {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) operand[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  /// From S to P and dV; S of this step is complete.
+  SM90_DEVICE void process_scores(int m_block, bool mask) {
+    const int stage = step % 2;
+    release(&shared.q_empty[stage]);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
+    if (mask) {
+      mask_probabilities(s, shared.tile, shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
+                         m_block * Config::kBlockM + 2 * (lane % 4));
+    }
+    pack_operand();
+    mbarrier_wait(&shared.p_empty[stage], step / 2 % 2 ^ 1);
+    const uint32_t to = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared(to + i * 2048, operand + 4 * i);
+    arrive_warp(&shared.p_full[stage]);
+    mbarrier_wait(&shared.dout_full, step % 2);
+    issue_accumulate(shared.dout);
+  }
+
+  /// dP, dS and dK.
+  SM90_DEVICE void process_gradients() {
+    const int stage = step % 2, phase = step / 2 % 2;
+    mbarrier_wait(&shared.q_full[stage], phase);  // with delta
+    mbarrier_wait(&shared.dout_full, step % 2);
+    issue_transposed(shared.v, shared.dout, stage, delta_weights_descriptor(shared.weights));
+    mbarrier_wait(&shared.p_full[stage], phase);
+    const uint32_t from = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_shared(from + i * 2048, operand + 4 * i);
+    arrive_warp(&shared.p_empty[stage]);
+    wgmma_wait<0>();
+    wgmma_results(s);
+    release(&shared.dout_empty);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float2 p = unpack<Element>(operand[i]);
+      s[2 * i] *= p.x;
+      s[2 * i + 1] *= p.y;
+    }
+    pack_operand();
+    mbarrier_wait(&shared.ds_free[stage], phase ^ 1);
+    const uint32_t row = shared_address(shared.ds[stage]) + ds_store_offset(warp, lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) stmatrix_x4_transposed(row + i * 2048, operand + 4 * i);
+    async_proxy_fence();  // wgmma and the copy engine read it
+    named_barrier_sync(kPairGradients, 128);
+    if (threadIdx.x % 128 == 0) {
+      mbarrier_arrive(&shared.ds_full[stage]);
+      bulk_copy_to_peer(peer_address(shared.ds_peer[stage], rank ^ 1), shared.ds[stage], Config::kPanelBytes,
+                        peer_address(&shared.ds_peer_full[stage], rank ^ 1));
+    }
+    issue_accumulate(shared.q[stage]);
+  }
+
+  /// dQ of the last step beside dV or dK of this one, then the next S beside the reductions of dQ. The first step's dQ,
+  /// and S after the last step, come of whatever the buffers hold and are not used: no branch may part the products.
+  SM90_DEVICE void finish_step(int64_t previous_block) {
+    const int stage = step % 2;
+    if (step > 0) wait_ds(step - 1);
+    issue_dq((step + 1) % 2);
+    wgmma_wait<1>();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) wgmma_results(acc[part]);
+    release(kScores ? &shared.dout_empty : &shared.q_empty[stage]);
+    if constexpr (kScores) {
+      if (step + 1 < steps) mbarrier_wait(&shared.q_full[stage ^ 1], (step + 1) / 2 % 2);
+      issue_scores(stage ^ 1);
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    wgmma_results(dq);
+    if (step > 0) {
+      free_ds(step - 1);
+      emit_dq(previous_block);
+    }
+    if constexpr (kScores) {
+      wgmma_wait<0>();
+      wgmma_results(s);
+    }
+  }
+
+  SM90_DEVICE void process_tile() {
+    const BackwardTile& tile = shared.tile;
+    const Range full = full_blocks<Config::kBlockM>(tile, tile.n_begin + rank * Config::kRowsN);
+    const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
+    int64_t block = 0;
+    if constexpr (kScores) {
+      mbarrier_wait(&shared.q_full[0], 0);
+      issue_scores(0);
+      wgmma_wait<0>();
+      wgmma_results(s);
+    }
+    int head = 0, m_block = tile.m_begin;
+#pragma unroll 1
+    for (; step < steps; ++step) {
+      if constexpr (kScores) {
+        process_scores(m_block, m_block < full_begin || m_block >= full_end);
+      } else {
+        process_gradients();
+      }
+      finish_step(block);
+      block = tile.block + head * params.num_blocks + m_block;
+      if (++m_block == tile.m_end) {
+        m_block = tile.m_begin;
+        ++head;
+      }
+    }
+    wait_ds(steps - 1);
+    issue_dq((steps - 1) % 2);
+    wgmma_wait<0>();
+    wgmma_results(dq);
+    emit_dq(block);
+  }
+
+  // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
+
+  SM90_DEVICE void store_rows(float scale, uint8_t* buffer, const CUtensorMap& map) {
+    const uint32_t staging = shared_address(buffer) + 16 * warp * 128;
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+      const float* const x = &acc[16 * j / kPartColumns][8 * (j % (kPartColumns / 16))];
+      const auto pair = [&](int i) { return pack<Element>(x[i] * scale, x[i + 1] * scale); };
+      const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
+      stmatrix_x4(staging + j / 4 * Config::kPanelBytes + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
+                  pair(6));
+    }
+    async_proxy_fence();
+    __syncwarp();
+    if (lane != 0) return;
+    const BackwardTile& tile = shared.tile;
+    for (int panel = 0; panel < (kScores ? params.panels_v : params.panels); ++panel) {
+      tma_store(&map, staging + panel * Config::kPanelBytes,
+                {64 * panel, tile.dkv_x + rank * Config::kRowsN + 16 * warp, tile.dkv_y, tile.kv_head, tile.kv_batch});
+    }
+    tma_store_commit();
+    tma_store_wait();  // shared memory must outlive the stores
+  }
+
+  SM90_DEVICE void run() {
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) acc[i / (kPartColumns / 2)][i % (kPartColumns / 2)] = 0.f;
+    mbarrier_wait(&shared.k_full, 0);
+    mbarrier_wait(&shared.v_full, 0);
+    steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
+    if (steps > 0) process_tile();
+    named_barrier_sync(kPairBoth, 256);
+    if (kScores && params.wants_dv) store_rows(1.f, shared.v, params.dv);
+    if (!kScores && params.wants_dk) store_rows(static_cast<float>(params.problem.softmax_scale), shared.k, params.dk);
+  }
+};
+
+// ---- kernel
+
+template <typename Config>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
+    backward_pair_kernel(const __grid_constant__ BackwardKernelParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<BackwardPairStorage<Config>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+  const int rank = cluster_rank(), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&shared.k_full, 1);
+    mbarrier_init(&shared.v_full, 1);
+    mbarrier_init(&shared.dout_full, 1);
+    mbarrier_init(&shared.dout_empty, 2);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(&shared.q_full[i], 1);
+      mbarrier_init(&shared.q_empty[i], 2);
+      mbarrier_init(&shared.p_full[i], 4);
+      mbarrier_init(&shared.p_empty[i], 4);
+      mbarrier_init(&shared.ds_full[i], 1);
+      mbarrier_init(&shared.ds_peer_full[i], 1);
+      mbarrier_init(&shared.ds_free[i], 3);
+    }
+    mbarrier_init_fence();
+    for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(&shared.ds_peer_full[i], Config::kPanelBytes);
+    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, blockIdx.x / 2, shared.tile)) {
+      shared.tile.num_heads = 0;
+    }
+  }
+  shared.weights.template init<typename Config::Element>();
+  __syncthreads();
+  cluster_sync();                          // before any signal from the peer
+  grid_dependency_wait();                  // for statistics and zeros in dq_accum
+  if (shared.tile.num_heads == 0) return;  // in both CTAs
+  if (params.panels < Config::kPanels || params.panels_v < Config::kPanelsV || !has_rows(shared.tile, 1)) {
+    clear_shared<Config::kThreads>(&shared, offsetof(BackwardPairStorage<Config>, ds));  // boxes that are not loaded
+    __syncthreads();
+  }
+  if (warpgroup == 2) {
+    register_budget_lower<Config::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0) BackwardPairProducer<Config>{params, shared, rank}.run();
+  } else {
+    register_budget_raise<Config::kConsumerRegisters>();
+    if (warpgroup == 0) {
+      BackwardPairConsumer<Config, PairRole::kScores>{params, shared, rank, warp, lane}.run();
+    } else {
+      BackwardPairConsumer<Config, PairRole::kGradients>{params, shared, rank, warp, lane}.run();
+    }
+  }
+  __syncthreads();
+  cluster_sync();  // the peer may still read from, or signal, this CTA
+}
+
+}  // namespace flash_attn::sm90

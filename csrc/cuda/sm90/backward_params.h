@@ -1,0 +1,71 @@
+// What the host gives to a backward kernel.
+#pragma once
+
+#include <cuda.h>
+#include <vector_types.h>
+
+#include "../../sequence.h"
+
+namespace flash_attn::sm90 {
+
+/// The order of tiles.
+struct BackwardSchedule {
+  enum Order : int {
+    kRowsFirst,     // all tiles of a head, then the next head: neighbours share Q and dO
+    kLongestFirst,  // for causal attention: see place_longest_first
+    kWholeHead,     // a CTA takes all tiles of a head, one after the other: dq is summed in a fixed order
+  };
+  Order order;
+  int num_batch_heads;  // of k
+  int num_n_blocks;     // tiles of a head
+  int num_tiles;
+  int heads_per_group;  // kLongestFirst: heads worked on together, so that their Q, dO and dQ stay in L2
+  int* next_tile;       // 0 when the kernel starts; null: CTA i takes i, i + gridDim.x, ... (kWholeHead: of the heads)
+};
+
+/// Division of 0 <= n < 2^31 by a divisor that the host knows (Granlund and Montgomery, 1994, figure 4.1).
+struct FastDivision {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  FastDivision() = default;
+  explicit FastDivision(uint32_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d) + 1;
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>((__umulhi(n, multiplier) + n) >> shift);
+  }
+#endif
+};
+
+struct BackwardKernelParams {
+  CUtensorMap q, dout, k, v, dk, dv;  // see tensor_map.h; dk and dv in boxes of 16 rows
+  ForwardParams problem;
+  BackwardSchedule schedule;
+  // Query rows in whole blocks: block m of sequence b and head h has index h * num_blocks + first_block(b) + m.
+  int num_blocks, num_m_blocks;  // of a head over all sequences; of the longest sequence
+  float* dq_accum;               // (num_heads * num_blocks, kBlockM, head dimension in whole panels of 64), see kDqTile
+  TensorView dq;                 // with Config::kFusedDq, then dq_accum is (CTAs, query heads, num_m_blocks, ...)
+  const uint4* statistics;       // (num_heads * num_blocks, kBlockM), see backward_statistics.h
+  // Of problem, in 32 bits.
+  int window_left, window_right, seqlen_q, seqlen_k, group_size;
+  int panels,
+      panels_v;  // of 64 columns that q, k and v, dout have: a box beyond them must not be loaded (tensor_map.h)
+  bool dense;    // all sequences are of seqlen_q and seqlen_k
+  FastDivision heads_k, n_blocks, long_tiles, heads_per_group;  // long_tiles: of a group, see place_longest_first
+  float scale_log2;                                             // softmax_scale / ln 2
+  bool wants_dk, wants_dv;
+};
+
+/// With cu_seqlens, sequence b of n rows has n / kBlockM rounded up blocks: these never reach into those of b + 1.
+FLASH_ATTN_HOST_DEVICE int64_t first_block(const ForwardParams& p, const SequenceInfo& info, int64_t b, int block_m,
+                                           int64_t num_m_blocks) {
+  return p.cu_seqlens_q != nullptr ? info.q_row / block_m + b : b * num_m_blocks;
+}
+
+/// dq_accum holds a block as 64 x 64 tiles, by rows then by columns, each in the order of a wgmma accumulator: (warp,
+/// 8 columns, lane, 4). So a warp adds 512 contiguous bytes at a time.
+constexpr int kDqTile = 64 * 64;
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,176 @@
+#include "backward_plan.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "backward_params.h"
+#include "backward_rows.h"
+#include "tensor_map.h"
+
+namespace flash_attn::sm90 {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+struct Workspace {
+  int64_t dq_accum_bytes, statistics_bytes;
+  Workspace(const BackwardPlan& plan, const BackwardParams& params) {
+    const ForwardParams& p = params.forward;
+    const int64_t blocks = p.num_heads * plan.num_blocks;
+    const int64_t dq_blocks = plan.variant->fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
+    dq_accum_bytes = aligned(dq_blocks * plan.variant->block_m * plan.variant->dq_columns * 4);
+    statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
+  }
+  int64_t bytes() const { return dq_accum_bytes + statistics_bytes + kAlignment; }
+};
+
+/// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
+int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
+  const int64_t bytes = std::min(l2_bytes / 2, p.seqlen_q << 14);
+  const int64_t bytes_per_head = p.seqlen_q * p.group_size() * (6 * p.head_dim + 2 * p.head_dim_v);
+  return static_cast<int>(clamp<int64_t>(bytes / bytes_per_head, 1, p.batch * p.num_heads_k));
+}
+
+/// Whether BackwardShape::kFusedDq takes the problem.
+bool takes_fused_dq(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const bool dense = !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
+  const bool first_key_seen =
+      p.window_left < 0 && (p.window_right < 0 || p.causal == Causal::kTopLeft || p.seqlen_k >= p.seqlen_q);
+  return params.dq.data != nullptr && dense && first_key_seen;
+}
+
+}  // namespace
+
+const BackwardVariant& backward_variant_for(const ForwardParams& p) {
+  const BackwardVariant* const all[] = {&kBackwardD64,      &kBackwardD96,  &kBackwardD128,
+                                        &kBackwardD192V128, &kBackwardD192, &kBackwardD256};
+  for (const BackwardVariant* variant : all) {
+    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return *variant;
+  }
+  return kBackwardD256;
+}
+
+/// The model: a call takes the tiles' time over the SMs, plus what it costs to zero dq_accum and to read it back, which
+/// is the same at every length and so counts for short sequences. Measured on an H200, 16384 rows of 2048 columns:
+///   fused dq     saves that, and loses the balance between CTAs. At 512: head dim 64 +2%, causal +15%; 128 causal +5%,
+///                full -12%. Longer sequences lose.
+///   three stages and reductions from registers   head dim 128 at 512 +2%; longer sequences lose up to 7%.
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  const BackwardVariant& variant = backward_variant_for(p);
+  const bool causal = p.window_right >= 0;
+  const bool enough_heads = p.batch * p.num_heads_k >= 3 * device.num_sms;
+  if (takes_fused_dq(params) && enough_heads) {
+    if (&variant == &kBackwardD64 && p.seqlen_k <= 512) return plan_backward(params, device, kBackwardD64Fused);
+    if (&variant == &kBackwardD128 && p.seqlen_k <= 512 && causal)
+      return plan_backward(params, device, kBackwardD128Fused);
+  }
+  if (&variant == &kBackwardD128 && !p.deterministic && p.seqlen_q <= 512) {
+    return plan_backward(params, device, kBackwardD128Short);
+  }
+  return plan_backward(params, device, variant);
+}
+
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const BackwardVariant& variant) {
+  const ForwardParams& p = params.forward;
+  BackwardPlan plan;
+  plan.variant = &variant;
+  plan.num_m_blocks = static_cast<int>(ceil_div(p.seqlen_q, variant.block_m));
+  plan.num_blocks =
+      static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
+  plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
+  const int64_t heads = p.batch * p.num_heads_k;
+  plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
+  plan.grid = plan.num_tiles * variant.cluster;
+  if (variant.fused_dq || (p.deterministic && variant.whole_head)) {
+    plan.order = BackwardSchedule::kWholeHead;
+    plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
+    return plan;
+  }
+  if (p.window_right >= 0 && p.window_left < 0) {
+    plan.order = BackwardSchedule::kLongestFirst;
+    // Head dim 256, H200: one head at a time is 1% faster up to 2048, the same beyond.
+    plan.heads_per_group = variant.cluster > 1 ? 1 : heads_per_group(p, device.l2_bytes);
+  }
+  if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
+    plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
+    plan.grid = device.num_sms;
+  }
+  return plan;
+}
+
+int64_t backward_workspace_bytes(const BackwardPlan& plan, const BackwardParams& params) {
+  return Workspace(plan, params).bytes();
+}
+
+void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream) {
+  const BackwardVariant& variant = *plan.variant;
+  const ForwardParams& p = params.forward;
+  const Workspace sizes(plan, params);
+  char* const workspace = static_cast<char*>(p.workspace);
+  float* const dq_accum = reinterpret_cast<float*>(workspace);
+  uint4* const statistics = reinterpret_cast<uint4*>(workspace + sizes.dq_accum_bytes);
+  int* const next_tile =
+      plan.dynamic ? reinterpret_cast<int*>(workspace + sizes.dq_accum_bytes + sizes.statistics_bytes) : nullptr;
+
+  const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
+  const auto q_map = [&](const TensorView& view, int64_t head_dim) {
+    return make_tensor_map(
+        {view, p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim},
+        variant.block_m);
+  };
+  const auto k_map = [&](const TensorView& view, int64_t head_dim, int box_rows) {
+    return make_tensor_map(
+        {view, p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k, p.num_heads_k, head_dim},
+        box_rows);
+  };
+  BackwardKernelParams kernel{};
+  kernel.q = q_map(p.q, p.head_dim);
+  kernel.dout = q_map(params.dout, p.head_dim_v);
+  kernel.k = k_map(p.k, p.head_dim, variant.map_rows);
+  kernel.v = k_map(p.v, p.head_dim_v, variant.map_rows);
+  kernel.wants_dk = params.dk.data != nullptr;
+  kernel.wants_dv = params.dv.data != nullptr;
+  if (kernel.wants_dk) kernel.dk = k_map(params.dk, p.head_dim, 16);
+  if (kernel.wants_dv) kernel.dv = k_map(params.dv, p.head_dim_v, 16);
+  kernel.problem = p;
+  const int batch_heads = static_cast<int>(p.batch * p.num_heads_k);
+  kernel.schedule = {static_cast<BackwardSchedule::Order>(plan.order),
+                     batch_heads,
+                     plan.num_n_blocks,
+                     plan.num_tiles,
+                     plan.heads_per_group,
+                     next_tile};
+  kernel.heads_k = FastDivision(p.num_heads_k);
+  kernel.n_blocks = FastDivision(plan.num_n_blocks);
+  kernel.heads_per_group = FastDivision(plan.heads_per_group);
+  kernel.long_tiles = FastDivision(plan.heads_per_group * (plan.num_n_blocks - plan.num_n_blocks / 4));
+  kernel.num_blocks = plan.num_blocks;
+  kernel.num_m_blocks = plan.num_m_blocks;
+  kernel.dq_accum = dq_accum;
+  kernel.dq = params.dq;
+  kernel.statistics = statistics;
+  // A wider window than the longest sequence sees no more.
+  kernel.seqlen_q = static_cast<int>(p.seqlen_q);
+  kernel.seqlen_k = static_cast<int>(p.seqlen_k);
+  kernel.group_size = static_cast<int>(p.group_size());
+  kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
+  kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
+  kernel.dense = !packed_q && !packed_k && p.seqused_q == nullptr && p.seqused_k == nullptr;
+  kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
+  kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));
+  kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+
+  const BackwardRowsParams rows{params,          variant.block_m,   variant.dq_columns,
+                                plan.num_blocks, plan.num_m_blocks, variant.fused_dq ? nullptr : dq_accum,
+                                statistics,      next_tile};
+  launch_prepare_rows(rows, stream);
+  (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
+  if (params.dq.data != nullptr && !variant.fused_dq) launch_store_dq(rows, stream);
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,47 @@
+// Which backward kernel runs a problem, and how its tiles are shared out.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../kernel.h"
+
+namespace flash_attn::sm90 {
+
+struct BackwardKernelParams;
+
+/// One compiled kernel, for bf16 and fp16.
+struct BackwardVariant {
+  const char* name;
+  int head_dim, head_dim_v;  // the largest it takes
+  int dq_columns;            // of dq_accum: whole panels of 64
+  int block_m, block_n;
+  int map_rows;     // rows of a box of K or V: of a CTA's share of a tile
+  int cluster;      // CTAs that share a tile
+  bool whole_head;  // can take all tiles of a head in one CTA, which makes dq deterministic
+  bool fused_dq;    // must do so, and then writes dq itself: see BackwardShape
+  void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
+  void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
+};
+
+// Each in its own .cu file, see plan_backward() for the choice.
+extern const BackwardVariant kBackwardD64, kBackwardD64Fused, kBackwardD96, kBackwardD128, kBackwardD128Short,
+    kBackwardD128Fused, kBackwardD192V128, kBackwardD192, kBackwardD256;
+
+struct BackwardPlan {
+  const BackwardVariant* variant = nullptr;
+  int order = 0;  // BackwardSchedule::Order
+  int num_n_blocks = 0, num_tiles = 0, heads_per_group = 1;
+  int grid = 0;                          // CTAs
+  bool dynamic = false;                  // CTAs take tiles from a common counter
+  int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
+};
+
+/// The kernel for the problem's head dimensions that takes every problem.
+const BackwardVariant& backward_variant_for(const ForwardParams& params);
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const BackwardVariant& variant);
+
+int64_t backward_workspace_bytes(const BackwardPlan& plan, const BackwardParams& params);
+void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,26 @@
+// What the backward pass does row by row: statistics and zeros before the main kernel, dq after it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../params.h"
+
+namespace flash_attn::sm90 {
+
+struct BackwardRowsParams {
+  BackwardParams problem;
+  int block_m, dq_columns;       // of the main kernel's tiles
+  int num_blocks, num_m_blocks;  // see BackwardKernelParams
+  float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns); null: the main kernel writes dq
+  uint4* statistics;             // (num_heads * num_blocks, block_m)
+  int* next_tile;                // may be null
+};
+
+/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to dq_accum and next_tile. With
+/// cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
+void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
+
+/// dq = softmax_scale * dq_accum.
+void launch_store_dq(const BackwardRowsParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,138 @@
+// Which tiles exist and in which order they are worked on. A tile is kBlockN rows of k and v of one key head, with the
+// query rows that see them, of all query heads that read this key head. The producer turns an index into a
+// BackwardTile, the other warps work on that alone.
+#pragma once
+
+#include "backward_params.h"
+#include "ptx.h"
+
+namespace flash_attn::sm90 {
+
+/// Lives in shared memory. `m` counts blocks of kBlockM query rows.
+struct BackwardTile {
+  int num_heads;                // query heads; -1: no more tiles
+  int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
+  int block;                    // index of the first head's block 0 in dq_accum and statistics
+  int n_begin;                  // first row of k, in the sequence
+  int seqlen_k;                 // rows of k and v from here on take no part
+  int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound]
+  // TMA coordinates (tensor_map.h): of block 0 of q and dout, of the tile's first row of k, v and of dk, dv.
+  int q_x, q_y, q_head, q_batch;
+  int kv_x, kv_y, dkv_x, dkv_y, kv_head, kv_batch;
+};
+
+/// No bound. Lengths are below half of it, so that differences of rows and bounds stay in 32 bits.
+constexpr int kNoBound = 1 << 29;
+
+struct BackwardTilePlace {
+  int n_block, batch_head;
+};
+
+/// Longest first: with causal attention the first columns are seen by all rows. Within a group of heads the first
+/// columns of all heads, then the columns after them, and so on. The shortest quarter of all heads' tiles comes at the
+/// very end, where short tiles even out when the CTAs finish.
+SM90_DEVICE BackwardTilePlace place_longest_first(const BackwardKernelParams& params, int index) {
+  const int heads_per_group = params.schedule.heads_per_group;
+  const int batch_heads = params.schedule.num_batch_heads;
+  const int long_blocks = params.schedule.num_n_blocks - params.schedule.num_n_blocks / 4;
+  const int rest = index - batch_heads * long_blocks;
+  if (rest >= 0) return {long_blocks + rest / batch_heads, rest % batch_heads};
+  const int group = params.long_tiles.quotient(index);
+  const int in_group = index - group * heads_per_group * long_blocks;
+  const int group_heads = min(heads_per_group, batch_heads - group * heads_per_group);
+  const int n_block =
+      group_heads == heads_per_group ? params.heads_per_group.quotient(in_group) : in_group / group_heads;
+  return {n_block, group * heads_per_group + in_group - n_block * group_heads};
+}
+
+/// False if there are no such rows. Writes field by field to shared memory: the scheduler has few registers. Without
+/// lengths on the device it reads 32-bit parameters alone, because a CTA's first tile waits for this.
+template <int kBlockM, int kBlockN>
+SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int index, BackwardTile& tile) {
+  BackwardTilePlace at;
+  if (params.schedule.order == BackwardSchedule::kLongestFirst) {
+    at = place_longest_first(params, index);
+  } else {
+    at.batch_head = params.n_blocks.quotient(index);
+    at.n_block = index - at.batch_head * params.schedule.num_n_blocks;
+  }
+  const int b = params.heads_k.quotient(at.batch_head);
+  const int head_k = at.batch_head - b * static_cast<int>(params.heads_k.divisor);
+  const int n_begin = at.n_block * kBlockN;
+
+  int seqlen_q = params.seqlen_q, seqlen_k = params.seqlen_k, diagonal;
+  int block = head_k * params.group_size * params.num_blocks;
+  tile.q_batch = tile.kv_batch = b;
+  if (params.dense) {
+    diagonal = params.problem.causal == Causal::kTopLeft ? 0 : seqlen_k - seqlen_q;
+    tile.q_x = 0;
+    tile.q_y = seqlen_q;
+    tile.kv_x = tile.dkv_x = n_begin;
+    tile.kv_y = tile.dkv_y = seqlen_k;
+    block += b * params.num_m_blocks;
+  } else {
+    const ForwardParams& p = params.problem;
+    const SequenceInfo info = sequence_info(p, b);
+    const int q_row = static_cast<int>(info.q_row), k_row = static_cast<int>(info.k_row);
+    const int seqlen_k_padded = static_cast<int>(info.seqlen_k_padded);
+    if (n_begin >= seqlen_k_padded) return false;
+    tile.dkv_x = seqlen_k - seqlen_k_padded + n_begin;
+    tile.dkv_y = k_row + seqlen_k_padded;
+    block += static_cast<int>(first_block(p, info, b, kBlockM, params.num_m_blocks));
+    diagonal = static_cast<int>(info.diagonal);
+    tile.q_x = seqlen_q - static_cast<int>(info.seqlen_q);
+    tile.kv_x = seqlen_k - static_cast<int>(info.seqlen_k) + n_begin;
+    seqlen_q = static_cast<int>(info.seqlen_q);
+    seqlen_k = static_cast<int>(info.seqlen_k);
+    tile.q_y = q_row + seqlen_q;
+    tile.kv_y = k_row + seqlen_k;
+    if (p.cu_seqlens_q != nullptr) tile.q_batch = 0;
+    if (p.cu_seqlens_k != nullptr) tile.kv_batch = 0;
+  }
+
+  // visible_rows of sequence.h in terms of the bounds.
+  const int right_bound = params.window_right < 0 ? kNoBound : diagonal + params.window_right;
+  const int left_bound = params.window_left < 0 ? -kNoBound : diagonal - params.window_left;
+  const int row_begin = max(0, n_begin - right_bound);
+  const int row_end = min(seqlen_q, min(n_begin + kBlockN, seqlen_k) - left_bound);
+  const bool seen = n_begin < seqlen_k && row_begin < row_end;
+  tile.m_begin = seen ? row_begin / kBlockM : 0;
+  tile.m_end = seen ? (row_end + kBlockM - 1) / kBlockM : 0;
+  tile.right_bound = right_bound;
+  tile.left_bound = left_bound;
+  tile.seqlen_k = seqlen_k;
+  tile.n_begin = n_begin;
+  tile.block = block;
+  tile.num_heads = params.group_size;
+  tile.q_head = head_k * params.group_size;
+  tile.kv_head = head_k;
+  return true;
+}
+
+/// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.
+/// Sets P to 0 where the query row does not see the key row.
+template <int kSize>
+SM90_DEVICE void mask_probabilities(float (&p)[kSize], const BackwardTile& tile, int key_row, int query_row) {
+  // left <= key - query <= right, as one unsigned comparison; a key row that takes no part fails it.
+  const uint32_t span = tile.right_bound - tile.left_bound;
+  int distance[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = key_row + 8 * r;
+    distance[r] = row < tile.seqlen_k ? row - query_row - tile.left_bound : -kNoBound;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (static_cast<uint32_t>(distance[i / 2 % 2] - (8 * (i / 4) + i % 2)) > span) p[i] = 0.f;
+  }
+}
+
+/// Query blocks [begin, end) all of whose rows see all of the 64 key rows from key_row on.
+template <int kBlockM>
+SM90_DEVICE Range full_blocks(const BackwardTile& tile, int key_row) {
+  if (key_row + 64 > tile.seqlen_k) return {0, 0};
+  const int first_row = key_row + 63 - tile.right_bound, last_row_end = key_row - tile.left_bound + 1;
+  return {first_row <= 0 ? 0 : (first_row + kBlockM - 1) / kBlockM, last_row_end < 0 ? 0 : last_row_end / kBlockM};
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,58 @@
+// Which kernel runs a problem, and how its tiles are shared out. Everything here is arithmetic on sizes known to the
+// host; lengths on the device count as their upper bounds, or as the mean with cu_seqlens.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../kernel.h"
+#include "tile_schedule.h"
+
+namespace flash_attn::sm90 {
+
+struct ForwardPlan;
+
+/// One compiled kernel, for bf16 and fp16, and its constants in the model of forward_plan.cpp, fitted to an H200.
+struct ForwardVariant {
+  const char* name;
+  int head_dim, head_dim_v;  // the largest it takes
+  bool masked;
+  bool out_buffer;  // out does not go through Q's buffer
+  int block_m, block_n;
+  double efficiency;   // share of the tensor cores' peak in the middle of a long tile
+  double tile_clocks;  // a tile's fixed cost: filling and draining the pipeline
+  void (*launch_bf16)(const ForwardParams&, const ForwardPlan&, cudaStream_t);
+  void (*launch_fp16)(const ForwardParams&, const ForwardPlan&, cudaStream_t);
+};
+
+struct ForwardVariants {
+  const ForwardVariant* first;
+  int count;
+  const ForwardVariant* begin() const { return first; }
+  const ForwardVariant* end() const { return first + count; }
+};
+
+// Each in its own .cu file, the smallest head dimensions first.
+extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192V128, kForwardD192, kForwardD256;
+
+struct ForwardPlan {
+  const ForwardVariant* variant = nullptr;
+  TileSchedule schedule{};  // its pointers are set by place_workspace()
+  int grid = 0;
+  bool dynamic = false;  // CTAs take tiles from a common counter
+  double clocks = 0;     // what the model expects, to compare plans
+
+  bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
+  bool is_split() const { return schedule.num_splits > 1; }
+};
+
+/// Bytes that the plan needs; with `workspace` also sets the schedule's pointers into it.
+int64_t place_workspace(ForwardPlan& plan, const ForwardParams& params, void* workspace);
+
+/// The plan that the model expects to be fastest.
+ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device);
+/// The plan with this kernel.
+ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, const ForwardVariant& variant);
+/// All kernels for the problem's head dimensions.
+const ForwardVariants& variants_for(const ForwardParams& params);
+
+}  // namespace flash_attn::sm90

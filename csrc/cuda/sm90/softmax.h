@@ -1,0 +1,115 @@
+// Online softmax over the blocks of a tile (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018),
+// for a thread's two rows of the accumulator fragment S (see wgmma.h).
+#pragma once
+
+#include "wgmma.h"
+
+namespace flash_attn::sm90 {
+
+/// Least row_max: finite, so that exp(-inf - row_max) of a row that sees nothing is 0, not NaN.
+constexpr float kMinMax = -1e30f;
+
+/// Natural logarithm of sum * 2^max_log2.
+SM90_DEVICE float log_sum_exp(float max_log2, float sum) { return (max_log2 + __log2f(sum)) * 0.69314718f; }
+
+/// The four lanes of a quad hold the same two rows.
+SM90_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+/// After each block: P = exp(scale (S - row_max)), in place of S, and row_sum is the sum of this thread's P so far.
+///
+/// row_max is a reference, not always the maximum: it moves, and what has been summed is rescaled, only when a row's
+/// maximum has grown by 2^kGrowth. Results are the same, for P is relative to whatever row_max is; rescaling O costs
+/// tensor-core time [2% at 512 to 3.5% at 8192 keys, head dim 128, H200]. A growth of 2^8 would not be slower, but the
+/// largest P is exact in 16 bits only when it is 1.
+template <int kBlockN>
+struct OnlineSoftmax {
+  static constexpr int kSize = kBlockN / 2;
+  static constexpr float kGrowth = 4.f;
+  // Of a lazy block's sum over a thread's kSize / 2 columns. Equal scores give kSize / 2, and a row's first block may
+  // have shown it few columns: not much lower; the larger it is, the less exact are P far above 1.
+  static constexpr float kLazyLimit = 128.f;
+
+  const float scale_log2;  // softmax_scale / ln 2
+  float row_max[2];        // in log2, scaled
+  float row_sum[2];
+  float rescale[2];    // of O and row_sum, when `grown`
+  bool grown = false;  // the same in all lanes of the warp
+
+  SM90_DEVICE OnlineSoftmax(float scale) : scale_log2(scale) {}
+
+  /// A tile's first block.
+  SM90_DEVICE void start(float (&s)[kSize]) {
+    float largest[2], sum[2];
+    thread_max(s, largest);
+    quad_max(largest);
+    row_max[0] = fmaxf(largest[0] * scale_log2, kMinMax);
+    row_max[1] = fmaxf(largest[1] * scale_log2, kMinMax);
+    grown = false;
+    exponentials(s, sum);
+    row_sum[0] = sum[0];
+    row_sum[1] = sum[1];
+  }
+
+  /// A later block.
+  SM90_DEVICE void advance(float (&s)[kSize]) {
+    float largest[2], sum[2];
+    thread_max(s, largest);
+    largest[0] *= scale_log2;
+    largest[1] *= scale_log2;
+    grown = __any_sync(~0u, fmaxf(largest[0] - row_max[0], largest[1] - row_max[1]) > kGrowth);
+    if (grown) {
+      quad_max(largest);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        largest[r] = fmaxf(row_max[r], largest[r]);
+        rescale[r] = fast_exp2(row_max[r] - largest[r]);
+        row_max[r] = largest[r];
+        row_sum[r] *= rescale[r];
+      }
+    }
+    exponentials(s, sum);
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+  }
+
+  /// A later block without looking for its maximum. False: some P is too far above 1, S is lost, nothing else has
+  /// changed; compute S again and call advance(). The whole warpgroup agrees, because S is a product of all its warps.
+  SM90_DEVICE bool advance_lazily(float (&s)[kSize], int vote_barrier) {
+    float sum[2];
+    exponentials(s, sum);
+    if (named_barrier_any(vote_barrier, 128, !(fmaxf(sum[0], sum[1]) <= kLazyLimit))) return false;
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+    grown = false;
+    return true;
+  }
+
+ private:
+  static SM90_DEVICE void thread_max(const float (&s)[kSize], float (&largest)[2]) {
+    largest[0] = s[0];
+    largest[1] = s[2];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+  }
+  static SM90_DEVICE void quad_max(float (&x)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      x[r] = fmaxf(x[r], __shfl_xor_sync(~0u, x[r], 1));
+      x[r] = fmaxf(x[r], __shfl_xor_sync(~0u, x[r], 2));
+    }
+  }
+  SM90_DEVICE void exponentials(float (&s)[kSize], float (&sum)[2]) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) s[i] = fast_exp2(fmaf(s[i], scale_log2, -row_max[i / 2 % 2]));
+    float partial[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int i = 4; i < kSize; ++i) partial[i % 4] += s[i];
+    sum[0] = partial[0] + partial[1];
+    sum[1] = partial[2] + partial[3];
+  }
+};
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,87 @@
+// The family's entries: nothing is refused; the dtype picks the instance.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "backward_launch.h"
+#include "forward_launch.h"
+#include "rows.h"
+#include "universal.h"
+
+namespace flash_attn::universal {
+namespace {
+
+template <typename Params>
+const char* refuses(const Params&, const DeviceInfo&) {
+  return nullptr;
+}
+
+/// The variant's name, by dtype and bucket.
+const char* variant(DType dtype, int bucket) {
+  static constexpr const char* kNames[4][3] = {{"simt fp64 d16", "simt fp64 d64", "simt fp64 d128"},
+                                               {"simt fp32 d16", "simt fp32 d64", "simt fp32 d128"},
+                                               {"simt bf16 d16", "simt bf16 d64", "simt bf16 d128"},
+                                               {"simt fp16 d16", "simt fp16 d64", "simt fp16 d128"}};
+  return kNames[int(dtype)][bucket == 16 ? 0 : bucket == 64 ? 1 : 2];
+}
+
+int block_size(DType dtype) { return dtype == DType::kFloat64 ? 32 : 64; }
+
+Plan plan_forward(const ForwardParams& p, const DeviceInfo&) {
+  return {variant(p.dtype, forward_bucket(p)), block_size(p.dtype), block_size(p.dtype), 0};
+}
+
+Plan plan_backward(const BackwardParams& params, const DeviceInfo&) {
+  const ForwardParams& p = params.forward;
+  return {variant(p.dtype, backward_bucket(p)), block_size(p.dtype), block_size(p.dtype), RowWorkspace::bytes(params)};
+}
+
+void forward(const ForwardParams& p, const DeviceInfo&, void* stream_pointer) {
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const bool packed = p.is_varlen_q();
+  if (packed || p.seqused_q != nullptr) {
+    // Rows of no sequence: the kernel writes those that take part alone.
+    fill_rows(p.out, p.dtype, packed ? 1 : p.batch, packed ? p.total_q : p.seqlen_q, p.num_heads, p.head_dim_v, stream);
+    fill_lse(p, stream);
+  }
+  switch (p.dtype) {
+    case DType::kFloat64: return launch_forward<double>(p, stream);
+    case DType::kFloat32: return launch_forward<float>(p, stream);
+    case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, stream);
+    default: return launch_forward<__half>(p, stream);
+  }
+}
+
+template <typename T>
+void launch_tiles(const BackwardParams& params, cudaStream_t stream) {
+  launch_backward<T>(params, stream);
+  if (params.dmask != nullptr) launch_mask_gradient<T>(params, stream);
+}
+
+void backward(const BackwardParams& params, const DeviceInfo&, void* stream_pointer) {
+  const ForwardParams& p = params.forward;
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const auto fill = [&](const TensorView& view, bool packed, bool used, int64_t total, int64_t seqlen, int64_t heads,
+                        int64_t columns) {
+    if (view.data == nullptr || !(packed || used)) return;
+    fill_rows(view, p.dtype, packed ? 1 : p.batch, packed ? total : seqlen, heads, columns, stream);
+  };
+  const bool used_q = p.seqused_q != nullptr, used_k = p.seqused_k != nullptr;
+  fill(params.dq, p.is_varlen_q(), used_q, p.total_q, p.seqlen_q, p.num_heads, p.head_dim);
+  fill(params.dk, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim);
+  fill(params.dv, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim_v);
+  prepare_rows(params, stream);
+  switch (p.dtype) {
+    case DType::kFloat64: launch_tiles<double>(params, stream); break;
+    case DType::kFloat32: launch_tiles<float>(params, stream); break;
+    case DType::kBFloat16: launch_tiles<__nv_bfloat16>(params, stream); break;
+    default: launch_tiles<__half>(params, stream); break;
+  }
+  reduce_rows(params, stream);
+}
+
+}  // namespace
+
+extern const ForwardKernel kForward = {"universal", refuses<ForwardParams>, plan_forward, forward};
+extern const BackwardKernel kBackward = {"universal", refuses<BackwardParams>, plan_backward, backward};
+
+}  // namespace flash_attn::universal

@@ -1,0 +1,212 @@
+// Forward: a block owns kBlock query rows of one head and kHeadDim columns of the output, and walks over the key rows
+// that they see with an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+#pragma once
+
+#include "../common/launch.h"
+#include "forward_launch.h"
+#include "scores.h"
+
+namespace flash_attn::universal {
+namespace {
+
+struct ForwardArguments {
+  ForwardParams params;
+  int64_t first_block, num_m_blocks, num_parts, group_size;  // parts: of head_dim_v
+  bool q_quads, k_quads, v_quads, out_quads;
+};
+
+/// Per-thread state: every row's values are the same in its 16 lanes, but for row_sum, which holds a lane's share.
+template <typename C>
+struct OnlineSoftmax {
+  using Acc = typename C::Acc;
+  Acc row_max[C::kRows], row_sum[C::kRows];
+  Acc o[C::kSlices][C::kRows][C::kOutCols];
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i) row_max[i] = minus_infinity<Acc>(), row_sum[i] = Acc(0);
+#pragma unroll
+    for (int n = 0; n < C::kSlices; ++n) clear(o[n]);
+  }
+
+  /// Scores become probabilities relative to the new maximum; what was summed up follows it.
+  __device__ __forceinline__ void update(Acc (&s)[C::kRows][C::kCols]) {
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i) {
+      Acc high = row_max[i];
+#pragma unroll
+      for (int j = 0; j < C::kCols; ++j) high = max(high, s[i][j]);
+#pragma unroll
+      for (int lane = 1; lane < kThreadCols; lane *= 2) high = max(high, __shfl_xor_sync(0xffffffffu, high, lane));
+      const Acc base = high == minus_infinity<Acc>() ? Acc(0) : high;
+      const Acc shrink = power_of_2(row_max[i] - base);
+      row_max[i] = high;
+      Acc sum = Acc(0);
+#pragma unroll
+      for (int j = 0; j < C::kCols; ++j) sum += s[i][j] = power_of_2(s[i][j] - base);
+      row_sum[i] = row_sum[i] * shrink + sum;
+#pragma unroll
+      for (int n = 0; n < C::kSlices; ++n) {
+#pragma unroll
+        for (int c = 0; c < C::kOutCols; ++c) o[n][i][c] *= shrink;
+      }
+    }
+  }
+
+  /// The row's lse; row_sum becomes what its output is to be multiplied by. `sink` in units of log 2.
+  __device__ __forceinline__ Acc finish(int i, Acc sink) {
+    Acc sum = row_sum[i];
+#pragma unroll
+    for (int lane = 1; lane < kThreadCols; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+    const Acc high = max(row_max[i], sink);
+    const Acc base = high == minus_infinity<Acc>() ? Acc(0) : high;
+    const Acc shrink = power_of_2(row_max[i] - base);
+    sum = sum * shrink + power_of_2(sink - base);
+    row_sum[i] = sum == Acc(0) ? Acc(0) : shrink / sum;
+    return sum == Acc(0) ? minus_infinity<Acc>() : (base + log_2(sum)) * Acc(kLn2);
+  }
+};
+
+/// s = q k^T over the whole head dimension. A single chunk of q stays in shared.resident from the first block on.
+template <typename C>
+__device__ __forceinline__ void compute_scores(const Matrix<typename C::Element>& q,
+                                               const Matrix<typename C::Element>& k, const ScoreTile& t,
+                                               RowRange q_rows, RowRange k_rows, bool first, SharedStorage<C>& shared,
+                                               typename C::Acc (&s)[C::kRows][C::kCols]) {
+  clear(s);
+  for (int64_t column = 0; column < q.columns; column += C::kWidth) {
+    __syncthreads();  // the last readers of both tiles are done
+    if (first || q.columns > C::kWidth) load_tile<C>(shared.resident, q, t.m_begin, column, q_rows);
+    load_tile<C>(shared.scores, k, t.n_begin, column, k_rows);
+    __syncthreads();  // both tiles are there
+    add_scores<C>(shared.resident, shared.scores, q.columns - column, s);
+  }
+}
+
+/// From products to scores, and to what dropout leaves of the probabilities in shared.scores.
+template <typename C>
+__device__ __forceinline__ void compute_probabilities(const ForwardParams& p, const ScoreRules<C>& rules,
+                                                      const ScoreTile& t, int64_t b, int64_t h,
+                                                      SharedStorage<C>& shared,
+                                                      typename C::Acc (&s)[C::kRows][C::kCols],
+                                                      OnlineSoftmax<C>& softmax) {
+  using Acc = typename C::Acc;
+  if constexpr (C::kExtended) {
+    if (rules.masked) load_mask<C, false, 4>(p.mask, b, h, t, shared);
+    if (rules.dropout) draw_dropout<C::kBlock>(p, b * p.num_heads + h, t, shared.keep);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < C::kCols; ++j) {
+      const int row = thread_row() + kThreadRows * i, column = thread_col() + kThreadCols * j;
+      Acc tanh;
+      s[i][j] = rules.score(t, row, column, s[i][j], shared.scores + row * C::kLdP + column, tanh);
+    }
+  }
+  softmax.update(s);
+  if constexpr (C::kExtended) {
+    if (rules.dropout) {
+#pragma unroll
+      for (int i = 0; i < C::kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < C::kCols; ++j) {
+          if (!is_kept(shared, thread_row() + kThreadRows * i, thread_col() + kThreadCols * j)) s[i][j] = Acc(0);
+        }
+      }
+    }
+  }
+  __syncthreads();  // everyone has read its keys; with a mask, each thread overwrites what it alone reads
+  store_scores<C>(shared.scores, s);
+}
+
+template <typename T, int kHeadDim, bool kExtended>
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kExtended>)
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  using C = Config<T, kHeadDim, kExtended>;
+  using Acc = typename C::Acc;
+  const ForwardParams& p = arguments.params;
+  auto& shared = shared_storage<C>();
+  int64_t index = arguments.first_block + blockIdx.x;
+  const int64_t part_column = index % arguments.num_parts * kHeadDim;
+  index /= arguments.num_parts;
+  const int64_t m_begin = (arguments.num_m_blocks - 1 - index % arguments.num_m_blocks) * C::kBlock;
+  index /= arguments.num_m_blocks;
+  const int64_t h = index % p.num_heads, b = index / p.num_heads;
+  const SequenceInfo sequence = sequence_info(p, b);
+  if (m_begin >= sequence.seqlen_q) return;
+  const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
+  const int rows = int(m_end - m_begin);
+  const int64_t h_k = h / arguments.group_size;
+  const auto q = head_matrix<T>(p.q, b, sequence.q_row, h, p.head_dim, arguments.q_quads);
+  const auto k = head_matrix<T>(p.k, b, sequence.k_row, h_k, p.head_dim, arguments.k_quads);
+  const auto v = head_matrix<T>(p.v, b, sequence.k_row, h_k, p.head_dim_v, arguments.v_quads);
+  const ScoreRules<C> rules(p, b, h);
+  const Range visible = visible_columns(p, sequence, m_begin, m_end);
+  OnlineSoftmax<C> softmax;
+
+  const int64_t n_first = visible.begin / C::kBlock * C::kBlock;
+  for (int64_t n_begin = n_first; n_begin < visible.end; n_begin += C::kBlock) {
+    const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
+    const RowRange k_rows{int(visible.begin > n_begin ? visible.begin - n_begin : 0),
+                          int(visible.end - n_begin < C::kBlock ? visible.end - n_begin : C::kBlock)};
+    Acc s[C::kRows][C::kCols];
+    compute_scores<C>(q, k, t, {0, rows}, k_rows, n_begin == n_first, shared, s);
+    compute_probabilities<C>(p, rules, t, b, h, shared, s, softmax);
+#pragma unroll
+    for (int n = 0; n < C::kSlices; ++n) {
+      const int64_t column = part_column + n * C::kWidth;
+      if (column >= p.head_dim_v) break;
+      __syncthreads();  // the last readers of the streamed tile are done
+      load_tile<C>(shared.streamed, v, n_begin, column, k_rows, rules.masked ? shared.alive[0] : nullptr);
+      __syncthreads();  // values and probabilities are there
+      add_product<C>(shared.scores, shared.streamed, softmax.o[n]);
+    }
+  }
+
+  const Acc sink = p.sinks != nullptr ? static_cast<const Acc*>(p.sinks)[h] * Acc(kLog2E) : minus_infinity<Acc>();
+  Acc* lse = static_cast<Acc*>(p.lse.data) + b * p.lse.batch + h * p.lse.head + (sequence.q_row + m_begin) * p.lse.row;
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+    const int row = thread_row() + kThreadRows * i;
+    const Acc value = softmax.finish(i, sink);
+    if (part_column == 0 && thread_col() == 0 && row < rows) lse[row * p.lse.row] = value;
+  }
+  const auto out = head_matrix<T>(p.out, b, sequence.q_row, h, p.head_dim_v, arguments.out_quads);
+#pragma unroll
+  for (int n = 0; n < C::kSlices; ++n) {
+    store_product<C>(out, m_begin, part_column + n * C::kWidth, rows, softmax.o[n],
+                     [&](int i) { return softmax.row_sum[i] * rules.dropout_scale; });
+  }
+}
+
+template <typename T, int kHeadDim, bool kExtended>
+void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
+  using C = Config<T, kHeadDim, kExtended>;
+  ForwardArguments arguments;
+  arguments.params = p;
+  arguments.num_m_blocks = ceil_div(p.seqlen_q, C::kBlock);
+  arguments.num_parts = p.head_dim_v > 0 ? ceil_div(p.head_dim_v, kHeadDim) : 1;
+  arguments.group_size = p.group_size();
+  arguments.q_quads = is_quad_aligned(p.q, p.head_dim, sizeof(T));
+  arguments.k_quads = is_quad_aligned(p.k, p.head_dim, sizeof(T));
+  arguments.v_quads = is_quad_aligned(p.v, p.head_dim_v, sizeof(T));
+  arguments.out_quads = is_quad_aligned(p.out, p.head_dim_v, sizeof(T));
+  cuda::launch_blocks(forward_kernel<T, kHeadDim, kExtended>, arguments,
+                      p.batch * p.num_heads * arguments.num_m_blocks * arguments.num_parts, kThreads,
+                      int(sizeof(SharedStorage<C>)), stream, "universal forward");
+}
+
+}  // namespace
+
+template <typename T>
+void launch_forward(const ForwardParams& p, cudaStream_t stream) {
+  const bool extended = is_extended(p);
+  switch (forward_bucket(p)) {
+    case 16: return launch_forward_kernel<T, 16, false>(p, stream);
+    case 64: return (extended ? launch_forward_kernel<T, 64, true> : launch_forward_kernel<T, 64, false>)(p, stream);
+    default: return (extended ? launch_forward_kernel<T, 128, true> : launch_forward_kernel<T, 128, false>)(p, stream);
+  }
+}
+
+}  // namespace flash_attn::universal

@@ -1,0 +1,24 @@
+// Between the forward pass's entry and its instances.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "extended.h"
+
+namespace flash_attn::universal {
+
+/// T: double, float, __nv_bfloat16, __half. Instantiated in forward_*.cu.
+template <typename T>
+void launch_forward(const ForwardParams& params, cudaStream_t stream);
+
+/// Columns of the output that a block holds.
+inline int forward_bucket(const ForwardParams& p) {
+  if (p.head_dim <= 16 && p.head_dim_v <= 16 && !is_extended(p)) return 16;
+  return p.head_dim_v <= 64 ? 64 : 128;
+}
+
+/// Registers are bounded so that as many blocks fit into an SM.
+template <typename T, int kHeadDim, bool kExtended>
+constexpr int kForwardBlocksPerSm = sizeof(T) == 8 ? 2 : (kHeadDim > 64 ? 3 : 4) - (kExtended ? 1 : 0);
+
+}  // namespace flash_attn::universal
