@@ -1,9 +1,10 @@
 // Warpgroup matrix multiply (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"): D(64 x N) += A(64 x 16)
 // B(16 x N), 16-bit operands, float accumulators. B lies in shared memory; A there too (ss) or in registers (rs).
 //
-// Fragments. Warp w of the warpgroup holds rows 16 w .. 16 w + 15. Accumulator i of lane l is row l / 4 + 8 (i / 2 % 2),
-// column 8 (i / 4) + 2 (l % 4) + i % 2. Register j of A holds two neighbouring columns: row l / 4 + 8 (j % 2), columns
-// 2 (l % 4) + 8 (j / 2) and the next. So accumulators 8 k .. 8 k + 7, packed in pairs, are the A operand of k-step k.
+// Fragments. Warp w of the warpgroup holds rows 16 w .. 16 w + 15. Accumulator i of lane l is row l / 4 + 8 (i / 2 %
+// 2), column 8 (i / 4) + 2 (l % 4) + i % 2. Register j of A holds two neighbouring columns: row l / 4 + 8 (j % 2),
+// columns 2 (l % 4) + 8 (j / 2) and the next. So accumulators 8 k .. 8 k + 7, packed in pairs, are the A operand of
+// k-step k.
 #pragma once
 
 #include "ptx.h"
