@@ -8,6 +8,7 @@ The ratio is ours over the reference: cuDNN, or torch's flash attention where th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ Row = dict[str, Any]
 Group = tuple[str, int, bool]  # dtype, head_dim, causal
 
 
+MAX_COLUMNS = 8
+
+
 def group_of(row: Row) -> Group:
     return row["dtype"], row["head_dim"], row["causal"]
 
@@ -65,22 +69,30 @@ def _length(seqlen: int) -> str:
 
 
 def plot(folder: Path) -> Path:
-    """Draws a row of panels for each file, a panel for each dtype, head dimension and mask."""
+    """Draws a panel for each file, dtype, head dimension and mask."""
     files = [path for name in ("forward", "backward") if (path := folder / f"{name}.json").exists()]
     if not files:
         raise SystemExit(f"neither forward.json nor backward.json in {folder}: run bench.py first")
     data = [json.loads(path.read_text()) for path in files]
     groups = sorted({group_of(row) for content in data for row in content["rows"]})
-    figure = Figure(figsize=(2.6 * len(groups) + 1, 3.2 * len(files) + 0.8), layout="constrained")
-    panels = figure.subplots(len(files), len(groups), squeeze=False)
-    for line, path, content in zip(panels, files, data, strict=True):
-        for axes, group in zip(line, groups, strict=True):
+    columns = min(len(groups), MAX_COLUMNS)
+    lines_per_file = -(-len(groups) // columns)
+    lines = lines_per_file * len(files)
+    figure = Figure(figsize=(2.6 * columns + 1, 3.0 * lines + 0.8), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for n, (path, content) in enumerate(zip(files, data, strict=True)):
+        own = panels[n * lines_per_file : (n + 1) * lines_per_file]
+        for axes, group in itertools.zip_longest(own.flat, groups):
+            if group is None:
+                axes.set_axis_off()
+                continue
             rows = sorted((row for row in content["rows"] if group_of(row) == group), key=lambda row: row["seqlen"])
             if rows:
                 draw(axes, rows)
             dtype, head_dim, causal = group
             axes.set_title(f"{path.stem}, {dtype}, d{head_dim}, {'causal' if causal else 'full'}", fontsize=9)
-        line[0].set_ylabel("TFLOP/s")
+        for line in own:
+            line[0].set_ylabel("TFLOP/s")
     for axes in panels[-1]:
         axes.set_xlabel("sequence length")
     handles, labels = panels[0][0].get_legend_handles_labels()
