@@ -89,17 +89,27 @@ def default_archs(editable: bool) -> str:
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        # The base class clears `inplace` while it runs, and copies extensions afterwards.
+        self.into_source = bool(self.inplace or getattr(self, "editable_mode", False))
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing: CMake has installed into the source tree."""
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
     def build_extension(self, extension: setuptools.Extension) -> None:
         torch = find_torch()
         if torch is None:
             raise SystemExit("building flash_attn needs torch >= 2.11: `pip install torch` first")
         nvcc = find_nvcc()
         cuda, reason = cuda_decision(torch, nvcc)
-        editable = bool(self.inplace or getattr(self, "editable_mode", False))
         source = Path(__file__).parent.resolve()
-        package = source / "flash_attn" if editable else Path(self.build_lib).resolve() / "flash_attn"
+        package = source / "flash_attn" if self.into_source else Path(self.build_lib).resolve() / "flash_attn"
         build = Path(self.build_temp).resolve()
-        archs = os.environ.get("FLASH_ATTN_CUDA_ARCHS") or default_archs(editable)
+        archs = os.environ.get("FLASH_ATTN_CUDA_ARCHS") or default_archs(self.into_source)
         print(f"flash_attn: torch {torch.version} at {torch.path}; CUDA kernels: {cuda} ({reason})", flush=True)
         arguments = [
             f"-DTORCH_DIR={torch.path}",
@@ -118,6 +128,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
     def get_outputs(self) -> list[str]:
+        if getattr(self, "into_source", False):
+            return []
         package = Path(self.build_lib) / "flash_attn"
         module = Path(self.get_ext_fullpath("flash_attn._C")).name
         return [str(package / module), str(package / "lib" / "libflash_attn.so")]

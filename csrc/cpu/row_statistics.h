@@ -26,7 +26,9 @@ FLASH_ATTN_INLINE T dot(const Storage* a, const Storage* b, int64_t columns) {
 /// Task `index` is (sequence, head).
 template <typename T>
 void row_statistics_task(const void* context, int64_t index, void*) {
-  const auto& [params, statistics] = *static_cast<const RowStatisticsContext<T>*>(context);
+  const auto& task = *static_cast<const RowStatisticsContext<T>*>(context);
+  const auto& params = task.params;
+  const auto& statistics = task.statistics;
   const ForwardParams& p = params.forward;
   const int64_t b = index / p.num_heads, h = index % p.num_heads;
   const SequenceInfo sequence = sequence_info(p, b);
@@ -53,7 +55,9 @@ void row_statistics_task(const void* context, int64_t index, void*) {
 /// Task `index` is a head: dsink = -sum over rows of exp(sink - lse) * delta.
 template <typename T>
 void sink_gradient_task(const void* context, int64_t index, void*) {
-  const auto& [params, statistics] = *static_cast<const RowStatisticsContext<T>*>(context);
+  const auto& task = *static_cast<const RowStatisticsContext<T>*>(context);
+  const auto& params = task.params;
+  const auto& statistics = task.statistics;
   const ForwardParams& p = params.forward;
   const double sink = double(static_cast<const T*>(p.sinks)[index]);
   double sum = 0.0;

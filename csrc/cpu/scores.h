@@ -288,7 +288,7 @@ void apply_window(const ScoreRules<T>& rules, const Tile& tile, T* s, int64_t ld
   transform<T>(tile, s, ld, [&](Vec<T> x, int64_t lane, int64_t n) {
     const Vec<T> row = lane_numbers<T>() + T(lane);
     const Vec<T> column = broadcast<T>(T(n));
-    return (column >= row + low) & (column <= row + high) ? x : broadcast<T>(-kInfinity<T>);
+    return ((column >= row + low) & (column <= row + high)) ? x : broadcast<T>(-kInfinity<T>);
   });
 }
 
