@@ -156,8 +156,10 @@ def attention(
     return (out.transpose(1, 2) if heads_first else out), lse
 
 
-# Beside the eager error: what a single rounding of the result, and of each of its terms, may cost.
-FLOOR = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Beside the eager error, as a share of the largest entry: a rounding of the result and of its terms. That of float32
+# also covers that backward recomputes P from an lse rounded to float32, which at scores in the hundreds costs several
+# units in the last place; without that it could be a tenth.
+FLOOR = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-4, torch.bfloat16: 1.6e-3}
 
 
 def assert_close(
