@@ -91,7 +91,7 @@ def test_it_runs_where_its_tensors_are_whatever_device_is_current() -> None:
 
 def test_results_repeat_bit_for_bit() -> None:
     if FORCED not in (None, "universal"):
-        pytest.skip("asked of the forced family by its own tests")
+        pytest.skip("float32, which only the universal family takes")
     q, k, v = _qkv(2, 4, 700, 64, dtype=torch.float32)
     first = _step(q, k, v)
     for _ in range(10):
