@@ -377,9 +377,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   "SymInt window_right, float softcap, float dropout_p, bool heads_first, bool deterministic"
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
-  m.def("forward(" FLASH_ATTN_TENSORS ", *, " FLASH_ATTN_OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def("forward(" FLASH_ATTN_TENSORS ", " FLASH_ATTN_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def("backward(Tensor dout, Tensor? dlse, " FLASH_ATTN_TENSORS
-        ", Tensor out, Tensor lse, *, bool[] needs, " FLASH_ATTN_OPTIONS
+        ", Tensor out, Tensor lse, bool[] needs, " FLASH_ATTN_OPTIONS
         ") -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dslopes, Tensor? dsinks)");
 }
 

@@ -14,12 +14,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import vmap
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, split_backward, split_forward
 from .library import backward_op, forward_op
 
-NUM_TENSORS = 11  # of forward: q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q/k, seqused_q/k, rng_state
-NUM_DIFFERENTIABLE = 6  # the first six
-
-Options = dict[str, Any]
 Gradients = tuple[Tensor | None, ...]
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -34,11 +31,11 @@ _NO_FORWARD_MODE = (
 )
 
 
-def call_op(op: Any, tensors: tuple[Tensor | None, ...], options: Options) -> Any:
+def call_op(op: Any, *arguments: Any) -> Any:
     """Calls an op below autograd; running out of memory raises what torch raises for it."""
     try:
         with _below_autograd():
-            return op(*tensors, **options)
+            return op(*arguments)
     except RuntimeError as error:
         if "out of memory: flash_attn" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
@@ -46,7 +43,12 @@ def call_op(op: Any, tensors: tuple[Tensor | None, ...], options: Options) -> An
 
 
 def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:NUM_DIFFERENTIABLE])
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors[:NUM_DIFFERENTIABLE]:  # a generator would cost more than the rest
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _save(ctx: Any, options: Options, tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor) -> None:
@@ -56,7 +58,7 @@ def _save(ctx: Any, options: Options, tensors: tuple[Tensor | None, ...], out: T
 
 
 def _backward_args(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    """(dout, dlse, *tensors, out, lse); needs comes apart."""
+    """Of backward, up to needs: dout, dlse, tensors, out, lse."""
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:  # only lse was used
         dout = torch.zeros_like(out)
@@ -77,7 +79,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = call_op(forward_op, tensors, options)
+        out, lse = call_op(forward_op, *tensors, *options)
         _save(ctx, options, tensors, out, lse)
         return out, lse
 
@@ -87,7 +89,7 @@ class Attention(torch.autograd.Function):
             return _pad((None,) * NUM_DIFFERENTIABLE)
         if torch.is_grad_enabled():  # create_graph: the gradients' own derivative must raise, not be zero
             return _pad(TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
-        return _pad(call_op(backward_op, _backward_args(ctx, dout, dlse), {"needs": _needs(ctx), **ctx.options}))
+        return _pad(call_op(backward_op, *_backward_args(ctx, dout, dlse), _needs(ctx), *ctx.options))
 
 
 class TransformedAttention(torch.autograd.Function):
@@ -95,7 +97,7 @@ class TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return call_op(forward_op, tensors, options)
+        return call_op(forward_op, *tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -122,7 +124,7 @@ class TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> Gradients:
-        return call_op(backward_op, tensors, {"needs": needs, **options})
+        return call_op(backward_op, *tensors, needs, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -141,16 +143,19 @@ class TransformedBackward(torch.autograd.Function):
         return vmap.backward(TransformedBackward.apply, info.batch_size, in_dims[2:], tensors, options, needs)
 
 
-def _forward_autograd(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, options = split_forward(arguments)
     if requires_grad(tensors):
         return Attention.apply(options, *tensors)
-    return call_op(forward_op, tensors, options)
+    return call_op(forward_op, *arguments)
 
 
-def _backward_autograd(*tensors: Tensor | None, needs: list[bool], **options: Any) -> Gradients:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return TransformedBackward.apply(options, needs, *tensors)
-    return call_op(backward_op, tensors, {"needs": needs, **options})
+def _backward_autograd(*arguments: Any) -> Gradients:
+    dout, dlse, tensors, out, lse, needs, options = split_backward(arguments)
+    inputs = (dout, dlse, *tensors, out, lse)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return TransformedBackward.apply(options, needs, *inputs)
+    return call_op(backward_op, *arguments)
 
 
 _library = torch.library.Library("flash_attn", "IMPL")

@@ -11,23 +11,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import NUM_DIFFERENTIABLE
+from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
 from .library import empty_outputs
 from .sdpa import scaled_dot_product_attention
-
-_TENSOR_NAMES = (
-    "q",
-    "k",
-    "v",
-    "attn_mask",
-    "alibi_slopes",
-    "sinks",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "rng_state",
-)
 
 
 @dataclass(frozen=True)
@@ -130,10 +116,10 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
     return Explanation(calls)
 
 
-def _explain_call(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Call:
+def _explain_call(tensors: Tensors, options: Options) -> Call:
     _C = importlib.import_module("flash_attn._C")  # belongs to one Python version, which the op library does not
 
-    given = {name: x for name, x in zip(_TENSOR_NAMES, tensors, strict=True) if x is not None}
+    given = {name: x for name, x in tensors._asdict().items() if x is not None}
     copies = []
     for name in ("q", "k", "v"):
         x = given[name]
@@ -142,10 +128,10 @@ def _explain_call(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -
             given[name] = x.contiguous()
     wants = [x is not None and x.requires_grad for x in tensors[:NUM_DIFFERENTIABLE]]
     trains = torch.is_grad_enabled() and any(wants)
-    plans = _C.plan({name: _describe(x) for name, x in given.items()}, options, wants if trains else [False] * 6)
-    outputs = empty_outputs(
-        given["q"].to("meta"), given["v"].to("meta"), options["heads_first"], "cu_seqlens_q" in given
+    plans = _C.plan(
+        {name: _describe(x) for name, x in given.items()}, options._asdict(), wants if trains else [False] * 6
     )
+    outputs = empty_outputs(given["q"].to("meta"), given["v"].to("meta"), options.heads_first, "cu_seqlens_q" in given)
     output_bytes = sum(x.numel() * x.element_size() for x in outputs)
     return Call(
         problem=_problem(given, options),
@@ -164,7 +150,7 @@ def _describe(x: Tensor) -> tuple[int, str, int, list[int], list[int]]:
     return (address or 1 << 20, str(x.dtype).removeprefix("torch."), device, list(x.shape), list(x.stride()))
 
 
-def _problem(given: dict[str, Tensor], options: dict[str, Any]) -> str:
+def _problem(given: dict[str, Tensor], options: Options) -> str:
     q = given["q"]
     parts = [f"{name} {tuple(x.shape)}" for name, x in given.items()]
     defaults = {
@@ -175,7 +161,7 @@ def _problem(given: dict[str, Tensor], options: dict[str, Any]) -> str:
         "softcap": 0.0,
         "dropout_p": 0.0,
     }
-    parts += [f"{name} {options[name]}" for name, default in defaults.items() if options[name] != default]
+    parts += [f"{name} {value}" for name, value in options._asdict().items() if value != defaults.get(name, value)]
     return f"{str(q.dtype).removeprefix('torch.')} on {q.device}: " + ", ".join(parts)
 
 

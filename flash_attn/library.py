@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
 
 LIBRARY = Path(__file__).parent / "lib" / "libflash_attn.so"
 
@@ -56,78 +57,43 @@ def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tupl
 
 
 @torch.library.register_fake("flash_attn::forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    cu_seqlens_q = tensors[3]
-    return empty_outputs(q, v, options["heads_first"], cu_seqlens_q is not None)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, options = split_forward(arguments)
+    return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
 
 
 @torch.library.register_fake("flash_attn::backward")
-def _backward_fake(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *tensors: Tensor | None,
-    needs: Sequence[bool],
-    **options: Any,
-) -> tuple[Tensor | None, ...]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
+    _, _, tensors, _, _, needs, _ = split_backward(arguments)
     gradients: list[Tensor | None] = []
-    for x, need in zip((q, k, v), needs, strict=False):
+    for x, need in zip(tensors[:3], needs, strict=False):
+        assert x is not None
         gradients.append(x.new_empty_strided(x.shape, dense_strides_like(x, x.shape[-1])) if need else None)
-    for y, need in zip((attn_mask, alibi_slopes, sinks), needs[3:], strict=False):
+    for y, need in zip(tensors[3:NUM_DIFFERENTIABLE], needs[3:], strict=False):
         gradients.append(torch.empty(y.shape, dtype=y.dtype, device=y.device) if need and y is not None else None)
     return tuple(gradients)
 
 
-def _matmul_flops(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **options: Any
-) -> int:
+def _matmul_flops(tensors: Tensors, options: Options) -> int:
     """FLOPs of q @ k.T divided by head_dim, over all heads and sequences; masked scores count too, as in torch."""
-    heads = q.shape[1] if q.dim() == 3 or options["heads_first"] else q.shape[2]
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        scores = int((cu_seqlens_q.diff().double() * cu_seqlens_k.diff().double()).sum().item())
+    q, k, starts_q, starts_k = tensors.q, tensors.k, tensors.cu_seqlens_q, tensors.cu_seqlens_k
+    heads = q.shape[1] if q.dim() == 3 or options.heads_first else q.shape[2]
+    if starts_q is not None and starts_k is not None:
+        scores = int((starts_q.diff().double() * starts_k.diff().double()).sum().item())
     else:
         batch = q.shape[0] if q.dim() == 4 else k.shape[0]
-        scores = batch * options["max_seqlen_q"] * options["max_seqlen_k"]
+        scores = batch * options.max_seqlen_q * options.max_seqlen_k
     return 2 * heads * scores
 
 
 @register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)
-def _forward_flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    *tensors: Any,
-    out_val: Any = None,
-    **options: Any,
-) -> int:
-    return _matmul_flops(q, k, cu_seqlens_q, cu_seqlens_k, **options) * (q.shape[-1] + v.shape[-1])
+def _forward_flops(*arguments: Any, out_val: Any = None) -> int:
+    tensors, options = split_forward(arguments)
+    return _matmul_flops(tensors, options) * (tensors.q.shape[-1] + tensors.v.shape[-1])
 
 
 @register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)
-def _backward_flops(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    *tensors: Any,
-    out_val: Any = None,
-    **options: Any,
-) -> int:
+def _backward_flops(*arguments: Any, out_val: Any = None) -> int:
+    _, _, tensors, _, _, _, options = split_backward(arguments)
     # q @ k.T again, dS @ k, dS.T @ q over head_dim; dout @ v.T, P.T @ dout over head_dim_v.
-    return _matmul_flops(q, k, cu_seqlens_q, cu_seqlens_k, **options) * (3 * q.shape[-1] + 2 * v.shape[-1])
+    return _matmul_flops(tensors, options) * (3 * tensors.q.shape[-1] + 2 * tensors.v.shape[-1])

@@ -6,18 +6,18 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arguments import Options, Tensors
 from .autograd import Attention, TransformedAttention, call_op, requires_grad
 from .library import empty_outputs, forward_op
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
-Observer = Callable[[tuple[Tensor | None, ...], dict[str, Any]], None]
+Observer = Callable[[Tensors, Options], None]
 
 _observer: Observer | None = None
 _CHECK_LENGTHS = os.environ.get("FLASH_ATTN_CHECK") == "1"
@@ -98,33 +98,23 @@ def attention(
     """
     if dropout_p > 0.0 and rng_state is None:
         rng_state = make_rng_state(q.device)
-    tensors = (
-        q,
-        k,
-        v,
-        attn_mask,
-        alibi_slopes,
-        sinks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        rng_state,
+    tensors = Tensors(
+        q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
     )
-    options: dict[str, Any] = {
-        "max_seqlen_q": _length("q", q, cu_seqlens_q, max_seqlen_q, heads_first),
-        "max_seqlen_k": _length("k", k, cu_seqlens_k, max_seqlen_k, heads_first),
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_left": window_left,
-        "window_right": window_right,
-        "softcap": softcap,
-        "dropout_p": dropout_p,
-        "heads_first": heads_first,
-        "deterministic": torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-    }
+    options = Options(
+        _length("q", q, cu_seqlens_q, max_seqlen_q, heads_first),
+        _length("k", k, cu_seqlens_k, max_seqlen_k, heads_first),
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        dropout_p,
+        heads_first,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    )
     if torch.compiler.is_compiling():
-        return forward_op(*tensors, **options)
+        return forward_op(*tensors, *options)
     if _observer is not None:
         _observer(tensors, options)
         out, lse = empty_outputs(q, v, heads_first, cu_seqlens_q is not None)
@@ -135,7 +125,7 @@ def attention(
         return TransformedAttention.apply(options, *tensors)
     if requires_grad(tensors):
         return Attention.apply(options, *tensors)
-    return call_op(forward_op, tensors, options)
+    return call_op(forward_op, *tensors, *options)
 
 
 def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, heads_first: bool) -> int:
@@ -149,13 +139,12 @@ def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     return max_seqlen
 
 
-def _check_lengths(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
+def _check_lengths(tensors: Tensors, options: Options) -> None:
     """With FLASH_ATTN_CHECK=1: reads lengths back from the device (which waits for it) and checks them in full."""
     for name, x, cu_seqlens, used, longest in (
-        ("q", tensors[0], tensors[6], tensors[8], options["max_seqlen_q"]),
-        ("k", tensors[1], tensors[7], tensors[9], options["max_seqlen_k"]),
+        ("q", tensors.q, tensors.cu_seqlens_q, tensors.seqused_q, options.max_seqlen_q),
+        ("k", tensors.k, tensors.cu_seqlens_k, tensors.seqused_k, options.max_seqlen_k),
     ):
-        assert x is not None
         if cu_seqlens is not None:
             starts = cu_seqlens.tolist()
             lengths = [end - start for start, end in itertools.pairwise(starts)]

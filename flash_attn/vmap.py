@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import Options, Tensors
+
 Dims = Sequence[int | None]
 
-_ATTN_MASK, _ALIBI_SLOPES, _SINKS = 3, 4, 5  # places in forward's tensors
-_CU_SEQLENS_Q, _CU_SEQLENS_K, _SEQUSED_Q, _SEQUSED_K = 6, 7, 8, 9
+_ATTN_MASK, _ALIBI_SLOPES, _SINKS, _SEQUSED_Q, _SEQUSED_K = map(
+    Tensors._fields.index, ("attn_mask", "alibi_slopes", "sinks", "seqused_q", "seqused_k")
+)
 
 
-def _foldable(tensors: Sequence[Tensor | None], dims: Dims, options: dict[str, Any]) -> bool:
-    return (
-        tensors[_CU_SEQLENS_Q] is None
-        and tensors[_CU_SEQLENS_K] is None
-        and dims[_SINKS] is None
-        and options["dropout_p"] == 0.0
-    )
+def _foldable(tensors: Sequence[Tensor | None], dims: Dims, options: Options) -> bool:
+    given = Tensors(*tensors)  # type: ignore[arg-type]
+    packed = given.cu_seqlens_q is not None or given.cu_seqlens_k is not None
+    return not packed and dims[_SINKS] is None and options.dropout_p == 0.0
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -63,7 +63,7 @@ def _one_by_one(function: Callable[..., Any], size: int, dims: Dims, tensors: Se
 
 
 def forward(
-    apply: Callable[..., Any], size: int, dims: Dims, tensors: Sequence[Tensor | None], options: dict[str, Any]
+    apply: Callable[..., Any], size: int, dims: Dims, tensors: Sequence[Tensor | None], options: Options
 ) -> Any:
     """Rule of forward: `tensors` as in its schema, `dims` where each is mapped. Returns (results, their dims)."""
     if not _foldable(tensors, dims, options):
@@ -77,7 +77,7 @@ def backward(
     size: int,
     dims: Dims,
     tensors: Sequence[Tensor | None],
-    options: dict[str, Any],
+    options: Options,
     needs: list[bool],
 ) -> Any:
     """Rule of backward: `tensors` are dout, dlse, forward's eleven, out and lse."""

@@ -1,0 +1,73 @@
+"""The arguments of `flash_attn::forward`, in the order of its schema (csrc/ops.cpp), and of `flash_attn::backward`.
+
+forward(*tensors, *options); backward(dout, dlse, *tensors, out, lse, needs, *options). Always by position: torch looks
+each keyword up by a new string, which for ten options costs more than the rest of the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Tensors(NamedTuple):
+    """Shapes are those of :func:`flash_attn.ops.attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    rng_state: Tensor | None
+
+
+class Options(NamedTuple):
+    """As in :func:`flash_attn.ops.attention`, but with nothing left to be inferred."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float | None
+    causal: int
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+    heads_first: bool
+    deterministic: bool
+
+
+NUM_TENSORS = len(Tensors._fields)
+NUM_DIFFERENTIABLE = 6  # the first six tensors: q, k, v, attn_mask, alibi_slopes, sinks
+
+
+def split_forward(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
+    """Of what the dispatcher hands to a kernel of forward."""
+    return Tensors(*arguments[:NUM_TENSORS]), Options(*arguments[NUM_TENSORS:])
+
+
+class BackwardArguments(NamedTuple):
+    """What the dispatcher hands to a kernel of backward, taken apart by :func:`split_backward`."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    tensors: Tensors
+    out: Tensor
+    lse: Tensor
+    needs: list[bool]  # for each differentiable tensor, whether its gradient is wanted
+    options: Options
+
+
+def split_backward(arguments: tuple[Any, ...]) -> BackwardArguments:
+    dout, dlse, *rest = arguments
+    tensors, (out, lse, needs), options = (
+        rest[:NUM_TENSORS],
+        rest[NUM_TENSORS : NUM_TENSORS + 3],
+        rest[NUM_TENSORS + 3 :],
+    )
+    return BackwardArguments(dout, dlse, Tensors(*tensors), out, lse, needs, Options(*options))
