@@ -88,11 +88,12 @@ std::optional<TensorInfo> info_of(const OptionalTensor& tensor, const char* name
   return info_of(*tensor, name);
 }
 
-/// The tensor itself, or a copy whose last dimension is contiguous: kernels read rows.
-Tensor with_unit_stride(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
+/// Kernels read rows: a tensor whose last dimension is not contiguous is replaced by a copy, and described anew.
+void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name) {
+  const int last = info.ndim - 1;
+  if (last < 0 || info.size[last] <= 1 || info.stride[last] == 1) return;
+  tensor = torch::stable::contiguous(tensor);
+  info = info_of(tensor, name);
 }
 
 /// A new tensor. When memory runs out the text starts with "CUDA out of memory": Python raises torch.OutOfMemoryError.
@@ -122,54 +123,58 @@ Tensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name) 
   return empty_strided(like.ndim, sizes, strides, like.dtype, like, name);
 }
 
-Tensor empty_contiguous(const std::vector<int64_t>& sizes, DType dtype, const TensorInfo& like, const char* name) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor empty_contiguous(int ndim, const int64_t* sizes, DType dtype, const TensorInfo& like, const char* name) {
+  int64_t strides[TensorInfo::kMaxDims];
   int64_t next = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
+  for (int i = ndim - 1; i >= 0; --i) {
     strides[i] = next;
     next *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided(int(sizes.size()), sizes.data(), strides.data(), dtype, like, name);
+  return empty_strided(ndim, sizes, strides, dtype, like, name);
 }
 
 /// The arguments of forward as tensors that stay alive, and what is known of them.
 struct Inputs {
   Tensor q, k, v;
-  TensorInfo q_given;  // before any copy: its memory order is the output's
-  TensorInfo k_given, v_given;
+  TensorInfo q_given, k_given, v_given;  // before any copy: their memory order is the results'
   Arguments arguments;
 
-  Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,
+  Inputs(const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor, const OptionalTensor& attn_mask,
          const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
          const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
          const OptionalTensor& rng_state, int64_t max_seqlen_q, int64_t max_seqlen_k,
          std::optional<double> softmax_scale, int64_t causal, int64_t window_left, int64_t window_right, double softcap,
          double dropout_p, bool heads_first, bool deterministic)
-      : q(with_unit_stride(q)), k(with_unit_stride(k)), v(with_unit_stride(v)) {
-    q_given = info_of(q, "q");
-    k_given = info_of(k, "k");
-    v_given = info_of(v, "v");
-    arguments = {info_of(this->q, "q"),
-                 info_of(this->k, "k"),
-                 info_of(this->v, "v"),
-                 info_of(attn_mask, "attn_mask"),
-                 info_of(alibi_slopes, "alibi_slopes"),
-                 info_of(sinks, "sinks"),
-                 info_of(cu_seqlens_q, "cu_seqlens_q"),
-                 info_of(cu_seqlens_k, "cu_seqlens_k"),
-                 info_of(seqused_q, "seqused_q"),
-                 info_of(seqused_k, "seqused_k"),
-                 info_of(rng_state, "rng_state"),
-                 max_seqlen_q,
-                 max_seqlen_k,
-                 softmax_scale,
-                 causal,
-                 window_left,
-                 window_right,
-                 softcap,
-                 dropout_p,
-                 heads_first,
-                 deterministic};
+      : q(q_tensor),
+        k(k_tensor),
+        v(v_tensor),
+        q_given(info_of(q, "q")),
+        k_given(info_of(k, "k")),
+        v_given(info_of(v, "v")),
+        arguments{q_given,
+                  k_given,
+                  v_given,
+                  info_of(attn_mask, "attn_mask"),
+                  info_of(alibi_slopes, "alibi_slopes"),
+                  info_of(sinks, "sinks"),
+                  info_of(cu_seqlens_q, "cu_seqlens_q"),
+                  info_of(cu_seqlens_k, "cu_seqlens_k"),
+                  info_of(seqused_q, "seqused_q"),
+                  info_of(seqused_k, "seqused_k"),
+                  info_of(rng_state, "rng_state"),
+                  max_seqlen_q,
+                  max_seqlen_k,
+                  softmax_scale,
+                  causal,
+                  window_left,
+                  window_right,
+                  softcap,
+                  dropout_p,
+                  heads_first,
+                  deterministic} {
+    make_unit_stride(q, arguments.q, "q");
+    make_unit_stride(k, arguments.k, "k");
+    make_unit_stride(v, arguments.v, "v");
   }
 };
 
@@ -213,7 +218,7 @@ void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backe
   const Plan plan = kernel.plan(params, info);
   OptionalTensor workspace;
   if (plan.workspace_bytes > 0) {
-    workspace = empty_contiguous({plan.workspace_bytes}, DType::kOther, like, "the kernel's workspace");
+    workspace = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
     p.workspace = workspace->data_ptr();
   }
   const DeviceScope scope(backend, p.device_index);
@@ -222,8 +227,9 @@ void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backe
 
 Tensor empty_lse(const ForwardParams& p, const TensorInfo& like) {
   const DType dtype = statistics_dtype(p.dtype);
-  if (p.is_varlen_q()) return empty_contiguous({p.num_heads, p.total_q}, dtype, like, "lse");
-  return empty_contiguous({p.batch, p.num_heads, p.seqlen_q}, dtype, like, "lse");
+  const int64_t dense[] = {p.batch, p.num_heads, p.seqlen_q}, packed[] = {p.num_heads, p.total_q};
+  return p.is_varlen_q() ? empty_contiguous(2, packed, dtype, like, "lse")
+                         : empty_contiguous(3, dense, dtype, like, "lse");
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor attn_mask, OptionalTensor alibi_slopes,
@@ -289,7 +295,7 @@ struct Gradients {
     if (needs[1]) dk = like_input(inputs.k_given, "dk", params.dk);
     if (needs[2]) dv = like_input(inputs.v_given, "dv", params.dv);
     const auto contiguous = [&](const TensorInfo& given, const char* name, void*& data) {
-      Tensor gradient = empty_contiguous({given.size, given.size + given.ndim}, statistics, inputs.q_given, name);
+      Tensor gradient = empty_contiguous(given.ndim, given.size, statistics, inputs.q_given, name);
       data = gradient.data_ptr();
       return gradient;
     };
@@ -336,14 +342,15 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   ForwardParams& p = params.forward;
   const Backend& backend = backend_of(p);
 
-  dout = with_unit_stride(dout);
-  out = with_unit_stride(out);
   const TensorInfo out_expected = expected_out(inputs.q_given, p.head_dim_v);
   const TensorInfo lse_expected = expected_lse(inputs.q_given, p);
-  const TensorInfo dout_info = info_of(dout, "dout"), out_info = info_of(out, "out"), lse_info = info_of(lse, "lse");
+  TensorInfo dout_info = info_of(dout, "dout"), out_info = info_of(out, "out");
+  const TensorInfo lse_info = info_of(lse, "lse");
   check_saved("dout", dout_info, out_expected);
   check_saved("out", out_info, out_expected);
   check_saved("lse", lse_info, lse_expected);
+  make_unit_stride(dout, dout_info, "dout");
+  make_unit_stride(out, out_info, "out");
   params.dout = tensor_view(dout_info, heads_first);
   p.out = tensor_view(out_info, heads_first);
   p.lse = row_view(lse_info);

@@ -7,6 +7,7 @@ forward mode; a kernel under the Autograd key serves whoever calls the op itself
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import vmap
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, split_backward, split_forward
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_backward, split_forward
 from .library import backward_op, forward_op
 
 Gradients = tuple[Tensor | None, ...]
@@ -45,7 +46,7 @@ def call_op(op: Any, *arguments: Any) -> Any:
 def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors[:NUM_DIFFERENTIABLE]:  # a generator would cost more than the rest
+    for tensor in tensors[:NUM_DIFFERENTIABLE]:  # noqa: SIM110 - a generator would cost more than the rest
         if tensor is not None and tensor.requires_grad:
             return True
     return False
@@ -62,34 +63,52 @@ def _backward_args(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:  # only lse was used
         dout = torch.zeros_like(out)
-    return (dout, dlse, *tensors, out, lse)
+    return (dout, dlse, *_padded(tensors), out, lse)
+
+
+def _padded(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return (*tensors, *(None,) * (NUM_TENSORS - len(tensors)))
 
 
 def _needs(ctx: Any) -> list[bool]:
-    return list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
+    needs = list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
+    return needs + [False] * (NUM_DIFFERENTIABLE - len(needs))
 
 
-def _pad(gradients: Gradients) -> Gradients:
-    """Gradients of (options, *tensors)."""
-    return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))
+def _of_inputs(ctx: Any, gradients: Gradients) -> Gradients:
+    """Gradients of (options, *tensors), as many as were given."""
+    return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))[: len(ctx.needs_input_grad)]
 
 
 class Attention(torch.autograd.Function):
-    """The eager way: op below autograd, saved tensors, op below autograd."""
+    """The eager way: op below autograd, saved tensors, op below autograd. Called through `apply_attention`."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = call_op(forward_op, *tensors, *options)
+        out, lse = call_op(forward_op, *_padded(tensors), *options)
         _save(ctx, options, tensors, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         if dout is None and dlse is None:
-            return _pad((None,) * NUM_DIFFERENTIABLE)
+            return _of_inputs(ctx, (None,) * NUM_DIFFERENTIABLE)
+        arguments, needs = _backward_args(ctx, dout, dlse), _needs(ctx)
         if torch.is_grad_enabled():  # create_graph: the gradients' own derivative must raise, not be zero
-            return _pad(TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
-        return _pad(call_op(backward_op, *_backward_args(ctx, dout, dlse), _needs(ctx), *ctx.options))
+            return _of_inputs(ctx, TransformedBackward.apply(ctx.options, needs, *arguments))
+        return _of_inputs(ctx, call_op(backward_op, *arguments, needs, *ctx.options))
+
+
+# What Function.apply ends in when no function transform is active; the way there costs more than a small kernel.
+_apply = super(torch.autograd.Function, Attention).apply
+
+
+def apply_attention(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+    """Forward as a node of the graph. Outside of function transforms alone."""
+    given = NUM_TENSORS
+    while tensors[given - 1] is None:  # torch spends time on every argument, so the last ones that are None stay away
+        given -= 1
+    return _apply(options, *tensors[:given])
 
 
 class TransformedAttention(torch.autograd.Function):
@@ -107,8 +126,8 @@ class TransformedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         if dout is None and dlse is None:
-            return _pad((None,) * NUM_DIFFERENTIABLE)
-        return _pad(TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
+            return _of_inputs(ctx, (None,) * NUM_DIFFERENTIABLE)
+        return _of_inputs(ctx, TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *tangents: Any) -> Any:
@@ -146,7 +165,7 @@ class TransformedBackward(torch.autograd.Function):
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = split_forward(arguments)
     if requires_grad(tensors):
-        return Attention.apply(options, *tensors)
+        return apply_attention(tensors, options)
     return call_op(forward_op, *arguments)
 
 

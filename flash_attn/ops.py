@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .arguments import Options, Tensors
-from .autograd import Attention, TransformedAttention, call_op, requires_grad
+from .autograd import TransformedAttention, apply_attention, call_op, requires_grad
 from .library import empty_outputs, forward_op
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
@@ -124,7 +124,7 @@ def attention(
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return TransformedAttention.apply(options, *tensors)
     if requires_grad(tensors):
-        return Attention.apply(options, *tensors)
+        return apply_attention(tensors, options)
     return call_op(forward_op, *tensors, *options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -89,13 +90,65 @@ def test_it_runs_where_its_tensors_are_whatever_device_is_current() -> None:
         sdpa(q, others[1], others[2])
 
 
-def test_results_repeat_bit_for_bit() -> None:
-    if FORCED not in (None, "universal"):
-        pytest.skip("float32, which only the universal family takes")
-    q, k, v = _qkv(2, 4, 700, 64, dtype=torch.float32)
-    first = _step(q, k, v)
-    for _ in range(10):
-        assert all(torch.equal(a, b) for a, b in zip(_step(q, k, v), first, strict=True))
+@two_devices
+def test_two_devices_train_at_once() -> None:
+    """A thread a device, each on a stream of its own."""
+    results: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def train(device: int) -> None:
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            generator = torch.Generator("cuda").manual_seed(7)
+            q, k, v = (
+                torch.randn(2, 8, 1000, 64, dtype=torch.bfloat16, device="cuda", generator=generator).requires_grad_()
+                for _ in range(3)
+            )
+            results[device] = []
+            for _ in range(20):
+                out, _ = ops.attention(q, k, v, heads_first=True, causal=ops.TOP_LEFT, deterministic=True)
+                results[device].append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=train, args=(device,)) for device in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [x.cpu() for x in results[0][0]]
+    for device in range(2):
+        assert len(results[device]) == 20
+        for step in results[device]:
+            assert all(x.device.index == device for x in step)
+            assert all(torch.equal(x.cpu(), y) for x, y in zip(step, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thread_that_never_used_cuda_can_call_it(dtype: torch.dtype) -> None:
+    """Autograd's thread may be one: it has no CUDA context until something makes one."""
+    q, k, v = _qkv(1, 2, 128, 64, dtype=dtype)
+    expected, _ = ops.attention(q, k, v, heads_first=True)
+    results: list[Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(ops.attention(q, k, v, heads_first=True)[0].detach()))
+    thread.start()
+    thread.join()
+    assert len(results) == 1 and torch.equal(results[0], expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_repeat_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
+    if FORCED not in (None, "universal") and (dtype == torch.float32 or head_dim > 256):
+        pytest.skip("only the universal family takes it")
+    q, k, v = _qkv(2, 3, 700, head_dim, dtype=dtype)
+    dout = torch.randn_like(v)
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = ops.attention(q, k, v, heads_first=True, causal=ops.TOP_LEFT, deterministic=True)
+        return (out, lse, *torch.autograd.grad(out, (q, k, v), dout))
+
+    first = step()
+    for _ in range(200 if dtype == torch.bfloat16 else 20):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
 
 
 def test_out_of_memory_is_torchs_error_and_says_how_much() -> None:

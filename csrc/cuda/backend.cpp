@@ -62,7 +62,9 @@ void* enter(int device, int* previous) {
     throw std::runtime_error("flash_attn got a CUDA tensor, but the installed torch is built without CUDA");
   }
   check(cudaGetDevice(previous), "cudaGetDevice");
-  if (*previous != device) check(cudaSetDevice(device), "cudaSetDevice");
+  // Also where it is the current one already: a thread that never used CUDA, as autograd's may be, has no context yet,
+  // and the driver's tensor maps need one.
+  check(cudaSetDevice(device), "cudaSetDevice");
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) {
     throw std::runtime_error("flash_attn: torch has no current stream for cuda:" + std::to_string(device));
