@@ -53,6 +53,7 @@ class Problem:
     layout: str = "dense"  # "heads_first", "qkv" (slices of one tensor), "strided" (last stride is not 1), "misaligned"
     use_lse: bool = False
     frozen: tuple[str, ...] = ()  # inputs that need no gradient
+    deterministic: bool = False
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -114,6 +115,7 @@ def random_problem(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, max_seql
         ),
         use_lse=sometimes(),
         frozen=tuple(name for name in ("q", "k", "v", "mask", "slopes", "sinks") if sometimes(0.15)),
+        deterministic=sometimes(),
         seed=seed,
     )
 
@@ -218,6 +220,7 @@ def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
         "softcap": p.softcap,
         "dropout_p": p.dropout,
         "heads_first": heads_first,
+        "deterministic": p.deterministic,
     }
     dout = order(randn(*shape_q, p.heads, p.head_dim_v)).to(p.dtype).to(device)
     dlse = None

@@ -34,6 +34,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "scale": {"scale": -0.4},
     "strided": {"layout": "strided"},
     "misaligned": {"layout": "misaligned"},
+    "deterministic": {"deterministic": True},
 }
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,9 +57,12 @@ def test_a_feature_agrees_with_the_reference(feature: str, dtype: torch.dtype, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", _pairs())
-def test_a_pair_of_features_agrees_with_the_reference(features: dict[str, Any], device: str) -> None:
-    check(Problem(**features), device)
+def test_a_pair_of_features_agrees_with_the_reference(
+    features: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    check(Problem(dtype=dtype, **features), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
