@@ -15,7 +15,7 @@ from pathlib import Path
 import report
 import timing
 import torch
-from backends import BACKENDS, Contender, Inputs, check, contenders
+from backends import BACKENDS, DTYPES, Contender, Inputs, check, contenders
 from shapes import SUITES, Problem, Selection, problems_of
 
 import flash_attn
@@ -58,7 +58,22 @@ def kernel_of(able: list[Contender], train: bool) -> dict[str, str]:
     return {"ours_kernel": f"{choice.family}: {choice.kernel}"}
 
 
-def measure(problem: Problem, args: argparse.Namespace) -> list[report.Row]:
+class Peaks:
+    """What torch's matrix products reach in each dtype, and at which clock; measured when first asked for."""
+
+    def __init__(self, device: torch.device, clock: timing.ClockLog) -> None:
+        self.device, self.clock = device, clock
+        self.found: dict[str, report.Peak] = {}
+
+    def of(self, dtype: str) -> report.Peak:
+        if dtype not in self.found:
+            self.clock.mark()
+            tflops = timing.matmul_tflops(self.device, DTYPES[dtype])
+            self.found[dtype] = report.Peak(tflops, self.clock.mhz())
+        return self.found[dtype]
+
+
+def measure(problem: Problem, args: argparse.Namespace, peaks: Peaks, clock: timing.ClockLog) -> list[report.Row]:
     """All passes of one problem."""
     device = torch.device(args.device)
     inputs = Inputs(problem, device)
@@ -72,13 +87,16 @@ def measure(problem: Problem, args: argparse.Namespace) -> list[report.Row]:
     rows = []
     for passes in wanted:
         calls = [timed_call(contender, passes) for contender in able]
+        peak = None if args.suite == "host" else peaks.of(problem.dtype)
+        clock.mark()
         times = dict(zip((contender.name for contender in able), timer(calls, args.rounds), strict=True))
+        shares = report.peak_shares(problem, passes, times, peak, clock.mhz())
         memory = {}
         if device.type == "cuda":
             # Backward's own peak would leave out what forward keeps for it: both together are measured.
             whole = "fwd" if passes in ("fwd", "host_fwd") else "step"
             memory = {contender.name: timing.peak_bytes(timed_call(contender, whole)) for contender in able}
-        notes = {"agreement": agreement, **kernel_of(able, passes in ("bwd", "step", "host_bwd"))}
+        notes = {"agreement": agreement, **shares, **kernel_of(able, passes in ("bwd", "step", "host_bwd"))}
         rows.append(report.make_row(problem, passes, times, memory, unsuited, notes))
     return rows
 
@@ -134,12 +152,14 @@ def main() -> None:
     progress.draw()
     rows: list[report.Row] = []
     with timing.ClockLog(enabled=args.device == "cuda") as clock:
+        peaks = Peaks(torch.device(args.device), clock)
         for problem in problems:
-            new = measure(problem, args)
+            new = measure(problem, args, peaks, clock)
             rows += new
             progress.step([report.row_text(problem, row) for row in new])
             if args.out is not None:
                 head["sm_clock"] = clock.summary()
+                head["matmul"] = {dtype: peak._asdict() for dtype, peak in peaks.found.items()}
                 report.save(args.out, args.suite, head, rows)
     print(*report.summary(rows), sep="\n")
     print(f"SM clock: {clock.summary()}" if args.device == "cuda" else "", end="\n" if args.device == "cuda" else "")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from shapes import Problem
@@ -22,6 +22,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PASS_NAMES = {"fwd": "forward", "bwd": "backward", "step": "step"}
 
 Row = dict[str, Any]
+
+
+class Peak(NamedTuple):
+    """Of a matrix product: its rate, and the SM clock it ran at, which a CPU does not tell."""
+
+    tflops: float
+    mhz: float | None
+
+
+def peak_shares(problem: Problem, passes: str, times: dict[str, float], peak: Peak | None, mhz: float | None) -> Row:
+    """The clock while `times` were taken, and each backend's share of the matrix product's rate, per clock on a GPU."""
+    if peak is None:
+        return {}
+    slower = mhz / peak.mhz if mhz and peak.mhz else 1.0  # tensor cores at full load lower the clock
+    reachable = peak.tflops * slower
+    return {"sm_mhz": mhz} | {
+        f"{name}_of_peak": round(problem.flops(passes) / ms / 1e9 / reachable, 4) for name, ms in times.items()
+    }
 
 
 def _output(*command: str) -> str | None:
@@ -112,6 +130,8 @@ def row_text(problem: Problem, row: Row) -> str:
         text = f"{name} {ms:.3f} ms" if ms >= 0.1 else f"{name} {ms * 1e3:.2f} us"
         if f"{name}_tflops" in row:
             text += f" {row[f'{name}_tflops']:.3g} TFLOP/s {row[f'{name}_gbps']:.3g} GB/s"
+        if f"{name}_of_peak" in row:
+            text += f" {row[f'{name}_of_peak']:.0%}"
         if f"{name}_peak_bytes" in row:
             text += f" {row[f'{name}_peak_bytes'] / 2**20:.0f} MiB"
         if f"ratio_{name}" in row:

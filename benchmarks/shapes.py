@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -152,40 +153,46 @@ def sweep(selection: Selection) -> list[Problem]:
 
 
 def varlen(selection: Selection) -> list[Problem]:
-    """Packed sequences: of one length, of random lengths, and one long among short ones."""
+    """Packed sequences: of one length, of random lengths, one long among short ones, and 64 of 128 to 8,192 (on the CPU
+    16 of 16 to 512); and, to compare the rates, one dense batch of about as many FLOPs a token as the last."""
     total = 16384 if selection.on_cuda else 2048
+    count, spread = (64, (7, 13)) if selection.on_cuda else (16, (4, 9))
     chance = random.Random(selection.seed)
     cuts = sorted(chance.sample(range(1, total), 15))
     mixes = (
         (total // 8,) * 8,
         tuple(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)),
         (total // 2, *(total // 64,) * 32),
+        tuple(int(2 ** chance.uniform(*spread)) for _ in range(count)),
     )
-    return [
-        Problem(head_dim, causal, max(lengths), len(lengths), 2048 // head_dim, _dtype(selection), lengths=lengths)
-        for head_dim in (64, 128)
-        for causal in (False, True)
-        for lengths in mixes
-    ]
+    problems = []
+    for head_dim, causal in itertools.product((64, 128), (False, True)):
+        heads = 2048 // head_dim
+        problems += [
+            Problem(head_dim, causal, max(lengths), len(lengths), heads, _dtype(selection), lengths=lengths)
+            for lengths in mixes
+        ]
+        problems.append(Problem(head_dim, causal, total // 4, 4, heads, _dtype(selection)))
+    return problems
 
 
 def gqa(selection: Selection) -> list[Problem]:
-    """Fewer heads of keys and values."""
+    """Fewer heads of keys and values, beside as many."""
     seqlen, batch = (4096, 4) if selection.on_cuda else (512, 2)
     return [
-        Problem(head_dim, causal, seqlen, batch, 2048 // head_dim, _dtype(selection), heads_k=2048 // head_dim // group)
-        for head_dim in (64, 128, 256)
+        Problem(head_dim, causal, seqlen, batch, heads, _dtype(selection), heads_k=heads // group if group > 1 else 0)
+        for head_dim, heads in ((64, 32), (128, 16), (256, 8))
         for causal in (False, True)
-        for group in (4, 8)
+        for group in (1, 4, 8)
     ]
 
 
 def window(selection: Selection) -> list[Problem]:
-    """Causal sliding windows."""
-    seqlen, windows = (16384, (256, 1024, 4096)) if selection.on_cuda else (2048, (128, 512))
+    """Causal sliding windows, and none."""
+    seqlen, windows = (16384, (256, 1024, 4096, -1)) if selection.on_cuda else (2048, (128, 512, -1))
     return [
         Problem(head_dim, True, seqlen, 1, 2048 // head_dim, _dtype(selection), window=width)
-        for head_dim in (64, 128)
+        for head_dim in (64, 128, 256)
         for width in windows
     ]
 

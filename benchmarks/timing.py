@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -103,6 +103,7 @@ class ClockLog:
         self.enabled = enabled
         self.file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the log
         self.process: subprocess.Popen[str] | None = None
+        self.marked = 0
 
     def __enter__(self) -> ClockLog:
         if self.enabled:
@@ -127,16 +128,18 @@ class ClockLog:
             self.process.terminate()
             self.process.wait()
 
+    def mark(self) -> None:
+        """What :meth:`mhz` tells about begins here."""
+        self.marked = len(self._samples())
+
+    def mhz(self) -> float | None:
+        """Median clock since the mark, of the samples in which the GPU was busy; None without any."""
+        busy = [row[0] for row in self._samples()[self.marked :] if row[3] > 0]
+        return statistics.median(busy) if busy else None
+
     def summary(self) -> dict[str, float] | None:
         """Median and extremes of the samples in which the GPU was busy; None without any."""
-        self.file.seek(0)
-        rows = []
-        for line in self.file.read().splitlines():
-            try:
-                rows.append([float(value) for value in line.split(",")])
-            except ValueError:
-                continue  # a line cut off by the end, or a quantity that this GPU does not report
-        busy = [row for row in rows if len(row) == 4 and row[3] > 0]
+        busy = [row for row in self._samples() if row[3] > 0]
         if not busy:
             return None
         clocks = [row[0] for row in busy]
@@ -147,3 +150,22 @@ class ClockLog:
             "median_watts": statistics.median(row[1] for row in busy),
             "max_celsius": max(row[2] for row in busy),
         }
+
+    def _samples(self) -> list[list[float]]:
+        self.file.seek(0)
+        rows = []
+        for line in self.file.read().splitlines():
+            try:
+                rows.append([float(value) for value in line.split(",")])
+            except ValueError:
+                continue  # a line cut off by the end, or a quantity that this GPU does not report
+        return [row for row in rows if len(row) == 4]
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """What torch's matrix product of two large squares reaches: the practical peak of the device."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timer = device_times if device.type == "cuda" else cpu_times
+    (ms,) = timer([(nullcontext, lambda: a @ b)], 9)
+    return 2 * size**3 / ms / 1e9

@@ -69,13 +69,16 @@ _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, to
 def _self_check(devices: list[str]) -> bool:
     cases = list(itertools.product(devices, _TOLERANCE, (False, True), (40, 64, 128)))
     failures = []
+    terminal = sys.stdout.isatty()
     for done, (device, dtype, causal, head_dim) in enumerate(cases, 1):
         error = _error(device, dtype, causal, head_dim)
         if not error <= _TOLERANCE[dtype]:
             failures.append(f"{device} {dtype} causal={causal} head_dim={head_dim}: error {error:.1e}")
-        bar = "#" * (40 * done // len(cases))
-        print(f"\rself-check  [{bar:<40}] {done}/{len(cases)}", end="", flush=True)
-    print(" all right" if not failures else "")
+        if terminal:
+            bar = "#" * (40 * done // len(cases))
+            print(f"\rself-check  [{bar:<40}] {done}/{len(cases)}", end="", flush=True)
+    start = "\r\033[K" if terminal else ""
+    print(f"{start}self-check  {len(cases) - len(failures)} of {len(cases)} all right")
     for failure in failures:
         print(f"WRONG       {failure}")
     return not failures
