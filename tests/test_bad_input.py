@@ -72,16 +72,27 @@ HOST_LENGTHS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _call(device: str, changes: dict[str, Any]) -> None:
+def _on(device: str, changes: dict[str, Any]) -> dict[str, Any]:
     arguments = _qkv() | changes
-    ops.attention(**{n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()})
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def _call(device: str, changes: dict[str, Any]) -> None:
+    ops.attention(**_on(device, changes))
+
+
+def _cuda_allocations() -> int:
+    return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if torch.cuda.is_available() else 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("text, changes", REFUSALS, ids=[str(i) + " " + t[:30] for i, (t, _) in enumerate(REFUSALS)])
 def test_a_wrong_argument_is_refused(text: str, changes: dict[str, Any], device: str) -> None:
+    arguments = _on(device, changes)
+    before = _cuda_allocations()
     with pytest.raises(RuntimeError, match=text):
-        _call(device, changes)
+        ops.attention(**arguments)
+    assert _cuda_allocations() == before  # no result was made, so nothing was launched either
 
 
 @pytest.mark.parametrize("text, changes", HOST_LENGTHS)
