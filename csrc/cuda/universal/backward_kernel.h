@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkdv_kernel(const __grid_constant
     const BackwardHead<C> head(arguments, sequence, b, h);
     for (int64_t m_begin = visible.begin / C::kBlock * C::kBlock; m_begin < visible.end; m_begin += C::kBlock) {
       const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
+      if (is_masked_out<C>(p, b, h, t)) continue;
       const RowRange queries = tile_range(visible, m_begin, C::kBlock);
       Acc s[C::kRows][C::kCols], dp[C::kRows][C::kCols], unused[C::kRows] = {};
       multiply<C>(head.k, n_begin, keys, shared.resident, first, head.q, m_begin, queries, shared.scores, s);
@@ -104,14 +105,15 @@ __global__ void __launch_bounds__(kThreads, kExtended || sizeof(T) == 8 ? 2 : 3)
   Acc dq[C::kRows][C::kOutCols], slope_sum[C::kRows] = {};
   clear(dq);
   load_statistics<C>(arguments, head.first_row, score_tile<C::kBlock>(p, sequence, m_begin, 0), shared);
-  const int64_t n_first = visible.begin / C::kBlock * C::kBlock;
-  for (int64_t n_begin = n_first; n_begin < visible.end; n_begin += C::kBlock) {
+  bool first = true;
+  for (int64_t n_begin = visible.begin / C::kBlock * C::kBlock; n_begin < visible.end; n_begin += C::kBlock) {
     const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
+    if (is_masked_out<C>(p, b, h, t)) continue;
     const RowRange keys = tile_range(visible, n_begin, C::kBlock);
     Acc s[C::kRows][C::kCols], dp[C::kRows][C::kCols];
     multiply<C>(head.dout, m_begin, queries, shared.scores, true, head.v, n_begin, keys, shared.streamed, dp);
-    multiply<C>(head.q, m_begin, queries, shared.resident, n_begin == n_first, head.k, n_begin, keys, shared.streamed,
-                s);
+    multiply<C>(head.q, m_begin, queries, shared.resident, first, head.k, n_begin, keys, shared.streamed, s);
+    first = false;
     __syncthreads();  // the last readers of shared.scores are done, with no columns at all, too
     compute_gradients<C, false, Gradient::kOfProducts>(p, head, t, shared, s, dp, slope_sum);
     const uint8_t* alive = head.rules.masked ? shared.alive[0] : nullptr;

@@ -94,14 +94,19 @@ __device__ __forceinline__ void compute_gradients(const ForwardParams& p, const 
     for (int c = 0; c < C::kCols; ++c) {
       const int row = thread_row() + kThreadRows * r, column = thread_col() + kThreadCols * c;
       const int i = kTransposed ? column : row, j = kTransposed ? row : column;
-      Acc tanh = Acc(0);
-      const Acc score = rules.score(t, i, j, s[r][c], shared.scores + row * C::kLdP + column, tanh);
-      const Acc probability = power_of_2(score - shared.lse[i]);
+      Acc tanh = Acc(0), exponent;  // score - lse
+      if constexpr (C::kExtended) {
+        exponent = rules.score(t, i, j, s[r][c], shared.scores + row * C::kLdP + column, tanh) - shared.lse[i];
+      } else {
+        exponent =
+            t.partial && !t.sees(i, j) ? minus_infinity<Acc>() : multiply_add(s[r][c], rules.scale, -shared.lse[i]);
+      }
+      const Acc probability = exponential(exponent);
       Acc kept = Acc(1);
       if constexpr (C::kExtended) {
         if (rules.dropout) kept = is_kept(shared, i, j) ? rules.dropout_scale : Acc(0);
       }
-      const bool exists = score != minus_infinity<Acc>();
+      const bool exists = exponent != minus_infinity<Acc>();
       s[r][c] = exists && kept != Acc(0) ? probability * kept : Acc(0);
       const Acc dp_kept = kept != Acc(0) ? dp[r][c] * kept : Acc(0);
       Acc ds = exists ? probability * (dp_kept - shared.delta[i]) : Acc(0);

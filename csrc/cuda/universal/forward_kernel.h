@@ -39,11 +39,11 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int lane = 1; lane < kThreadCols; lane *= 2) high = max(high, __shfl_xor_sync(0xffffffffu, high, lane));
       const Acc base = high == minus_infinity<Acc>() ? Acc(0) : high;
-      const Acc shrink = power_of_2(row_max[i] - base);
+      const Acc shrink = exponential(row_max[i] - base);
       row_max[i] = high;
       Acc sum = Acc(0);
 #pragma unroll
-      for (int j = 0; j < C::kCols; ++j) sum += s[i][j] = power_of_2(s[i][j] - base);
+      for (int j = 0; j < C::kCols; ++j) sum += s[i][j] = exponential(s[i][j] - base);
       row_sum[i] = row_sum[i] * shrink + sum;
 #pragma unroll
       for (int n = 0; n < C::kSlices; ++n) {
@@ -53,17 +53,17 @@ struct OnlineSoftmax {
     }
   }
 
-  /// The row's lse; row_sum becomes what its output is to be multiplied by. `sink` in units of log 2.
+  /// The row's lse; row_sum becomes what its output is to be multiplied by.
   __device__ __forceinline__ Acc finish(int i, Acc sink) {
     Acc sum = row_sum[i];
 #pragma unroll
     for (int lane = 1; lane < kThreadCols; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
     const Acc high = max(row_max[i], sink);
     const Acc base = high == minus_infinity<Acc>() ? Acc(0) : high;
-    const Acc shrink = power_of_2(row_max[i] - base);
-    sum = sum * shrink + power_of_2(sink - base);
+    const Acc shrink = exponential(row_max[i] - base);
+    sum = sum * shrink + exponential(sink - base);
     row_sum[i] = sum == Acc(0) ? Acc(0) : shrink / sum;
-    return sum == Acc(0) ? minus_infinity<Acc>() : (base + log_2(sum)) * Acc(kLn2);
+    return sum == Acc(0) ? minus_infinity<Acc>() : base + logarithm(sum);
   }
 };
 
@@ -145,13 +145,15 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
   const Range visible = visible_columns(p, sequence, m_begin, m_end);
   OnlineSoftmax<C> softmax;
 
-  const int64_t n_first = visible.begin / C::kBlock * C::kBlock;
-  for (int64_t n_begin = n_first; n_begin < visible.end; n_begin += C::kBlock) {
+  bool first = true;
+  for (int64_t n_begin = visible.begin / C::kBlock * C::kBlock; n_begin < visible.end; n_begin += C::kBlock) {
     const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
+    if (is_masked_out<C>(p, b, h, t)) continue;
     const RowRange k_rows{int(visible.begin > n_begin ? visible.begin - n_begin : 0),
                           int(visible.end - n_begin < C::kBlock ? visible.end - n_begin : C::kBlock)};
     Acc s[C::kRows][C::kCols];
-    compute_scores<C>(q, k, t, {0, rows}, k_rows, n_begin == n_first, shared, s);
+    compute_scores<C>(q, k, t, {0, rows}, k_rows, first, shared, s);
+    first = false;
     compute_probabilities<C>(p, rules, t, b, h, shared, s, softmax);
 #pragma unroll
     for (int n = 0; n < C::kSlices; ++n) {
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
     }
   }
 
-  const Acc sink = p.sinks != nullptr ? static_cast<const Acc*>(p.sinks)[h] * Acc(kLog2E) : minus_infinity<Acc>();
+  const Acc sink = p.sinks != nullptr ? static_cast<const Acc*>(p.sinks)[h] : minus_infinity<Acc>();
   Acc* lse = static_cast<Acc*>(p.lse.data) + b * p.lse.batch + h * p.lse.head + (sequence.q_row + m_begin) * p.lse.row;
 #pragma unroll
   for (int i = 0; i < C::kRows; ++i) {

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (n_begin + C::kBlock <= visible.begin) continue;
         for (; n_begin < n_end; n_begin += C::kBlock) {
           const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
+          if (is_masked_out<C>(p, b, h, t)) continue;
           const RowRange queries{0, t.queries}, keys = tile_range(visible, n_begin, C::kBlock);
           Acc s[C::kRows][C::kCols], dp[C::kRows][C::kCols], unused[C::kRows] = {};
           multiply<C>(head.dout, m_begin, queries, shared.scores, true, head.v, n_begin, keys, shared.streamed, dp);

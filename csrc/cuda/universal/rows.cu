@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const RowView& dlse = arguments.params.dlse;
   if (dlse.data != nullptr) sum -= static_cast<const Acc*>(dlse.data)[b * dlse.batch + h * dlse.head + row * dlse.row];
   const Acc lse = static_cast<const Acc*>(p.lse.data)[b * p.lse.batch + h * p.lse.head + row * p.lse.row];
-  static_cast<Acc*>(arguments.rows.lse)[index] = lse == minus_infinity<Acc>() ? Acc(0) : lse * Acc(kLog2E);
+  static_cast<Acc*>(arguments.rows.lse)[index] = lse == minus_infinity<Acc>() ? Acc(0) : lse;
   static_cast<Acc*>(arguments.rows.delta)[index] = sum;
 }
 
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
   const int64_t index = arguments.first_block + blockIdx.x;
   const bool one = !kSinks && arguments.params.slopes_have_batch;
   const int64_t h = index % p.num_heads, b_begin = one ? index / p.num_heads : 0, b_end = one ? b_begin + 1 : p.batch;
-  const Acc sink = kSinks ? static_cast<const Acc*>(p.sinks)[h] * Acc(kLog2E) : Acc(0);
+  const Acc sink = kSinks ? static_cast<const Acc*>(p.sinks)[h] : Acc(0);
   double sum = 0;
   for (int64_t b = b_begin; b < b_end; ++b) {
     const SequenceInfo sequence = sequence_info(p, b);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
       if constexpr (kSinks) {
         if (sink == minus_infinity<Acc>()) continue;
         const Acc lse = static_cast<const Acc*>(arguments.rows.lse)[first + row];
-        sum -= double(power_of_2(sink - lse) * static_cast<const Acc*>(arguments.rows.delta)[first + row]);
+        sum -= double(exponential(sink - lse) * static_cast<const Acc*>(arguments.rows.delta)[first + row]);
       } else {
         sum -= double(static_cast<const Acc*>(arguments.rows.slope_sum)[first + row]);
       }

@@ -10,7 +10,7 @@ namespace flash_attn::universal {
 
 /// A place for each (head, row of all of q): head * total_q + row.
 struct RowWorkspace {
-  void* lse;        // of log 2; 0 for a row that sees nothing
+  void* lse;        // 0 for a row that sees nothing
   void* delta;      // sum of dout * out over the row - dlse
   void* slope_sum;  // sum of dS * distance over the row; null: not wanted
   static int64_t bytes(const BackwardParams& params);

@@ -1,6 +1,9 @@
-// What turns q.k into a score: scale, softcap, attn_mask, ALiBi, window, lengths, dropout. Scores are kept in units of
-// log 2, so that the exponential is a power of two. kTransposed tiles have keys as rows and queries as columns.
+// What turns q.k into a score: scale, softcap, attn_mask, ALiBi, window, lengths, dropout. Scores stay in natural units
+// until a maximum or lse is subtracted: a mask of the smallest number times log2(e) would be -inf. kTransposed tiles
+// have keys as rows and queries as columns.
 #pragma once
+
+#include <type_traits>
 
 #include "../../philox.h"
 #include "../../sequence.h"
@@ -9,18 +12,17 @@
 namespace flash_attn::universal {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
-
 template <typename Acc>
 __device__ __forceinline__ Acc minus_infinity() {
   return Acc(-__builtin_huge_val());
 }
 
-__device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
-__device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
-__device__ __forceinline__ float log_2(float x) { return log2f(x); }
-__device__ __forceinline__ double log_2(double x) { return log2(x); }
+__device__ __forceinline__ float exponential(float x) { return exp2f(x * 1.4426950408889634f); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 
@@ -56,13 +58,13 @@ __device__ __forceinline__ ScoreTile score_tile(const ForwardParams& p, const Se
 template <typename C>
 struct ScoreRules {
   using Acc = typename C::Acc;
-  Acc scale;           // times log2(e) in a plain kernel
+  Acc scale;
   Acc softcap, slope;  // 0: none
   Acc dropout_scale;
   bool masked, dropout;
 
   __device__ __forceinline__ ScoreRules(const ForwardParams& p, int64_t b, int64_t h)
-      : scale(Acc(p.softmax_scale * (C::kExtended ? 1.0 : kLog2E))),
+      : scale(Acc(p.softmax_scale)),
         softcap(Acc(p.softcap)),
         slope(0),
         dropout_scale(1),
@@ -93,7 +95,6 @@ struct ScoreRules {
       if (slope != Acc(0)) s -= slope * distance(t, i, j);
       // Not a sum alone: a NaN that is masked out must go.
       if (masked) s = *bias == minus_infinity<Acc>() ? *bias : s + *bias;
-      s *= Acc(kLog2E);
     }
     if (t.partial && !t.sees(i, j)) s = minus_infinity<Acc>();
     return s;
@@ -107,6 +108,47 @@ __device__ __forceinline__ Acc bias_of(Storage x) {
   } else {
     return Acc(to_acc(x));
   }
+}
+
+template <typename C, typename Storage>
+__device__ __forceinline__ bool sees_any_as(const MaskView& mask, int64_t origin, const ScoreTile& t) {
+  using Acc = typename C::Acc;
+  const Storage* data = static_cast<const Storage*>(mask.data) + origin;
+  bool any = false;
+#pragma unroll 2
+  for (int n = int(threadIdx.x); n < C::kBlock * C::kBlock; n += kThreads) {
+    const int i = n / C::kBlock, j = n % C::kBlock;
+    any = any || (t.sees(i, j) && bias_of<Acc>(data[i * mask.row + j * mask.col]) != minus_infinity<Acc>());
+  }
+  return any;
+}
+
+/// Calls f with a null pointer to the mask's type.
+template <typename F>
+__device__ __forceinline__ auto with_mask_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBool: return f(static_cast<const uint8_t*>(nullptr));
+    case DType::kFloat64: return f(static_cast<const double*>(nullptr));
+    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<const __nv_bfloat16*>(nullptr));
+    default: return f(static_cast<const __half*>(nullptr));
+  }
+}
+
+/// Whether attn_mask takes every score of the tile away, which is then passed over. All threads call it and get the
+/// same answer. A tile that stays has its mask read again, from the cache.
+template <typename C>
+__device__ __forceinline__ bool is_masked_out(const ForwardParams& p, int64_t b, int64_t h, const ScoreTile& t) {
+  if constexpr (C::kExtended) {
+    const MaskView& mask = p.mask;
+    if (mask.data == nullptr) return false;
+    const int64_t origin = b * mask.batch + h * mask.head + t.m_begin * mask.row + t.n_begin * mask.col;
+    const bool any = with_mask_type(mask.dtype, [&](auto* type) {
+      return sees_any_as<C, std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(mask, origin, t);
+    });
+    return __syncthreads_or(any) == 0;
+  }
+  return false;
 }
 
 template <typename C, bool kTransposed, int kUnroll, typename Storage>
@@ -130,13 +172,10 @@ __device__ __forceinline__ void load_mask(const MaskView& mask, int64_t b, int64
   using Acc = typename C::Acc;
   const int64_t origin = b * mask.batch + h * mask.head + t.m_begin * mask.row + t.n_begin * mask.col;
   __syncthreads();  // the last readers of shared.scores and shared.alive are done
-  switch (mask.dtype) {
-    case DType::kBool: load_mask_as<C, kTransposed, kUnroll, uint8_t>(mask, origin, t, shared.scores); break;
-    case DType::kFloat64: load_mask_as<C, kTransposed, kUnroll, double>(mask, origin, t, shared.scores); break;
-    case DType::kFloat32: load_mask_as<C, kTransposed, kUnroll, float>(mask, origin, t, shared.scores); break;
-    case DType::kBFloat16: load_mask_as<C, kTransposed, kUnroll, __nv_bfloat16>(mask, origin, t, shared.scores); break;
-    default: load_mask_as<C, kTransposed, kUnroll, __half>(mask, origin, t, shared.scores); break;
-  }
+  with_mask_type(mask.dtype, [&](auto* type) {
+    using Storage = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    load_mask_as<C, kTransposed, kUnroll, Storage>(mask, origin, t, shared.scores);
+  });
   __syncthreads();  // the tile is there
   if (threadIdx.x < 2 * C::kBlock) {
     const int column = int(threadIdx.x) % C::kBlock, half = int(threadIdx.x) / C::kBlock;
