@@ -200,6 +200,7 @@ template <typename Arithmetic>
 void key_range_task(const void* context, int64_t index, void* scratch) {
   const auto& c = *static_cast<const BackwardContext<Arithmetic>*>(context);
   const int64_t b = index / c.splits / c.params.forward.num_heads_k;
+  const MatrixUnit unit;
   KeyRange<Arithmetic>(c, sequence_info(c.params.forward, b), index, scratch).run();
 }
 

@@ -8,6 +8,14 @@
 #include "cpu.h"
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace flash_attn::cpu {
 namespace {
 
@@ -33,6 +41,21 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+/// Also asks the system for the tile registers, which a process does not have from the start.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kLeaf = 7, kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of CPUID, in edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;             // of arch_prctl
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  static const bool has = has_avx512_bf16() && __get_cpuid_count(kLeaf, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+                          (edx & kBFloat16) != 0 && (edx & kTiles) != 0 &&
+                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best last.
@@ -43,6 +66,7 @@ constexpr Isa kIsas[] = {
     {"avx512", has_avx512, avx512::run_forward, avx512::run_backward, avx512::run_forward, avx512::run_backward},
     {"avx512_bf16", has_avx512_bf16, avx512::run_forward, avx512::run_backward, avx512_bf16::run_forward,
      avx512_bf16::run_backward},
+    {"amx", has_amx, avx512::run_forward, avx512::run_backward, amx::run_forward, amx::run_backward},
 #endif
 };
 

@@ -305,6 +305,7 @@ void forward_task(const void* context, int64_t index, void* scratch) {
   const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
   const int64_t run = c.runs - 1 - index % c.runs, head = index / c.runs;
   const int64_t b = head / c.params.num_heads, h = head % c.params.num_heads;
+  const MatrixUnit unit;
   ForwardTask<Arithmetic>(c.params, sequence_info(c.params, b), b, h, scratch).run(run * c.row_blocks);
 }
 

@@ -4,6 +4,10 @@
 
 #include "simd.h"
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
 namespace flash_attn::cpu::FLASH_ATTN_ISA {
 
 /// How products are formed: `Operand` is what one multiplication takes, kPack neighbouring numbers of the sum's index.
@@ -28,7 +32,9 @@ struct BFloat16Pairs {
 #endif
 
 /// Rows of C at a time, and most vectors of a row: what fits the registers with the vectors of B.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AMX_BF16__)
+constexpr int kGemmRows = kTileRows;
+#elif defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kGemmRows = 8;
 #else
 constexpr int kGemmRows = 4;
@@ -41,6 +47,13 @@ constexpr int kPadding = kLanes<T> > kGemmRows ? kLanes<T> : kGemmRows;
 
 /// A as it lies in memory: (row, depth) or (depth, row).
 enum class Layout { kRowMajor, kDepthMajor };
+
+#if !defined(__AMX_BF16__)
+/// What a task needs to hold while it forms products; here nothing.
+struct MatrixUnit {
+  MatrixUnit() {}
+};
+#endif
 
 /// Longest sum in one go. Sums of such sums have the rounding errors of two short ones.
 constexpr int64_t kGemmDepth = 48;
@@ -94,11 +107,14 @@ FLASH_ATTN_INLINE void gemm_columns(int64_t rows, int64_t depth, const typename 
 }
 
 /// c (rows, columns) (+)= A (rows, depth) b (depth, columns). `columns` is a multiple of the vector's lanes; rows are
-/// rounded up to kGemmRows, so A and c must have that many. `depth` counts operands.
+/// rounded up to kGemmRows, so A and c must have that many. `depth` counts operands. The caller holds a MatrixUnit.
 template <typename Arithmetic, Layout kLayout>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmetic::Operand* a, int64_t lda,
           const typename Arithmetic::Operand* b, int64_t ldb, typename Arithmetic::Acc* c, int64_t ldc,
           bool accumulate) {
+#if defined(__AMX_BF16__)
+  gemm_on_tiles<kLayout == Layout::kDepthMajor>(rows, columns, depth, a, lda, b, ldb, c, ldc, accumulate);
+#else
   constexpr int W = kLanes<typename Arithmetic::Acc>;
   for (int64_t column = 0; column < columns;) {
     const int64_t left = (columns - column) / W;
@@ -114,6 +130,7 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmeti
       column += W;
     }
   }
+#endif
 }
 
 }  // namespace flash_attn::cpu::FLASH_ATTN_ISA

@@ -89,6 +89,7 @@ class MaskGradientBlock {
 /// Task `index` is (mask batch, mask head, row block, column block).
 template <typename Arithmetic>
 void mask_gradient_task(const void* context, int64_t index, void* scratch) {
+  const MatrixUnit unit;
   const auto& c = *static_cast<const MaskGradientContext<typename Arithmetic::Acc>*>(context);
   const int64_t column_block = index % c.column_blocks, row_block = index / c.column_blocks % c.row_blocks;
   const int64_t slice = index / c.column_blocks / c.row_blocks, heads = c.params.forward.mask.head_size;

@@ -44,20 +44,14 @@ struct BackwardConfig : Shape {
   static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
 };
 
+/// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what
+/// compute-sanitizer takes for the extent of an operand without swizzle stays inside.
 template <typename Config>
 struct BackwardStorage {
-  alignas(1024) uint8_t k[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
-  alignas(1024) uint8_t v[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
-  alignas(1024) uint8_t q[Config::kStages][Config::kBytesQ];               // [panel][kBlockM][64]
-  alignas(1024) uint8_t dout[Config::kStages][Config::kBytesQ];            // [panel][kBlockM][64]
-  alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
-  alignas(128) float dq[Config::kDqWarps ? Config::kConsumers : 0][kDqTile];
-  alignas(128) StatisticOperand weights;
-  alignas(128) uint8_t statistics[Config::kStages][Config::kBytesStatistics];
-
   // full: the producer's copy has arrived. empty: all consumers (K and V: all their warps, when dK and dV have left
   // through K's and V's buffers) have read it for the last time.
-  alignas(8) uint64_t k_full[Config::kStagesKV], v_full[Config::kStagesKV], kv_empty[Config::kStagesKV];
+  alignas(1024) uint64_t k_full[Config::kStagesKV];
+  uint64_t v_full[Config::kStagesKV], kv_empty[Config::kStagesKV];
   uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
   uint64_t dq_empty[Config::kConsumers];  // the dQ warp's copy has been read
@@ -65,6 +59,16 @@ struct BackwardStorage {
   uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];
   uint64_t tile_wanted;  // the producer has issued all copies of a tile
   BackwardTile tiles[Config::kTileSlots];
+
+  alignas(128) StatisticOperand weights;
+  alignas(128) uint8_t statistics[Config::kStages][Config::kBytesStatistics];
+
+  alignas(1024) uint8_t k[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
+  alignas(1024) uint8_t v[Config::kStagesKV][Config::kBytesKV];            // [panel][kBlockN][64]
+  alignas(1024) uint8_t q[Config::kStages][Config::kBytesQ];               // [panel][kBlockM][64]
+  alignas(1024) uint8_t dout[Config::kStages][Config::kBytesQ];            // [panel][kBlockM][64]
+  alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
+  alignas(128) float dq[Config::kDqWarps ? Config::kConsumers : 0][kDqTile];
 };
 
 /// Zeros where no copy will write: wgmma reads all panels of a tile.

@@ -24,22 +24,25 @@ struct BackwardPairConfig {
   static_assert(kPanels == 3 || kPanels == 4, "the pair shares out three or four panels of dQ");
 };
 
+/// The small things come first, as in BackwardStorage.
 template <typename Config>
 struct BackwardPairStorage {
+  // full: has arrived. empty: both warpgroups (p: all warps of one) have read it for the last time.
+  alignas(1024) uint64_t k_full;
+  uint64_t v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
+  uint64_t ds_full[2], ds_peer_full[2];
+  uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
+
+  BackwardTile tile;
+
+  alignas(128) StatisticOperand weights;
+  alignas(128) uint8_t statistics[2][Config::kBytesStatistics];
+
   alignas(1024) uint8_t k[Config::kBytes], v[Config::kBytesV];  // [panel][64 key rows][64]
   alignas(1024) uint8_t k_peer[Config::kBytesPeer];             // the peer's key rows, this CTA's half of the columns
   alignas(1024) uint8_t q[2][Config::kBytes], dout[Config::kBytesV];                  // [panel][64 query rows][64]
   alignas(1024) uint8_t ds[2][Config::kPanelBytes], ds_peer[2][Config::kPanelBytes];  // [64 query rows][64 key rows]
   alignas(128) uint8_t p[2][Config::kPanelBytes];                                     // [16 bytes of a thread][128]
-  alignas(128) StatisticOperand weights;
-  alignas(128) uint8_t statistics[2][Config::kBytesStatistics];
-
-  // full: has arrived. empty: both warpgroups (p: all warps of one) have read it for the last time.
-  alignas(8) uint64_t k_full, v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
-  uint64_t ds_full[2], ds_peer_full[2];
-  uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
-
-  BackwardTile tile;
 };
 
 enum BackwardPairBarrier : int {

@@ -319,7 +319,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   grid_dependency_wait();                  // for statistics and zeros in dq_accum
   if (shared.tile.num_heads == 0) return;  // in both CTAs
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanelsV || !has_rows(shared.tile, 1)) {
-    clear_shared<Config::kThreads>(&shared, offsetof(BackwardPairStorage<Config>, ds));  // boxes that are not loaded
+    using Storage = BackwardPairStorage<Config>;
+    clear_shared<Config::kThreads>(shared.k,
+                                   offsetof(Storage, ds) - offsetof(Storage, k));  // boxes that are not loaded
     __syncthreads();
   }
   if (warpgroup == 2) {
