@@ -69,9 +69,6 @@ const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
   if (p.softcap != 0) return "there is a softcap";
   if (p.dropout_p != 0) return "there is dropout";
   if (!(p.softmax_scale >= 1e-4 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-4 and 1e6";
-  if (p.deterministic && !backward_variant_for(p).whole_head && p.seqlen_k > backward_variant_for(p).block_n) {
-    return "deterministic: head_dim over 128 adds to dq in any order";
-  }
   return refuses_tensors(params);
 }
 

@@ -8,6 +8,11 @@ struct Shape : BackwardShape {
   static constexpr bool kDqWarps = false;
 };
 
+struct Ordered : Shape {
+  static constexpr int kStagesKV = 1;
+  static constexpr bool kDqWarps = true;
+};
+
 struct Fused : Shape {
   static constexpr bool kFusedDq = true;
 };
@@ -15,6 +20,7 @@ struct Fused : Shape {
 }  // namespace
 
 const BackwardVariant kBackwardD64 = backward_variant<Shape>("wgmma d64 128x128");
+const BackwardVariant kBackwardD64Ordered = backward_variant<Ordered>("wgmma d64 128x128 ordered dq");
 const BackwardVariant kBackwardD64Fused = backward_variant<Fused>("wgmma d64 128x128 fused dq");
 
 }  // namespace flash_attn::sm90

@@ -258,7 +258,7 @@ struct BackwardConsumer {
     if (lane == 0) {
       for (int panel = 0; panel < panels; ++panel) {
         tma_store(&map, staging + panel * Config::kPanelBytesKV,
-                  {64 * panel, tile.dkv_x + row, tile.dkv_y, tile.kv_head, tile.kv_batch});
+                  {64 * panel, tile.dkv_x + row, tile.dkv_y, tile.dkv_head, tile.kv_batch});
       }
     }
   }

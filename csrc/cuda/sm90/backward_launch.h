@@ -26,7 +26,7 @@ constexpr BackwardVariant backward_variant(const char* name) {
   variant.block_m = Config::kBlockM;
   variant.block_n = variant.map_rows = Config::kBlockN;
   variant.cluster = 1;
-  variant.whole_head = true;
+  variant.ordered_dq = Config::kDqWarps;
   variant.fused_dq = Config::kFusedDq;
   variant.launch_bf16 = launch_backward_kernel<Config>;
   variant.launch_fp16 = launch_backward_kernel<BackwardConfig<__half, Shape>>;

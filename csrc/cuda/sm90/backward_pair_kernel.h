@@ -116,12 +116,20 @@ struct BackwardPairConsumer {
     mbarrier_arrive_peer(peer_address(free, rank ^ 1));
   }
 
-  SM90_DEVICE void emit_dq(int64_t block) {
-    if (2 * rank + (kScores ? 0 : 1) >= Config::kPanels) return;
-    float* const to = params.dq_accum + (block * Config::kDqPanels + 2 * rank + (kScores ? 0 : 1)) * kDqTile +
-                      warp * (kDqTile / 4) + lane * 4;
+  /// `turn`: see dq_turn; each of the four warps counts.
+  SM90_DEVICE void emit_dq(int64_t block, int turn) {
+    const int panel = 2 * rank + (kScores ? 0 : 1);
+    if (panel >= Config::kPanels) return;
+    float* const to = params.dq_accum + (block * Config::kDqPanels + panel) * kDqTile + warp * (kDqTile / 4) + lane * 4;
+    int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + panel : nullptr;
+    if (turns != nullptr) wait_for_turn(turns, 4 * turn);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) global_reduce_add(to + i / 4 * 128, dq + i);
+    if (turns != nullptr) {
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) end_turn(turns);
+    }
   }
 
   // -- the two parts of a step
@@ -188,7 +196,7 @@ struct BackwardPairConsumer {
 
   /// dQ of the last step beside dV or dK of this one, then the next S beside the reductions of dQ. The first step's dQ,
   /// and S after the last step, come of whatever the buffers hold and are not used: no branch may part the products.
-  SM90_DEVICE void finish_step(int64_t previous_block) {
+  SM90_DEVICE void finish_step(int64_t previous_block, int previous_turn) {
     const int stage = step % 2;
     if (step > 0) wait_ds(step - 1);
     issue_dq((step + 1) % 2);
@@ -206,7 +214,7 @@ struct BackwardPairConsumer {
     wgmma_results(dq);
     if (step > 0) {
       free_ds(step - 1);
-      emit_dq(previous_block);
+      emit_dq(previous_block, previous_turn);
     }
     if constexpr (kScores) {
       wgmma_wait<0>();
@@ -219,6 +227,7 @@ struct BackwardPairConsumer {
     const Range full = full_blocks<Config::kBlockM>(tile, tile.n_begin + rank * Config::kRowsN);
     const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
     int64_t block = 0;
+    int turn = 0;
     if constexpr (kScores) {
       mbarrier_wait(&shared.q_full[0], 0);
       issue_scores(0);
@@ -233,8 +242,9 @@ struct BackwardPairConsumer {
       } else {
         process_gradients();
       }
-      finish_step(block);
+      finish_step(block, turn);
       block = tile.block + head * params.num_blocks + m_block;
+      turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block);
       if (++m_block == tile.m_end) {
         m_block = tile.m_begin;
         ++head;
@@ -244,7 +254,7 @@ struct BackwardPairConsumer {
     issue_dq((steps - 1) % 2);
     wgmma_wait<0>();
     wgmma_results(dq);
-    emit_dq(block);
+    emit_dq(block, turn);
   }
 
   // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
@@ -265,7 +275,7 @@ struct BackwardPairConsumer {
     const BackwardTile& tile = shared.tile;
     for (int panel = 0; panel < (kScores ? params.panels_v : params.panels); ++panel) {
       tma_store(&map, staging + panel * Config::kPanelBytes,
-                {64 * panel, tile.dkv_x + rank * Config::kRowsN + 16 * warp, tile.dkv_y, tile.kv_head, tile.kv_batch});
+                {64 * panel, tile.dkv_x + rank * Config::kRowsN + 16 * warp, tile.dkv_y, tile.dkv_head, tile.kv_batch});
     }
     tma_store_commit();
     tma_store_wait();  // shared memory must outlive the stores

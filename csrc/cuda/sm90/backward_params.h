@@ -12,14 +12,15 @@ namespace flash_attn::sm90 {
 struct BackwardSchedule {
   enum Order : int {
     kRowsFirst,     // all tiles of a head, then the next head: neighbours share Q and dO
-    kLongestFirst,  // for causal attention: see place_longest_first
-    kWholeHead,     // a CTA takes all tiles of a head, one after the other: dq is summed in a fixed order
+    kLongestFirst,  // for causal attention: see place_causal
+    kLastFirst,     // the same from the last columns on, for dq_turns: then the tiles of a head need not wait
+    kWholeHead,     // a CTA takes all tiles of a head, one after the other
   };
   Order order;
-  int num_batch_heads;  // of k
+  int num_batch_heads;  // of k, each counted key_parts times
   int num_n_blocks;     // tiles of a head
   int num_tiles;
-  int heads_per_group;  // kLongestFirst: heads worked on together, so that their Q, dO and dQ stay in L2
+  int heads_per_group;  // of the last two: heads worked on together, so that their Q, dO and dQ stay in L2
   int* next_tile;       // 0 when the kernel starts; null: CTA i takes i, i + gridDim.x, ... (kWholeHead: of the heads)
 };
 
@@ -47,14 +48,17 @@ struct BackwardKernelParams {
   int num_blocks, num_m_blocks;  // of a head over all sequences; of the longest sequence
   float* dq_accum;               // (num_heads * num_blocks, kBlockM, head dimension in whole panels of 64), see kDqTile
   TensorView dq;                 // with Config::kFusedDq, then dq_accum is (CTAs, query heads, num_m_blocks, ...)
-  const uint4* statistics;       // (num_heads * num_blocks, kBlockM), see backward_statistics.h
+  int* dq_turns;            // (num_heads * num_blocks, kDqTurns), 0 at first; null: tiles add to dq_accum in any order
+  const uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
   // Of problem, in 32 bits.
-  int window_left, window_right, seqlen_q, seqlen_k, group_size;
+  int window_left, window_right, seqlen_q, seqlen_k;
+  int group_size;  // query heads of a tile: those of a key head over key_parts
   int panels,
       panels_v;  // of 64 columns that q, k and v, dout have: a box beyond them must not be loaded (tensor_map.h)
   bool dense;    // all sequences are of seqlen_q and seqlen_k
-  FastDivision heads_k, n_blocks, long_tiles, heads_per_group;  // long_tiles: of a group, see place_longest_first
-  float scale_log2;                                             // softmax_scale / ln 2
+  FastDivision heads_k, key_parts;                     // heads_k: num_heads_k * key_parts
+  FastDivision n_blocks, long_tiles, heads_per_group;  // long_tiles: of a group, see place_causal
+  float scale_log2;                                    // softmax_scale / ln 2
   bool wants_dk, wants_dv;
 };
 
@@ -67,5 +71,8 @@ FLASH_ATTN_HOST_DEVICE int64_t first_block(const ForwardParams& p, const Sequenc
 /// dq_accum holds a block as 64 x 64 tiles, by rows then by columns, each in the order of a wgmma accumulator: (warp,
 /// 8 columns, lane, 4). So a warp adds 512 contiguous bytes at a time.
 constexpr int kDqTile = 64 * 64;
+
+/// Tiles of dq_accum in a block whose order is kept apart: one for each consumer that adds to it.
+constexpr int kDqTurns = 4;
 
 }  // namespace flash_attn::sm90

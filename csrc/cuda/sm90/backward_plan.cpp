@@ -16,22 +16,51 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 struct Workspace {
-  int64_t dq_accum_bytes, statistics_bytes;
+  int64_t dq_accum_bytes, statistics_bytes, dq_turns_bytes;
+  int64_t dk_parts_bytes = 0, dv_parts_bytes = 0;
   Workspace(const BackwardPlan& plan, const BackwardParams& params) {
     const ForwardParams& p = params.forward;
     const int64_t blocks = p.num_heads * plan.num_blocks;
     const int64_t dq_blocks = plan.variant->fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
     dq_accum_bytes = aligned(dq_blocks * plan.variant->block_m * plan.variant->dq_columns * 4);
     statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
+    dq_turns_bytes = plan.ordered_dq ? aligned(blocks * kDqTurns * 4) : 0;
+    if (plan.key_parts > 1) {
+      const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
+      dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
+      dv_parts_bytes = params.dv.data != nullptr ? aligned(rows * p.head_dim_v * 2) : 0;
+    }
   }
-  int64_t bytes() const { return dq_accum_bytes + statistics_bytes + kAlignment; }
+  int64_t bytes() const {
+    return dq_accum_bytes + statistics_bytes + kAlignment + dq_turns_bytes + dk_parts_bytes + dv_parts_bytes;
+  }
 };
 
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
-int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
+int heads_per_group(const ForwardParams& p, int key_parts, int64_t l2_bytes) {
   const int64_t bytes = std::min(l2_bytes / 2, p.seqlen_q << 14);
-  const int64_t bytes_per_head = p.seqlen_q * p.group_size() * (6 * p.head_dim + 2 * p.head_dim_v);
-  return static_cast<int>(clamp<int64_t>(bytes / bytes_per_head, 1, p.batch * p.num_heads_k));
+  const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+  return static_cast<int>(clamp<int64_t>(bytes / bytes_per_head, 1, p.batch * p.num_heads_k * key_parts));
+}
+
+/// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
+/// different lengths, the longest may be a quarter of what an SM has to do: H200, causal, 4096 rows, head dim 128: with
+/// one, a half, a quarter of it 392, 501, 559 TFLOP/s.
+bool is_balanced(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
+  const int64_t tiles = p.batch * p.num_heads_k * plan.key_parts * plan.num_n_blocks;
+  const int64_t places = std::max(1, num_sms / plan.variant->cluster);
+  if (p.window_right < 0 || p.window_left >= 0) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
+  return tiles >= 8 * places;  // on average half as long as the longest
+}
+
+/// The fewest parts of the query heads of a key head that make the work even; all of them if none does.
+int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
+  BackwardPlan tried = plan;
+  const int group = static_cast<int>(p.group_size());
+  for (tried.key_parts = 1; tried.key_parts < group; ++tried.key_parts) {
+    if (group % tried.key_parts == 0 && is_balanced(tried, p, num_sms)) break;
+  }
+  return tried.key_parts;
 }
 
 /// Whether BackwardShape::kFusedDq takes the problem.
@@ -72,6 +101,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   if (&variant == &kBackwardD128 && !p.deterministic && p.seqlen_q <= 512) {
     return plan_backward(params, device, kBackwardD128Short);
   }
+  if (&variant == &kBackwardD64 && p.deterministic) return plan_backward(params, device, kBackwardD64Ordered);
   return plan_backward(params, device, variant);
 }
 
@@ -83,18 +113,20 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
-  const int64_t heads = p.batch * p.num_heads_k;
+  if (!variant.fused_dq) plan.key_parts = key_parts(plan, p, device.num_sms);
+  const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
   plan.grid = plan.num_tiles * variant.cluster;
-  if (variant.fused_dq || (p.deterministic && variant.whole_head)) {
+  plan.ordered_dq = p.deterministic && variant.ordered_dq && params.dq.data != nullptr;
+  if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
     return plan;
   }
   if (p.window_right >= 0 && p.window_left < 0) {
-    plan.order = BackwardSchedule::kLongestFirst;
+    plan.order = plan.ordered_dq ? BackwardSchedule::kLastFirst : BackwardSchedule::kLongestFirst;
     // Head dim 256, H200: one head at a time is 1% faster up to 2048, the same beyond.
-    plan.heads_per_group = variant.cluster > 1 ? 1 : heads_per_group(p, device.l2_bytes);
+    plan.heads_per_group = variant.cluster > 1 ? 1 : heads_per_group(p, plan.key_parts, device.l2_bytes);
   }
   if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
@@ -123,41 +155,56 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
         {view, p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim},
         variant.block_m);
   };
-  const auto k_map = [&](const TensorView& view, int64_t head_dim, int box_rows) {
+  const auto k_map = [&](const TensorView& view, int64_t heads, int64_t head_dim, int box_rows) {
     return make_tensor_map(
-        {view, p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k, p.num_heads_k, head_dim},
+        {view, p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k, heads, head_dim},
         box_rows);
   };
   BackwardKernelParams kernel{};
   kernel.q = q_map(p.q, p.head_dim);
   kernel.dout = q_map(params.dout, p.head_dim_v);
-  kernel.k = k_map(p.k, p.head_dim, variant.map_rows);
-  kernel.v = k_map(p.v, p.head_dim_v, variant.map_rows);
+  kernel.k = k_map(p.k, p.num_heads_k, p.head_dim, variant.map_rows);
+  kernel.v = k_map(p.v, p.num_heads_k, p.head_dim_v, variant.map_rows);
   kernel.wants_dk = params.dk.data != nullptr;
   kernel.wants_dv = params.dv.data != nullptr;
-  if (kernel.wants_dk) kernel.dk = k_map(params.dk, p.head_dim, 16);
-  if (kernel.wants_dv) kernel.dv = k_map(params.dv, p.head_dim_v, 16);
+  const int64_t key_heads = p.num_heads_k * plan.key_parts;
+  // (rows of k, key_heads, columns) in the workspace
+  const auto parts_view = [&](int64_t offset, int64_t columns) -> TensorView {
+    return {workspace + offset, packed_k ? 0 : p.seqlen_k * key_heads * columns, key_heads * columns, columns};
+  };
+  const int64_t dq_turns_offset = sizes.dq_accum_bytes + sizes.statistics_bytes + kAlignment;
+  const int64_t dk_parts_offset = dq_turns_offset + sizes.dq_turns_bytes;
+  int* const dq_turns = plan.ordered_dq ? reinterpret_cast<int*>(workspace + dq_turns_offset) : nullptr;
+  const TensorView dk = plan.key_parts > 1 ? parts_view(dk_parts_offset, p.head_dim) : params.dk;
+  const TensorView dv =
+      plan.key_parts > 1 ? parts_view(dk_parts_offset + sizes.dk_parts_bytes, p.head_dim_v) : params.dv;
+  if (kernel.wants_dk) kernel.dk = k_map(dk, key_heads, p.head_dim, 16);
+  if (kernel.wants_dv) kernel.dv = k_map(dv, key_heads, p.head_dim_v, 16);
   kernel.problem = p;
-  const int batch_heads = static_cast<int>(p.batch * p.num_heads_k);
+  const int batch_heads = static_cast<int>(p.batch * key_heads);
   kernel.schedule = {static_cast<BackwardSchedule::Order>(plan.order),
                      batch_heads,
                      plan.num_n_blocks,
                      plan.num_tiles,
                      plan.heads_per_group,
                      next_tile};
-  kernel.heads_k = FastDivision(p.num_heads_k);
+  kernel.heads_k = FastDivision(key_heads);
+  kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);
   kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.long_tiles = FastDivision(plan.heads_per_group * (plan.num_n_blocks - plan.num_n_blocks / 4));
+  kernel.long_tiles =
+      FastDivision(plan.heads_per_group *
+                   (plan.num_n_blocks - (plan.order == BackwardSchedule::kLastFirst ? 0 : plan.num_n_blocks / 4)));
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = dq_accum;
+  kernel.dq_turns = dq_turns;
   kernel.dq = params.dq;
   kernel.statistics = statistics;
   // A wider window than the longest sequence sees no more.
   kernel.seqlen_q = static_cast<int>(p.seqlen_q);
   kernel.seqlen_k = static_cast<int>(p.seqlen_k);
-  kernel.group_size = static_cast<int>(p.group_size());
+  kernel.group_size = static_cast<int>(p.group_size() / plan.key_parts);
   kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
   kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
   kernel.dense = !packed_q && !packed_k && p.seqused_q == nullptr && p.seqused_k == nullptr;
@@ -167,10 +214,11 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
 
   const BackwardRowsParams rows{params,          variant.block_m,   variant.dq_columns,
                                 plan.num_blocks, plan.num_m_blocks, variant.fused_dq ? nullptr : dq_accum,
-                                statistics,      next_tile};
+                                statistics,      next_tile,         dq_turns};
   launch_prepare_rows(rows, stream);
   (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && !variant.fused_dq) launch_store_dq(rows, stream);
+  if (plan.key_parts > 1) launch_add_key_parts({params, dk, dv, plan.key_parts}, stream);
 }
 
 }  // namespace flash_attn::sm90

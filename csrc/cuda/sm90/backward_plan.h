@@ -17,21 +17,23 @@ struct BackwardVariant {
   int block_m, block_n;
   int map_rows;     // rows of a box of K or V: of a CTA's share of a tile
   int cluster;      // CTAs that share a tile
-  bool whole_head;  // can take all tiles of a head in one CTA, which makes dq deterministic
-  bool fused_dq;    // must do so, and then writes dq itself: see BackwardShape
+  bool ordered_dq;  // can add to dq in a fixed order: see dq_turn
+  bool fused_dq;    // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
   void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
 };
 
 // Each in its own .cu file, see plan_backward() for the choice.
-extern const BackwardVariant kBackwardD64, kBackwardD64Fused, kBackwardD96, kBackwardD128, kBackwardD128Short,
-    kBackwardD128Fused, kBackwardD192V128, kBackwardD192, kBackwardD256;
+extern const BackwardVariant kBackwardD64, kBackwardD64Ordered, kBackwardD64Fused, kBackwardD96, kBackwardD128,
+    kBackwardD128Short, kBackwardD128Fused, kBackwardD192V128, kBackwardD192, kBackwardD256;
 
 struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
   int order = 0;  // BackwardSchedule::Order
   int num_n_blocks = 0, num_tiles = 0, heads_per_group = 1;
+  int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
+  bool ordered_dq = false;               // see dq_turn
   bool dynamic = false;                  // CTAs take tiles from a common counter
   int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
 };

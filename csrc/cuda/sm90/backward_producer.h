@@ -128,20 +128,24 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
       for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, ++block) {
         named_barrier_sync(kDqReady + consumer, 160);
         if (elected) {
+          int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + consumer : nullptr;
+          if (turns != nullptr) {
+            wait_for_turn(turns, dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps));
+          }
           bulk_reduce_add(params.dq_accum + (block * Config::kConsumers + consumer) * kDqTile, shared.dq[consumer],
                           kDqTile * sizeof(float));
           tma_store_commit();
           tma_store_wait_read();
           mbarrier_arrive(&shared.dq_empty[consumer]);
+          if (turns != nullptr) {
+            tma_store_wait();  // the sum has arrived
+            end_turn(turns);
+          }
         }
         __syncwarp();
       }
     }
-    if (elected) {
-      // The next tile of the head adds to the same dQ: to keep their order, this one's has to have arrived.
-      if (params.schedule.order == BackwardSchedule::kWholeHead) tma_store_wait();
-      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
-    }
+    if (elected) mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     ++tiles.count;
   }
   if (elected) tma_store_wait();  // shared memory must outlive the copies

@@ -1,4 +1,4 @@
-// What the backward pass does row by row: statistics and zeros before the main kernel, dq after it.
+// What the backward pass does row by row: statistics and zeros before the main kernel, dq, dk and dv after it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,11 +14,22 @@ struct BackwardRowsParams {
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns); null: the main kernel writes dq
   uint4* statistics;             // (num_heads * num_blocks, block_m)
   int* next_tile;                // may be null
+  int* dq_turns;                 // (num_heads * num_blocks, kDqTurns); may be null
 };
 
-/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to dq_accum and next_tile. With
-/// cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
+/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to dq_accum, next_tile and dq_turns.
+/// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
+
+/// dk and dv of the parts of each key head's query heads, (rows of k, num_heads_k * key_parts, columns).
+struct BackwardKeyPartsParams {
+  BackwardParams problem;
+  TensorView dk_parts, dv_parts;
+  int key_parts;
+};
+
+/// Adds them up, in order.
+void launch_add_key_parts(const BackwardKeyPartsParams& params, cudaStream_t stream);
 
 /// dq = softmax_scale * dq_accum.
 void launch_store_dq(const BackwardRowsParams& params, cudaStream_t stream);

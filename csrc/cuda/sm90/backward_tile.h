@@ -1,6 +1,7 @@
 // Which tiles exist and in which order they are worked on. A tile is kBlockN rows of k and v of one key head, with the
-// query rows that see them, of all query heads that read this key head. The producer turns an index into a
-// BackwardTile, the other warps work on that alone.
+// query rows that see them, of the query heads that read this key head, or of a part of these heads: few key heads
+// would make too few tiles. Each part has its own dk and dv then, which are added up afterwards. The producer turns an
+// index into a BackwardTile, the other warps work on that alone.
 #pragma once
 
 #include "backward_params.h"
@@ -14,11 +15,11 @@ struct BackwardTile {
   int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
   int block;                    // index of the first head's block 0 in dq_accum and statistics
   int n_begin;                  // first row of k, in the sequence
-  int seqlen_k;                 // rows of k and v from here on take no part
+  int seqlen_q, seqlen_k;       // rows from here on take no part
   int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound]
   // TMA coordinates (tensor_map.h): of block 0 of q and dout, of the tile's first row of k, v and of dk, dv.
   int q_x, q_y, q_head, q_batch;
-  int kv_x, kv_y, dkv_x, dkv_y, kv_head, kv_batch;
+  int kv_x, kv_y, dkv_x, dkv_y, kv_head, dkv_head, kv_batch;
 };
 
 /// No bound. Lengths are below half of it, so that differences of rows and bounds stay in 32 bits.
@@ -30,11 +31,13 @@ struct BackwardTilePlace {
 
 /// Longest first: with causal attention the first columns are seen by all rows. Within a group of heads the first
 /// columns of all heads, then the columns after them, and so on. The shortest quarter of all heads' tiles comes at the
-/// very end, where short tiles even out when the CTAs finish.
-SM90_DEVICE BackwardTilePlace place_longest_first(const BackwardKernelParams& params, int index) {
+/// very end, where short tiles even out when the CTAs finish. Or last first, without such a quarter.
+SM90_DEVICE BackwardTilePlace place_causal(const BackwardKernelParams& params, int index) {
+  const bool last_first = params.schedule.order == BackwardSchedule::kLastFirst;
   const int heads_per_group = params.schedule.heads_per_group;
   const int batch_heads = params.schedule.num_batch_heads;
-  const int long_blocks = params.schedule.num_n_blocks - params.schedule.num_n_blocks / 4;
+  const int num_n_blocks = params.schedule.num_n_blocks;
+  const int long_blocks = last_first ? num_n_blocks : num_n_blocks - num_n_blocks / 4;
   const int rest = index - batch_heads * long_blocks;
   if (rest >= 0) return {long_blocks + rest / batch_heads, rest % batch_heads};
   const int group = params.long_tiles.quotient(index);
@@ -42,7 +45,8 @@ SM90_DEVICE BackwardTilePlace place_longest_first(const BackwardKernelParams& pa
   const int group_heads = min(heads_per_group, batch_heads - group * heads_per_group);
   const int n_block =
       group_heads == heads_per_group ? params.heads_per_group.quotient(in_group) : in_group / group_heads;
-  return {n_block, group * heads_per_group + in_group - n_block * group_heads};
+  return {last_first ? num_n_blocks - 1 - n_block : n_block,
+          group * heads_per_group + in_group - n_block * group_heads};
 }
 
 /// False if there are no such rows. Writes field by field to shared memory: the scheduler has few registers. Without
@@ -50,8 +54,9 @@ SM90_DEVICE BackwardTilePlace place_longest_first(const BackwardKernelParams& pa
 template <int kBlockM, int kBlockN>
 SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int index, BackwardTile& tile) {
   BackwardTilePlace at;
-  if (params.schedule.order == BackwardSchedule::kLongestFirst) {
-    at = place_longest_first(params, index);
+  const auto order = params.schedule.order;
+  if (order == BackwardSchedule::kLongestFirst || order == BackwardSchedule::kLastFirst) {
+    at = place_causal(params, index);
   } else {
     at.batch_head = params.n_blocks.quotient(index);
     at.n_block = index - at.batch_head * params.schedule.num_n_blocks;
@@ -100,13 +105,39 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   tile.m_end = seen ? (row_end + kBlockM - 1) / kBlockM : 0;
   tile.right_bound = right_bound;
   tile.left_bound = left_bound;
+  tile.seqlen_q = seqlen_q;
   tile.seqlen_k = seqlen_k;
   tile.n_begin = n_begin;
   tile.block = block;
   tile.num_heads = params.group_size;
   tile.q_head = head_k * params.group_size;
-  tile.kv_head = head_k;
+  tile.kv_head = params.key_parts.quotient(head_k);
+  tile.dkv_head = head_k;
   return true;
+}
+
+/// How many tiles add to dq of the query block before this one, so that the sum has one order: by n_begin, rising, or
+/// falling with kLastFirst. In either case the tiles before it have been taken before it, so waiting for them ends.
+template <int kBlockM, int kBlockN>
+SM90_DEVICE int dq_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block) {
+  const int n_block = tile.n_begin / kBlockN;
+  if (params.schedule.order != BackwardSchedule::kLastFirst) {
+    return n_block - max(0, m_block * kBlockM + tile.left_bound) / kBlockN;
+  }
+  const int last_seen = min((m_block + 1) * kBlockM, tile.seqlen_q) - 1 + tile.right_bound;
+  return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
+}
+
+/// Waits until `turn` arrivals have been counted; what those threads wrote before is then visible.
+SM90_DEVICE void wait_for_turn(const int* counter, int turn) {
+  int arrived;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+  } while (arrived < turn);
+}
+
+SM90_DEVICE void end_turn(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 /// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.
