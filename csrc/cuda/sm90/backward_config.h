@@ -15,6 +15,9 @@ struct BackwardShape {
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
   // dQ leaves through shared memory and a warp of its own that adds it up in bulk; else by reductions from registers.
   static constexpr bool kDqWarps = true;
+  // Reductions from registers in a fixed order, which two threads of the producer's warpgroup see to. (With kDqWarps
+  // the order is those warps' affair.)
+  static constexpr bool kOrderedDq = false;
   // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
   // for dense problems in which every query row sees the first key.
   static constexpr bool kFusedDq = false;
@@ -35,7 +38,8 @@ struct BackwardConfig : Shape {
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
   static constexpr int kTileSlots = 2;
-  static constexpr int kTileReaders = 1 + 4 * kConsumers + (Shape::kDqWarps ? kConsumers : 0);  // the producer, warps
+  static constexpr int kDqThreads = Shape::kDqWarps || Shape::kOrderedDq ? kConsumers : 0;
+  static constexpr int kTileReaders = 1 + 4 * kConsumers + kDqThreads;  // the producer, warps
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -55,6 +59,7 @@ struct BackwardStorage {
   uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
   uint64_t dq_empty[Config::kConsumers];  // the dQ warp's copy has been read
+  DqTurnBarriers dq_turns[Config::kConsumers];
 
   uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];
   uint64_t tile_wanted;  // the producer has issued all copies of a tile

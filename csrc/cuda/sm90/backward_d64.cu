@@ -9,8 +9,7 @@ struct Shape : BackwardShape {
 };
 
 struct Ordered : Shape {
-  static constexpr int kStagesKV = 1;
-  static constexpr bool kDqWarps = true;
+  static constexpr bool kOrderedDq = true;
 };
 
 struct Fused : Shape {
@@ -19,7 +18,7 @@ struct Fused : Shape {
 
 }  // namespace
 
-const BackwardVariant kBackwardD64 = backward_variant<Shape>("wgmma d64 128x128");
+const BackwardVariant kBackwardD64 = backward_variant<Shape>("wgmma d64 128x128", &kBackwardD64Ordered);
 const BackwardVariant kBackwardD64Ordered = backward_variant<Ordered>("wgmma d64 128x128 ordered dq");
 const BackwardVariant kBackwardD64Fused = backward_variant<Fused>("wgmma d64 128x128 fused dq");
 

@@ -142,8 +142,14 @@ struct BackwardConsumer {
       }
     } else {
       float4* const sum = dq_sum(tile, head, m_block);
+      DqTurnBarriers& barriers = shared.dq_turns[warpgroup];
+      if constexpr (Config::kOrderedDq) mbarrier_wait(&barriers.begun, step & 1);
 #pragma unroll
       for (int i = 0; i < kDqSize; i += 4) global_reduce_add(reinterpret_cast<float*>(sum + i / 4 * 32), dq + i);
+      if constexpr (Config::kOrderedDq) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&barriers.added);
+      }
     }
   }
 
@@ -315,6 +321,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.dout_empty, Config::kStages, Config::kConsumers);
     init(&shared.tile_wanted, 1, 1);
     init(shared.dq_empty, Config::kConsumers, 1);
+    for (DqTurnBarriers& barriers : shared.dq_turns) init_turn_barriers(barriers);
     mbarrier_init_fence();
   }
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanels) {
@@ -332,6 +339,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (threadIdx.x % 32 == 0) schedule_tiles(params, shared);
     } else if (Config::kDqWarps) {
       store_dq(params, shared, warp - 1);
+    } else if (Config::kOrderedDq) {
+      if (threadIdx.x % 32 == 0) order_dq(params, shared, warp - 1);
     }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();

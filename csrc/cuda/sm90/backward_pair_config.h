@@ -5,10 +5,11 @@
 
 namespace flash_attn::sm90 {
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_>
+template <typename Element_, int kHeadDim_, int kHeadDimV_, bool kOrderedDq_>
 struct BackwardPairConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
+  static constexpr bool kOrderedDq = kOrderedDq_;                     // dq is summed up in a fixed order
   static constexpr int kBlockM = 64;
   static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
   static constexpr int kThreads = 384;
@@ -31,6 +32,7 @@ struct BackwardPairStorage {
   alignas(1024) uint64_t k_full;
   uint64_t v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
   uint64_t ds_full[2], ds_peer_full[2];
+  DqTurnBarriers dq_turns[2];  // of the scores and the gradients warpgroup
   uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
 
   BackwardTile tile;
@@ -130,5 +132,24 @@ struct BackwardPairProducer {
     }
   }
 };
+
+// ---- order of dQ
+
+/// For consumer 0 (scores) or 1 (gradients).
+template <typename Config>
+SM90_DEVICE void order_pair_dq(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank,
+                               int consumer) {
+  const BackwardTile& tile = shared.tile;
+  const int panel = 2 * rank + consumer;
+  if (panel >= Config::kPanels) return;
+  uint32_t step = 0;
+  for (int head = 0; head < tile.num_heads; ++head) {
+    for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
+      const int64_t block = tile.block + head * params.num_blocks + m_block;
+      take_turn(params.dq_turns + block * kDqTurns + panel,
+                dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns[consumer], step);
+    }
+  }
+}
 
 }  // namespace flash_attn::sm90

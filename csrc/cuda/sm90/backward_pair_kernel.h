@@ -5,7 +5,7 @@
 //   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
-//   producer    one thread, TMA
+//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
 #pragma once
@@ -116,20 +116,16 @@ struct BackwardPairConsumer {
     mbarrier_arrive_peer(peer_address(free, rank ^ 1));
   }
 
-  /// `turn`: see dq_turn; each of the four warps counts.
-  SM90_DEVICE void emit_dq(int64_t block, int turn) {
+  /// `of_step` is the step that dQ belongs to.
+  SM90_DEVICE void emit_dq(int64_t block, int of_step) {
     const int panel = 2 * rank + (kScores ? 0 : 1);
     if (panel >= Config::kPanels) return;
     float* const to = params.dq_accum + (block * Config::kDqPanels + panel) * kDqTile + warp * (kDqTile / 4) + lane * 4;
-    int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + panel : nullptr;
-    if (turns != nullptr) wait_for_turn(turns, 4 * turn);
+    DqTurnBarriers& barriers = shared.dq_turns[kScores ? 0 : 1];
+    if constexpr (Config::kOrderedDq) mbarrier_wait(&barriers.begun, of_step & 1);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) global_reduce_add(to + i / 4 * 128, dq + i);
-    if (turns != nullptr) {
-      __threadfence();
-      __syncwarp();
-      if (lane == 0) end_turn(turns);
-    }
+    if constexpr (Config::kOrderedDq) arrive_warp(&barriers.added);
   }
 
   // -- the two parts of a step
@@ -196,7 +192,7 @@ struct BackwardPairConsumer {
 
   /// dQ of the last step beside dV or dK of this one, then the next S beside the reductions of dQ. The first step's dQ,
   /// and S after the last step, come of whatever the buffers hold and are not used: no branch may part the products.
-  SM90_DEVICE void finish_step(int64_t previous_block, int previous_turn) {
+  SM90_DEVICE void finish_step(int64_t previous_block) {
     const int stage = step % 2;
     if (step > 0) wait_ds(step - 1);
     issue_dq((step + 1) % 2);
@@ -214,7 +210,7 @@ struct BackwardPairConsumer {
     wgmma_results(dq);
     if (step > 0) {
       free_ds(step - 1);
-      emit_dq(previous_block, previous_turn);
+      emit_dq(previous_block, step - 1);
     }
     if constexpr (kScores) {
       wgmma_wait<0>();
@@ -227,7 +223,6 @@ struct BackwardPairConsumer {
     const Range full = full_blocks<Config::kBlockM>(tile, tile.n_begin + rank * Config::kRowsN);
     const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
     int64_t block = 0;
-    int turn = 0;
     if constexpr (kScores) {
       mbarrier_wait(&shared.q_full[0], 0);
       issue_scores(0);
@@ -242,9 +237,8 @@ struct BackwardPairConsumer {
       } else {
         process_gradients();
       }
-      finish_step(block, turn);
+      finish_step(block);
       block = tile.block + head * params.num_blocks + m_block;
-      turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block);
       if (++m_block == tile.m_end) {
         m_block = tile.m_begin;
         ++head;
@@ -254,7 +248,7 @@ struct BackwardPairConsumer {
     issue_dq((steps - 1) % 2);
     wgmma_wait<0>();
     wgmma_results(dq);
-    emit_dq(block, turn);
+    emit_dq(block, steps - 1);
   }
 
   // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
@@ -316,6 +310,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
       mbarrier_init(&shared.ds_full[i], 1);
       mbarrier_init(&shared.ds_peer_full[i], 1);
       mbarrier_init(&shared.ds_free[i], 3);
+      init_turn_barriers(shared.dq_turns[i]);
     }
     mbarrier_init_fence();
     for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(&shared.ds_peer_full[i], Config::kPanelBytes);
@@ -337,6 +332,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 2) {
     register_budget_lower<Config::kProducerRegisters>();
     if (threadIdx.x % 128 == 0) BackwardPairProducer<Config>{params, shared, rank}.run();
+    if constexpr (Config::kOrderedDq) {
+      if (lane == 0 && (warp == 1 || warp == 2)) order_pair_dq(params, shared, rank, warp - 1);
+    }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();
     if (warpgroup == 0) {

@@ -12,15 +12,20 @@ namespace flash_attn::sm90 {
 struct BackwardSchedule {
   enum Order : int {
     kRowsFirst,     // all tiles of a head, then the next head: neighbours share Q and dO
-    kLongestFirst,  // for causal attention: see place_causal
-    kLastFirst,     // the same from the last columns on, for dq_turns: then the tiles of a head need not wait
-    kWholeHead,     // a CTA takes all tiles of a head, one after the other
+    kLongestFirst,  // for causal attention: the first columns of all heads of a group, which most rows see, then the
+                    // next
+    // For dq_turns, in which a tile waits for others of its head: so that few of these run at once, or that all can
+    // begin at once. The first or the last columns of all heads of a group, then their neighbours.
+    kColumnsFirst,
+    kColumnsLast,  // for causal attention: each tile begins with the block whose other tiles wait for it
+    kWholeHead,    // a CTA takes all tiles of a head, one after the other
   };
   Order order;
   int num_batch_heads;  // of k, each counted key_parts times
   int num_n_blocks;     // tiles of a head
   int num_tiles;
-  int heads_per_group;  // of the last two: heads worked on together, so that their Q, dO and dQ stay in L2
+  int heads_per_group;  // heads worked on together, so that their Q, dO and dQ stay in L2
+  int grouped_blocks;   // tiles of a head in a group's turn; the others come at the very end, see place_in_group
   int* next_tile;       // 0 when the kernel starts; null: CTA i takes i, i + gridDim.x, ... (kWholeHead: of the heads)
 };
 
@@ -56,9 +61,9 @@ struct BackwardKernelParams {
   int panels,
       panels_v;  // of 64 columns that q, k and v, dout have: a box beyond them must not be loaded (tensor_map.h)
   bool dense;    // all sequences are of seqlen_q and seqlen_k
-  FastDivision heads_k, key_parts;                     // heads_k: num_heads_k * key_parts
-  FastDivision n_blocks, long_tiles, heads_per_group;  // long_tiles: of a group, see place_causal
-  float scale_log2;                                    // softmax_scale / ln 2
+  FastDivision heads_k, key_parts;  // heads_k: num_heads_k * key_parts
+  FastDivision n_blocks, group_tiles, heads_per_group;
+  float scale_log2;  // softmax_scale / ln 2
   bool wants_dk, wants_dv;
 };
 

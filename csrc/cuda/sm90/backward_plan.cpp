@@ -101,7 +101,8 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   if (&variant == &kBackwardD128 && !p.deterministic && p.seqlen_q <= 512) {
     return plan_backward(params, device, kBackwardD128Short);
   }
-  if (&variant == &kBackwardD64 && p.deterministic) return plan_backward(params, device, kBackwardD64Ordered);
+  if (p.deterministic && variant.ordered != nullptr && params.dq.data != nullptr)
+    return plan_backward(params, device, *variant.ordered);
   return plan_backward(params, device, variant);
 }
 
@@ -117,14 +118,18 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
   plan.grid = plan.num_tiles * variant.cluster;
-  plan.ordered_dq = p.deterministic && variant.ordered_dq && params.dq.data != nullptr;
+  plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
   if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
     return plan;
   }
-  if (p.window_right >= 0 && p.window_left < 0) {
-    plan.order = plan.ordered_dq ? BackwardSchedule::kLastFirst : BackwardSchedule::kLongestFirst;
+  const bool causal = p.window_right >= 0 && p.window_left < 0;
+  if (plan.ordered_dq) {
+    plan.order = causal ? BackwardSchedule::kColumnsLast : BackwardSchedule::kColumnsFirst;
+    plan.heads_per_group = heads_per_group(p, plan.key_parts, device.l2_bytes);
+  } else if (causal) {
+    plan.order = BackwardSchedule::kLongestFirst;
     // Head dim 256, H200: one head at a time is 1% faster up to 2048, the same beyond.
     plan.heads_per_group = variant.cluster > 1 ? 1 : heads_per_group(p, plan.key_parts, device.l2_bytes);
   }
@@ -182,19 +187,15 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   if (kernel.wants_dv) kernel.dv = k_map(dv, key_heads, p.head_dim_v, 16);
   kernel.problem = p;
   const int batch_heads = static_cast<int>(p.batch * key_heads);
-  kernel.schedule = {static_cast<BackwardSchedule::Order>(plan.order),
-                     batch_heads,
-                     plan.num_n_blocks,
-                     plan.num_tiles,
-                     plan.heads_per_group,
-                     next_tile};
+  const auto order = static_cast<BackwardSchedule::Order>(plan.order);
+  const int grouped_blocks = plan.num_n_blocks - (order == BackwardSchedule::kLongestFirst ? plan.num_n_blocks / 4 : 0);
+  kernel.schedule = {order,          batch_heads, plan.num_n_blocks, plan.num_tiles, plan.heads_per_group,
+                     grouped_blocks, next_tile};
   kernel.heads_k = FastDivision(key_heads);
   kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);
   kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.long_tiles =
-      FastDivision(plan.heads_per_group *
-                   (plan.num_n_blocks - (plan.order == BackwardSchedule::kLastFirst ? 0 : plan.num_n_blocks / 4)));
+  kernel.group_tiles = FastDivision(plan.heads_per_group * grouped_blocks);
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = dq_accum;

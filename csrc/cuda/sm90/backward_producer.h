@@ -126,12 +126,13 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
     for (int head = 0; head < tile.num_heads; ++head) {
       int64_t block = tile.block + head * params.num_blocks + tile.m_begin;
       for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, ++block) {
+        int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + consumer : nullptr;
+        if (elected && turns != nullptr) {  // while dQ is being computed
+          wait_for_turn(turns, dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps));
+        }
+        __syncwarp();
         named_barrier_sync(kDqReady + consumer, 160);
         if (elected) {
-          int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + consumer : nullptr;
-          if (turns != nullptr) {
-            wait_for_turn(turns, dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps));
-          }
           bulk_reduce_add(params.dq_accum + (block * Config::kConsumers + consumer) * kDqTile, shared.dq[consumer],
                           kDqTile * sizeof(float));
           tma_store_commit();
@@ -149,6 +150,28 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
     ++tiles.count;
   }
   if (elected) tma_store_wait();  // shared memory must outlive the copies
+}
+
+// ---- order of dQ that the consumers add themselves
+
+template <typename Config>
+SM90_DEVICE void order_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared, int consumer) {
+  BackwardTileRing<Config> tiles;
+  uint32_t step = 0;
+  while (true) {
+    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+    const BackwardTile& tile = shared.tiles[tiles.slot()];
+    if (tile.num_heads < 0) break;
+    for (int head = 0; head < tile.num_heads; ++head) {
+      for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
+        const int64_t block = tile.block + head * params.num_blocks + m_block;
+        take_turn(params.dq_turns + block * kDqTurns + consumer,
+                  dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns[consumer], step);
+      }
+    }
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    ++tiles.count;
+  }
 }
 
 }  // namespace flash_attn::sm90

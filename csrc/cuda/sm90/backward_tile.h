@@ -29,23 +29,19 @@ struct BackwardTilePlace {
   int n_block, batch_head;
 };
 
-/// Longest first: with causal attention the first columns are seen by all rows. Within a group of heads the first
-/// columns of all heads, then the columns after them, and so on. The shortest quarter of all heads' tiles comes at the
-/// very end, where short tiles even out when the CTAs finish. Or last first, without such a quarter.
-SM90_DEVICE BackwardTilePlace place_causal(const BackwardKernelParams& params, int index) {
-  const bool last_first = params.schedule.order == BackwardSchedule::kLastFirst;
-  const int heads_per_group = params.schedule.heads_per_group;
-  const int batch_heads = params.schedule.num_batch_heads;
-  const int num_n_blocks = params.schedule.num_n_blocks;
-  const int long_blocks = last_first ? num_n_blocks : num_n_blocks - num_n_blocks / 4;
-  const int rest = index - batch_heads * long_blocks;
-  if (rest >= 0) return {long_blocks + rest / batch_heads, rest % batch_heads};
-  const int group = params.long_tiles.quotient(index);
-  const int in_group = index - group * heads_per_group * long_blocks;
+/// Groups of heads. With kLongestFirst the shortest quarter of all heads' tiles comes at the very end, where short
+/// tiles even out when the CTAs finish.
+SM90_DEVICE BackwardTilePlace place_in_group(const BackwardKernelParams& params, int index) {
+  const BackwardSchedule& schedule = params.schedule;
+  const int heads_per_group = schedule.heads_per_group, batch_heads = schedule.num_batch_heads;
+  const int rest = index - batch_heads * schedule.grouped_blocks;
+  if (rest >= 0) return {schedule.grouped_blocks + rest / batch_heads, rest % batch_heads};
+  const int group = params.group_tiles.quotient(index);
+  const int in_group = index - group * heads_per_group * schedule.grouped_blocks;
   const int group_heads = min(heads_per_group, batch_heads - group * heads_per_group);
   const int n_block =
       group_heads == heads_per_group ? params.heads_per_group.quotient(in_group) : in_group / group_heads;
-  return {last_first ? num_n_blocks - 1 - n_block : n_block,
+  return {schedule.order == BackwardSchedule::kColumnsLast ? schedule.num_n_blocks - 1 - n_block : n_block,
           group * heads_per_group + in_group - n_block * group_heads};
 }
 
@@ -55,8 +51,8 @@ template <int kBlockM, int kBlockN>
 SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int index, BackwardTile& tile) {
   BackwardTilePlace at;
   const auto order = params.schedule.order;
-  if (order == BackwardSchedule::kLongestFirst || order == BackwardSchedule::kLastFirst) {
-    at = place_causal(params, index);
+  if (order != BackwardSchedule::kRowsFirst && order != BackwardSchedule::kWholeHead) {
+    at = place_in_group(params, index);
   } else {
     at.batch_head = params.n_blocks.quotient(index);
     at.n_block = index - at.batch_head * params.schedule.num_n_blocks;
@@ -117,27 +113,48 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
 }
 
 /// How many tiles add to dq of the query block before this one, so that the sum has one order: by n_begin, rising, or
-/// falling with kLastFirst. In either case the tiles before it have been taken before it, so waiting for them ends.
+/// falling with kColumnsLast. In either case the tiles before it have been taken before it, so waiting for them ends.
 template <int kBlockM, int kBlockN>
 SM90_DEVICE int dq_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block) {
   const int n_block = tile.n_begin / kBlockN;
-  if (params.schedule.order != BackwardSchedule::kLastFirst) {
+  if (params.schedule.order != BackwardSchedule::kColumnsLast) {
     return n_block - max(0, m_block * kBlockM + tile.left_bound) / kBlockN;
   }
   const int last_seen = min((m_block + 1) * kBlockM, tile.seqlen_q) - 1 + tile.right_bound;
   return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
 }
 
-/// Waits until `turn` arrivals have been counted; what those threads wrote before is then visible.
-SM90_DEVICE void wait_for_turn(const int* counter, int turn) {
-  int arrived;
+/// Waits until `turn` turns have ended; what was written in them is then visible.
+SM90_DEVICE void wait_for_turn(const int* turns, int turn) {
+  int ended;
   do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-  } while (arrived < turn);
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turns) : "memory");
+  } while (ended < turn);
 }
 
-SM90_DEVICE void end_turn(int* counter) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+/// What this thread knows to be written is visible to whoever sees the end of the turn.
+SM90_DEVICE void end_turn(int* turns) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+/// Barriers between a consumer that adds dQ to global memory from its registers and the thread that waits for its turns
+/// and ends them, so that the consumer need not wait for messages to L2 and back.
+struct DqTurnBarriers {
+  uint64_t begun;  // the turn has come
+  uint64_t added;  // all four warps have added theirs
+};
+
+SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers) {
+  mbarrier_init(&barriers.begun, 1);
+  mbarrier_init(&barriers.added, 4);
+}
+
+/// The turn of one step, `step` counted over all tiles.
+SM90_DEVICE void take_turn(int* turns, int turn, DqTurnBarriers& barriers, uint32_t step) {
+  wait_for_turn(turns, turn);
+  mbarrier_arrive(&barriers.begun);
+  mbarrier_wait(&barriers.added, step & 1);
+  end_turn(turns);
 }
 
 /// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.
