@@ -204,6 +204,25 @@ def mask(selection: Selection) -> list[Problem]:
     ]
 
 
+def extra(selection: Selection) -> list[Problem]:
+    """What peers leaves out. On CUDA fp16 and other head dims; on the CPU masks, fp16, small head dims, one head."""
+    if selection.on_cuda:
+        sizes = ((128, 16, "fp16"), (64, 32, "fp16"), (96, 21, "bf16"), (192, 10, "bf16"), (256, 8, "fp16"))
+        return [
+            Problem(head_dim, causal, seqlen, 16384 // seqlen, heads, dtype)
+            for head_dim, heads, dtype in sizes
+            for causal in (False, True)
+            for seqlen in (1024, 8192)
+        ]
+    masked = [replace(p, mask="random") for p in peers(selection) if not p.causal]
+    half = [Problem(64, causal, 1024, 1, 2, "fp16") for causal in (False, True)]
+    small = [
+        Problem(d, causal, 4096, 1, 8, dtype) for d in (8, 16) for dtype in ("fp32", "bf16") for causal in (False, True)
+    ]
+    one_head = [Problem(64, causal, 8192, 1, 1, dtype) for dtype in ("fp32", "bf16") for causal in (False, True)]
+    return [*masked, *half, *small, *one_head]
+
+
 def fp32(selection: Selection) -> list[Problem]:
     """Single precision; TF32 is off."""
     batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
@@ -216,7 +235,7 @@ def host(selection: Selection) -> list[Problem]:
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
-    suite.__name__: suite for suite in (peers, sweep, varlen, gqa, window, mask, fp32, host)
+    suite.__name__: suite for suite in (peers, extra, sweep, varlen, gqa, window, mask, fp32, host)
 }
 
 

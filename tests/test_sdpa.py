@@ -118,7 +118,7 @@ def test_shapes_broadcast_as_in_torch(q: tuple[int, ...], k: tuple[int, ...], v:
 def test_no_heads_of_keys_give_zeros() -> None:
     q, k = _randn(2, 1, 5, 8).requires_grad_(), _randn(2, 0, 7, 8)
     out = sdpa(q, k, k)
-    torch.testing.assert_close(out, _exact(q, k, k))
+    assert torch.equal(out, torch.zeros(2, 1, 5, 8, dtype=q.dtype))  # as torch from 2.12 on
     assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))
 
 
