@@ -205,7 +205,7 @@ def _tensor_core_problem(seed: int) -> Problem:
     head_dim = dims[seed % 7]
     plain = replace(problem, mask="", softcap=0.0, slopes="", sinks=False, dropout=0.0, scale=None, head_dim=head_dim)
     layout = {"strided": "dense", "misaligned": "qkv" if not plain.packed else "dense"}.get(plain.layout, plain.layout)
-    return replace(plain, head_dim_v=128 if head_dim == 192 and seed % 2 else head_dim, layout=layout)
+    return replace(plain, head_dim_v=128 if head_dim in (192, 256) and seed % 2 else head_dim, layout=layout)
 
 
 @pytest.mark.parametrize("first", range(0, 400, 50))

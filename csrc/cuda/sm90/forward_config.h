@@ -66,9 +66,8 @@ struct SharedStorage {
 
 /// Named barriers; 0 is __syncthreads.
 enum Barrier : int {
-  kTurn = 1,       // + consumer: whose turn it is to issue matrix products
-  kVote = 5,       // + consumer: the vote of OnlineSoftmax::advance_lazily
-  kWarpgroup = 9,  // + consumer: all four warps are past a wait
+  kTurn = 1,  // + consumer: whose turn it is to issue matrix products
+  kVote = 5,  // + consumer: the vote of OnlineSoftmax::advance_lazily
 };
 
 /// Place in the ring of K and V buffers. The parity of a barrier's phase flips with every round.

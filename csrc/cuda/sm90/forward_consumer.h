@@ -85,17 +85,24 @@ struct Consumer {
   SM90_DEVICE void begin_turn() { named_barrier_sync(kTurn + warpgroup, 256); }
   SM90_DEVICE void end_turn() { named_barrier_arrive(kTurn + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1), 256); }
 
-  /// Blocks that other warpgroups of the tile need. No product orders this one's warps before a release: the barrier of
-  /// the turn does for K, and one of their own for V.
+  /// Blocks that other warpgroups of the tile need. Only the warp that releases them waits for them: the next block
+  /// that the others wait for is not released before a product of all four.
   SM90_DEVICE void skip_blocks(int count) {
+    constexpr int kUnroll = Config::kMasked ? 1 : 4;  // 1% of d64 each way
+#pragma unroll kUnroll
     for (; count > 0; --count) {
-      wait_k();
       begin_turn();
       end_turn();
-      release_k();
-      wait_v();
-      named_barrier_sync(kWarpgroup + warpgroup, 128);
-      release_v();
+      if (warp == 0) {
+        wait_k();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.k_empty[k.stage]);
+        wait_v();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&shared.v_empty[v.stage]);
+      }
+      k.advance();
+      v.advance();
     }
   }
 

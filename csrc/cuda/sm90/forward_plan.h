@@ -32,7 +32,8 @@ struct ForwardVariants {
 };
 
 // Each in its own .cu file, the smallest head dimensions first.
-extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192V128, kForwardD192, kForwardD256;
+extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192V128, kForwardD192, kForwardD256V128,
+    kForwardD256;
 
 struct ForwardPlan {
   const ForwardVariant* variant = nullptr;
