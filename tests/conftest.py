@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """With FLASH_ATTN_FORCE the tests of what that family refuses are skipped; everything else has to pass."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        forced = os.environ.get("FLASH_ATTN_FORCE")
+        if forced is not None and f"FLASH_ATTN_FORCE={forced} does not take this problem" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(autouse=True)
