@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -129,7 +130,11 @@ class Run:
     model: GPT
     losses: list[float] = field(default_factory=list)
     held_out_loss: float = math.nan
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # of each step
+
+    def rate(self, tokens: int) -> float:
+        """Tokens a second of the median step, which has `tokens`: the first steps load and choose kernels."""
+        return tokens / statistics.median(self.seconds)
 
 
 class ProgressBar:
@@ -193,7 +198,8 @@ def train(config: Config, attention: str, corpus: Corpus) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(config.seed)
     progress = ProgressBar(run.name, config.steps)
-    start = time.monotonic()
+    tokens = config.batch * config.context
+    end = time.monotonic()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -203,9 +209,10 @@ def train(config: Config, attention: str, corpus: Corpus) -> Run:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.losses.append(loss.item())
-        run.seconds = time.monotonic() - start
-        rate = (step + 1) * config.batch * config.context / run.seconds
-        progress.update(step + 1, f"loss {run.losses[-1]:.3f}, {rate:,.0f} tokens/s, {run.seconds:.0f} s")
+        start, end = end, time.monotonic()
+        run.seconds.append(end - start)
+        text = f"loss {run.losses[-1]:.3f}, {run.rate(tokens):,.0f} tokens/s, {sum(run.seconds):.0f} s"
+        progress.update(step + 1, text)
     run.held_out_loss = evaluate(config, model, corpus)
     return run
 
@@ -324,10 +331,10 @@ def main() -> None:
         print(flash_attn.explain(lambda: loss_of(model, config, tokens, tokens)).calls[0], flush=True)
     runs = [train(config, kind, corpus) for kind in kinds]
     for run in runs:
-        rate = config.steps * config.batch * config.context / run.seconds
+        rate = run.rate(config.batch * config.context)
         print(
             f"{run.name}: loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}, held out {run.held_out_loss:.3f}, "
-            f"{run.seconds:.1f} s, {rate:,.0f} tokens/s"
+            f"{sum(run.seconds):.1f} s, {rate:,.0f} tokens/s"
         )
     if args.compare:
         gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const uint16_t* a, const uin
 template <typename Element, int kN>
 int run_wgmma(bool registers, bool accumulate, int major_a, int major_b, const uint16_t* a, const uint16_t* b,
               float* d) {
-  const auto run = [&](auto kernel) { return launch(kernel, 1, 128, (64 + kN) * kDepth * 2, a, b, d); };
+  constexpr int kPanels = (kN + 63) / 64;  // with k along the rows the last one is used in part
+  const auto run = [&](auto kernel) { return launch(kernel, 1, 128, (1 + kPanels) * 64 * kDepth * 2, a, b, d); };
   if (registers) {
     if (major_b == kColumns) return run(wgmma_kernel<Element, kN, true, true, kColumns, kColumns>);
     return accumulate ? run(wgmma_kernel<Element, kN, true, true, kColumns, kRows>)

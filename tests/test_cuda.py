@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import explain, ops
 from flash_attn import scaled_dot_product_attention as sdpa
-from problems import Problem, check, random_problem
+from problems import Problem, check_all, random_problem
 
 pytestmark = pytest.mark.gpu
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
@@ -210,10 +210,4 @@ def _tensor_core_problem(seed: int) -> Problem:
 
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_random_problems_of_the_tensor_core_families(first: int) -> None:
-    failures = []
-    for seed in range(first, first + 50):
-        try:
-            check(_tensor_core_problem(seed), "cuda")
-        except Exception as error:
-            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
-    assert not failures, f"{len(failures)} of 50 problems miss\n" + "\n".join(failures[:10])
+    check_all([_tensor_core_problem(seed) for seed in range(first, first + 50)], "cuda")

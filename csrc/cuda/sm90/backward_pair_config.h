@@ -28,7 +28,7 @@ struct BackwardPairConfig {
 /// The small things come first, as in BackwardStorage.
 template <typename Config>
 struct BackwardPairStorage {
-  // full: has arrived. empty: both warpgroups (p: all warps of one) have read it for the last time.
+  // full: has arrived. empty: both warpgroups (p: all threads of one) have read it for the last time.
   alignas(1024) uint64_t k_full;
   uint64_t v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
   uint64_t ds_full[2], ds_peer_full[2];

@@ -42,11 +42,6 @@ struct BackwardPairConsumer {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
   }
 
-  SM90_DEVICE void arrive_warp(uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
-
   // -- matrix products
 
   SM90_DEVICE void issue_transposed(const uint8_t* rows, const uint8_t* block, int stage, uint32_t weights) {
@@ -125,7 +120,7 @@ struct BackwardPairConsumer {
     if constexpr (Config::kOrderedDq) mbarrier_wait(&barriers.begun, of_step & 1);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) global_reduce_add(to + i / 4 * 128, dq + i);
-    if constexpr (Config::kOrderedDq) arrive_warp(&barriers.added);
+    if constexpr (Config::kOrderedDq) mbarrier_arrive(&barriers.added);
   }
 
   // -- the two parts of a step
@@ -150,7 +145,7 @@ struct BackwardPairConsumer {
     const uint32_t to = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_shared(to + i * 2048, operand + 4 * i);
-    arrive_warp(&shared.p_full[stage]);
+    mbarrier_arrive(&shared.p_full[stage]);
     mbarrier_wait(&shared.dout_full, step % 2);
     issue_accumulate(shared.dout);
   }
@@ -165,7 +160,7 @@ struct BackwardPairConsumer {
     const uint32_t from = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) load_shared(from + i * 2048, operand + 4 * i);
-    arrive_warp(&shared.p_empty[stage]);
+    mbarrier_arrive(&shared.p_empty[stage]);
     wgmma_wait<0>();
     wgmma_results(s);
     release(&shared.dout_empty);
@@ -195,6 +190,7 @@ struct BackwardPairConsumer {
   SM90_DEVICE void finish_step(int64_t previous_block) {
     const int stage = step % 2;
     if (step > 0) wait_ds(step - 1);
+    if constexpr (!kScores) mbarrier_wait(&shared.k_full, 0);  // only here, so that dP need not wait for K
     issue_dq((step + 1) % 2);
     wgmma_wait<1>();
 #pragma unroll
@@ -278,8 +274,7 @@ struct BackwardPairConsumer {
   SM90_DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) acc[i / (kPartColumns / 2)][i % (kPartColumns / 2)] = 0.f;
-    mbarrier_wait(&shared.k_full, 0);
-    mbarrier_wait(&shared.v_full, 0);
+    mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);
     steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
     if (steps > 0) process_tile();
     named_barrier_sync(kPairBoth, 256);
@@ -305,8 +300,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.q_full[i], 1);
       mbarrier_init(&shared.q_empty[i], 2);
-      mbarrier_init(&shared.p_full[i], 4);
-      mbarrier_init(&shared.p_empty[i], 4);
+      mbarrier_init(&shared.p_full[i], 128);
+      mbarrier_init(&shared.p_empty[i], 128);
       mbarrier_init(&shared.ds_full[i], 1);
       mbarrier_init(&shared.ds_peer_full[i], 1);
       mbarrier_init(&shared.ds_free[i], 3);

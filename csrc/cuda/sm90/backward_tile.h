@@ -141,12 +141,12 @@ SM90_DEVICE void end_turn(int* turns) {
 /// and ends them, so that the consumer need not wait for messages to L2 and back.
 struct DqTurnBarriers {
   uint64_t begun;  // the turn has come
-  uint64_t added;  // all four warps have added theirs
+  uint64_t added;  // all 128 threads have added theirs
 };
 
 SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers) {
   mbarrier_init(&barriers.begun, 1);
-  mbarrier_init(&barriers.added, 4);
+  mbarrier_init(&barriers.added, 128);
 }
 
 /// The turn of one step, `step` counted over all tiles.
