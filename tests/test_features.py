@@ -66,6 +66,14 @@ def test_a_pair_of_features_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_few_queries_on_many_keys(feature: str, dtype: torch.dtype, device: str) -> None:
+    sizes = {"batch": 1, "seqlen_q": 5, "seqlen_k": 1700}  # the keys are shared out, and put together again
+    check(Problem(dtype=dtype, **(FEATURES[feature] | sizes)), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [0, 1, 8, 64, 96, 128, 192, 256, 320, 1030])
 def test_any_head_dim(head_dim: int, dtype: torch.dtype, device: str) -> None:

@@ -89,8 +89,8 @@ def test_statistics_enter_a_product_as_floats(library: ctypes.CDLL, n: int, dtyp
     out = torch.full((2, 64, n), float("nan"), device="cuda")
     run(library.test_statistics, DTYPES[dtype], n, statistics, out)
     expected = statistics.t()[:, None].expand_as(out)
-    # Three parts hold the 24 bits of a float. A product keeps as many of its largest summand by the operands' exponents,
-    # and those of fp16's high part, which is subnormal for a small number, are 2^-14 and 2^15.
+    # Three parts hold the 24 bits of a float. A product keeps as many of its largest summand by the operands'
+    # exponents, and those of fp16's high part, which is subnormal for a small number, are 2^-14 and 2^15.
     largest = expected.double().abs() + (0 if dtype == torch.bfloat16 else 2)
     assert ((out.double() - expected.double()).abs() <= largest * 2.0**-23).all()
 

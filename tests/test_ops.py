@@ -247,15 +247,17 @@ def test_only_lse_used_gives_gradients() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k)))
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
-    q, k, v = (torch.randn(1, 1, 700, 32, requires_grad=True) for _ in range(3))
-    weight = torch.randn(1, 1, 700, 32)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(700, 700), (3, 5000)])
+def test_results_do_not_depend_on_the_number_of_threads(seqlen_q: int, seqlen_k: int) -> None:
+    q, k, v = (torch.randn(1, 1, n, 32, requires_grad=True) for n in (seqlen_q, seqlen_k, seqlen_k))
+    weight = torch.randn(1, 1, seqlen_q, 32)
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(torch.autograd.grad((_ours(q, k, v) * weight).sum(), (q, k, v)))
+            out = _ours(q, k, v)
+            results.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

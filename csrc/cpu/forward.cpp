@@ -1,7 +1,8 @@
 // Forward pass. A task is a few blocks of query rows of one head. It goes over the keys in tiles with the online
 // softmax (Milakov and Gimelshein 2018; Dao et al. 2022), everything transposed: S = K Q^T (columns, rows), O^T += V^T
 // P, so that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they
-// lie. All the task's blocks use a tile of k and v before the next is packed.
+// lie. All the task's blocks use a tile of k and v before the next is packed. When there are few tasks, the keys of
+// each are shared out in parts, whose results are put together in order.
 #include "isa.h"
 #include "parallel.h"
 #include "random.h"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t kMaxRowBlocks = 4;                    // of a task
 constexpr int64_t kTasks = 32;                          // as many as there should be at least
+constexpr int64_t kPartColumns = 512;                   // of a part of a task at least
 constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
 
 /// Query rows [begin, begin + rows) and what the softmax knows of them.
@@ -138,13 +140,46 @@ class ForwardTask {
 
   /// Row blocks from `m_block` on.
   void run(int64_t m_block) {
+    for (int64_t i = 0; i < x_.row_blocks; ++i) start(x_.rows[i], (m_block + i) * x_.ldm);
+    process_columns({0, rules_.sequence.seqlen_k});
+    for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);
+  }
+
+  /// A row block's columns of one part alone: what the softmax knows of it then, and O^T, go to `partial`.
+  void run_part(int64_t m_block, Range columns, Acc* partial) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    start(block, m_block * x_.ldm);
+    if (block.rows == 0) return;
+    if (columns.begin > 0) forget(block);  // the sink: the first part has seen it
+    process_columns(columns);
+    std::memcpy(partial, block.row_max, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + x_.ldm, block.row_sum, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + 2 * x_.ldm, block.out_t, size_t(params_.head_dim_v * x_.ldm) * sizeof(Acc));
+  }
+
+  /// Puts the parts of a row block together.
+  void combine(int64_t m_block, const Acc* partials, int64_t parts, int64_t partial_size) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    block.begin = m_block * x_.ldm;
+    block.rows = max(0, min(x_.ldm, rules_.sequence.seqlen_q - block.begin));
+    if (block.rows > 0) {
+      forget(block);
+      for (int64_t part = 0; part < parts; ++part) add_part(block, partials + part * partial_size);
+    }
+    finish(block);
+  }
+
+ private:
+  /// The row blocks' part of these columns.
+  void process_columns(Range within) {
     Range columns{rules_.sequence.seqlen_k, 0};
     for (int64_t i = 0; i < x_.row_blocks; ++i) {
-      start(x_.rows[i], (m_block + i) * x_.ldm);
       if (x_.rows[i].rows == 0) continue;
       columns.begin = min(columns.begin, x_.rows[i].columns.begin);
       columns.end = max(columns.end, x_.rows[i].columns.end);
     }
+    columns.begin = max(columns.begin, within.begin);
+    columns.end = min(columns.end, within.end);
     for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
       const int64_t end = min(n + kForwardBlockN, columns.end);
       bool loaded = false;
@@ -156,10 +191,33 @@ class ForwardTask {
         process_tile(tile, x_.rows[i], tile.n_begin - n);
       }
     }
-    for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);
   }
 
- private:
+  void forget(RowBlock<Arithmetic>& block) {
+    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
+      block.row_max[lane] = -kInfinity<Acc>;
+      block.row_sum[lane] = Acc(0);
+    }
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+  }
+
+  void add_part(RowBlock<Arithmetic>& block, const Acc* partial) {
+    const Acc scale = rules_.exponent_scale;
+    for (int64_t lane = 0; lane < x_.ldm; lane += kLanes<Acc>) {
+      const Vec<Acc> max_own = load<Acc>(block.row_max + lane), max_part = load<Acc>(partial + lane);
+      const Vec<Acc> new_max = max<Acc>(max_part, max_own);
+      const Vec<Acc> shift = new_max == -kInfinity<Acc> ? Vec<Acc>{} : new_max;  // -inf - -inf would be NaN
+      const Vec<Acc> own = exp2<Acc>(max_own - shift, scale), other = exp2<Acc>(max_part - shift, scale);
+      store<Acc>(block.row_max + lane, new_max);
+      store<Acc>(block.row_sum + lane,
+                 load<Acc>(block.row_sum + lane) * own + load<Acc>(partial + x_.ldm + lane) * other);
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * own + load<Acc>(partial + (2 + c) * x_.ldm + lane) * other);
+      }
+    }
+  }
+
   Rows rows_of(const TensorView& t, int64_t head, int64_t row, int64_t count, int64_t columns) const {
     const char* data =
         static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + head * t.head) * size_of(params_.dtype);
@@ -288,25 +346,57 @@ class ForwardTask {
 /// mask they are the heaviest.
 template <typename Arithmetic>
 struct ForwardContext {
+  using Acc = typename Arithmetic::Acc;
   const ForwardParams& params;
-  int64_t row_blocks, runs, scratch_bytes;
+  int64_t row_blocks, runs, tasks, scratch_bytes;
+  // Of a task, by the shapes alone: the number of threads must not change the result.
+  int64_t parts, part_columns;
+  int64_t partial_size;     // of (2 + head_dim_v, ldm): row_max, row_sum, out_t
+  Acc* partials = nullptr;  // (tasks, parts, partial_size)
 
   explicit ForwardContext(const ForwardParams& params) : params(params) {
     Arena size(nullptr);
     const ForwardScratch<Arithmetic> scratch(params, size);
     row_blocks = scratch.row_blocks;
     runs = (params.seqlen_q + row_blocks * scratch.ldm - 1) / (row_blocks * scratch.ldm);
+    tasks = params.batch * params.num_heads * runs;
     scratch_bytes = size.used();
+    parts = max(1, min((kTasks + tasks - 1) / max(1, tasks), params.seqlen_k / kPartColumns));
+    part_columns = round_up((params.seqlen_k + parts - 1) / parts, kForwardBlockN);
+    partial_size = (2 + params.head_dim_v) * scratch.ldm;
   }
+
+  int64_t first_block(int64_t task) const { return (runs - 1 - task % runs) * row_blocks; }
 };
+
+template <typename Arithmetic>
+ForwardTask<Arithmetic> task_of(const ForwardContext<Arithmetic>& c, int64_t index, void* scratch) {
+  const int64_t head = index / c.runs, b = head / c.params.num_heads, h = head % c.params.num_heads;
+  return ForwardTask<Arithmetic>(c.params, sequence_info(c.params, b), b, h, scratch);
+}
 
 template <typename Arithmetic>
 void forward_task(const void* context, int64_t index, void* scratch) {
   const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
-  const int64_t run = c.runs - 1 - index % c.runs, head = index / c.runs;
-  const int64_t b = head / c.params.num_heads, h = head % c.params.num_heads;
   const MatrixUnit unit;
-  ForwardTask<Arithmetic>(c.params, sequence_info(c.params, b), b, h, scratch).run(run * c.row_blocks);
+  task_of(c, index, scratch).run(c.first_block(index));
+}
+
+/// Index is (task, part).
+template <typename Arithmetic>
+void forward_part(const void* context, int64_t index, void* scratch) {
+  const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
+  const MatrixUnit unit;
+  const int64_t task = index / c.parts, begin = index % c.parts * c.part_columns;
+  task_of(c, task, scratch)
+      .run_part(c.first_block(task), {begin, begin + c.part_columns}, c.partials + index * c.partial_size);
+}
+
+template <typename Arithmetic>
+void combine_parts(const void* context, int64_t index, void* scratch) {
+  const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
+  const auto* partials = c.partials + index * c.parts * c.partial_size;
+  task_of(c, index, scratch).combine(c.first_block(index), partials, c.parts, c.partial_size);
 }
 
 /// Rows of the packed tensors that belong to no sequence.
@@ -333,8 +423,14 @@ void clear_unused_rows(const ForwardParams& p) {
 template <typename Arithmetic>
 void run(const ForwardParams& params) {
   clear_unused_rows<typename Arithmetic::Acc>(params);
-  const ForwardContext<Arithmetic> context(params);
-  run_tasks(params.batch * params.num_heads * context.runs, context.scratch_bytes, forward_task<Arithmetic>, &context);
+  ForwardContext<Arithmetic> context(params);
+  const auto run_all = [&](int64_t count, Task task) { run_tasks(count, context.scratch_bytes, task, &context); };
+  if (context.parts == 1) return run_all(context.tasks, forward_task<Arithmetic>);
+  const int64_t numbers = context.tasks * context.parts * context.partial_size;
+  const Buffer partials(numbers * int64_t(sizeof(typename Arithmetic::Acc)));
+  context.partials = static_cast<typename Arithmetic::Acc*>(partials.data());
+  run_all(context.tasks * context.parts, forward_part<Arithmetic>);
+  run_all(context.tasks, combine_parts<Arithmetic>);
 }
 
 }  // namespace
