@@ -24,9 +24,9 @@ MATH_LIMIT = 2 << 30  # bytes of scores beyond which torch's math path is left o
 class Inputs:
     """The tensors of one problem, shared by all backends."""
 
-    def __init__(self, problem: Problem, device: torch.device) -> None:
+    def __init__(self, problem: Problem, device: torch.device, seed: int = 0) -> None:
         self.problem, self.device = problem, device
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def random(heads: int) -> Tensor:
             rows = (problem.tokens,) if problem.lengths else (problem.batch, problem.seqlen)
