@@ -1,7 +1,6 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
-#include <algorithm>
-
 #include "backward_plan.h"
+#include "refusals.h"
 #include "sm90.h"
 #include "tensor_map.h"
 
@@ -11,12 +10,6 @@ namespace {
 constexpr int64_t kMaxRows = int64_t{1} << 27;  // so that bounds and differences of rows stay in 32 bits
 
 const char* refuses_sizes(const ForwardParams& p) {
-  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 || p.head_dim == 0 || p.head_dim_v == 0 ||
-      p.total_q == 0 || p.total_k == 0) {
-    return "a tensor is empty";
-  }
-  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
-  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim is not a multiple of 8";
   if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
   const double heads = double(p.batch) * double(p.num_heads);
   // Blocks of 64 rows, of which the row kernels launch up to two CTAs each.
@@ -49,25 +42,16 @@ const char* refuses_tensors(const BackwardParams& params) {
   return nullptr;
 }
 
-/// A maximum beyond the packed tensor itself says nothing, and would not fit the tensor maps.
 BackwardParams with_true_maxima(BackwardParams params) {
-  ForwardParams& p = params.forward;
-  if (p.is_varlen_q()) p.seqlen_q = std::min(p.seqlen_q, p.total_q);
-  if (p.is_varlen_k()) p.seqlen_k = std::min(p.seqlen_k, p.total_k);
+  params.forward = sm90::with_true_maxima(params.forward);
   return params;
 }
 
 const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
   const BackwardParams params = with_true_maxima(given);
   const ForwardParams& p = params.forward;
-  if (device.compute_capability != 90) return "the device is not of compute capability 9.0";
-  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   if (const char* reason = refuses_sizes(p)) return reason;
-  if (p.mask.data != nullptr) return "there is an attn_mask";
-  if (p.alibi_slopes != nullptr) return "there are alibi_slopes";
-  if (p.sinks != nullptr) return "there are sinks";
-  if (p.softcap != 0) return "there is a softcap";
-  if (p.dropout_p != 0) return "there is dropout";
   if (!(p.softmax_scale >= 1e-4 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-4 and 1e6";
   return refuses_tensors(params);
 }

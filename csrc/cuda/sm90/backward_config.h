@@ -4,6 +4,7 @@
 #include "backward_ptx.h"
 #include "backward_statistics.h"
 #include "backward_tile.h"
+#include "ring.h"
 
 namespace flash_attn::sm90 {
 
@@ -82,19 +83,6 @@ SM90_DEVICE void clear_shared(void* begin, int bytes) {
   for (int i = threadIdx.x; i < bytes / 16; i += kThreads) static_cast<uint4*>(begin)[i] = uint4{0, 0, 0, 0};
   async_proxy_fence();
 }
-
-/// Place in a ring of buffers. The parity of a barrier's phase flips with every round.
-template <int kStages>
-struct BackwardRing {
-  int stage = 0;
-  uint32_t phase = 0;
-  SM90_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 /// Place in the rings of tiles and of K and V, which advance together: one register for all of a consumer's places.
 template <typename Config>

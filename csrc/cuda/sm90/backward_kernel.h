@@ -31,7 +31,7 @@ struct BackwardConsumer {
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
   const int warpgroup, warp, lane;
-  BackwardRing<Config::kStages> q;
+  Ring<Config::kStages> q;
   BackwardTileRing<Config> tiles;
   uint32_t step = 0;                         // over all tiles
   float dk[kHeadDim / 2], dv[kHeadDim / 2];  // without softmax_scale

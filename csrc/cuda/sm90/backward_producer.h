@@ -44,7 +44,7 @@ template <typename Config>
 struct BackwardProducer {
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
-  BackwardRing<Config::kStages> q;
+  Ring<Config::kStages> q;
   BackwardTileRing<Config> tiles;
 
   /// A box for each panel; `full` completes when all have arrived.

@@ -1,6 +1,7 @@
 // What a forward kernel is compiled for, and the shared memory that follows from it.
 #pragma once
 
+#include "ring.h"
 #include "tile_scheduler.h"
 #include "wgmma.h"
 
@@ -68,19 +69,6 @@ struct SharedStorage {
 enum Barrier : int {
   kTurn = 1,  // + consumer: whose turn it is to issue matrix products
   kVote = 5,  // + consumer: the vote of OnlineSoftmax::advance_lazily
-};
-
-/// Place in the ring of K and V buffers. The parity of a barrier's phase flips with every round.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  SM90_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 /// Place in the ring of tiles and of Q buffers.

@@ -1,0 +1,35 @@
+// What neither pass of the Hopper family takes. Host code, for forward.cpp and backward.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "../../kernel.h"
+
+namespace flash_attn::sm90 {
+
+/// A maximum beyond the packed tensor itself says nothing, and would not fit the tensor maps.
+inline ForwardParams with_true_maxima(ForwardParams p) {
+  if (p.is_varlen_q()) p.seqlen_q = std::min(p.seqlen_q, p.total_q);
+  if (p.is_varlen_k()) p.seqlen_k = std::min(p.seqlen_k, p.total_k);
+  return p;
+}
+
+/// Why, as a clause; null if it is for the pass to say.
+inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceInfo& device) {
+  if (device.compute_capability != 90) return "the device is not of compute capability 9.0";
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 || p.head_dim == 0 || p.head_dim_v == 0 ||
+      p.total_q == 0 || p.total_k == 0) {
+    return "a tensor is empty";
+  }
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim is not a multiple of 8";
+  if (p.mask.data != nullptr) return "there is an attn_mask";
+  if (p.alibi_slopes != nullptr) return "there are alibi_slopes";
+  if (p.sinks != nullptr) return "there are sinks";
+  if (p.softcap != 0) return "there is a softcap";
+  if (p.dropout_p != 0) return "there is dropout";
+  return nullptr;
+}
+
+}  // namespace flash_attn::sm90
