@@ -61,10 +61,19 @@ const Backend& backend_of(const ForwardParams& params) {
   return cpu_backend();
 }
 
+/// (compute capability, SMs, shared memory of a block, L2 cache), in bytes
+using DeviceTuple = std::tuple<int, int, int, int64_t>;
+
+DeviceInfo device_info(const DeviceTuple& device) {
+  const auto& [compute_capability, num_sms, shared_memory_per_block, l2_bytes] = device;
+  return {compute_capability, num_sms, shared_memory_per_block, l2_bytes};
+}
+
 /// Plans of the forward and the backward pass of a problem. `tensors` and `options` are named as in the op's schema;
-/// `needs` says which of q, k, v, attn_mask, alibi_slopes and sinks want a gradient. Data are not read.
+/// `needs` says which of q, k, v, attn_mask, alibi_slopes and sinks want a gradient. Data are not read. `device` is the
+/// one to plan for, if not the tensors' own: a plan can be asked for where no such GPU is.
 py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict& options,
-              const std::vector<bool>& needs) {
+              const std::vector<bool>& needs, const std::optional<DeviceTuple>& device) {
   const auto optional = [&](const char* name) -> std::optional<TensorInfo> {
     const auto found = tensors.find(name);
     if (found == tensors.end()) return std::nullopt;
@@ -101,7 +110,7 @@ py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict&
   dense_strides_like(a.q, p.head_dim_v, out.stride);
   p.out = tensor_view(out, a.heads_first);
   const Backend& backend = backend_of(p);
-  const DeviceInfo info = backend.device_info(p.device_index);
+  const DeviceInfo info = device ? device_info(*device) : backend.device_info(p.device_index);
   py::dict result;
   result["forward"] = describe(backend.forward, p, info);
   params.dout = p.out;
@@ -146,5 +155,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "What flash_attn was built with, and which kernel a problem would get.";
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build.");
   m.def("kernels", &kernels, "device -> (forward families, backward families), fastest first.");
-  m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"));
+  m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"), py::arg("device") = py::none());
 }

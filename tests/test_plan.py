@@ -1,0 +1,161 @@
+"""Which kernel the dispatcher and the planners choose, for GPUs that need not be there: no kernel runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_attn.arguments import Options
+
+_C = importlib.import_module("flash_attn._C")
+
+H200 = (90, 132, 232448, 60 << 20)  # compute capability, SMs, shared memory of a block, L2 cache
+A100 = (80, 108, 166912, 40 << 20)
+
+pytestmark = [
+    pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels"),
+    pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
+]
+needs_sm90 = pytest.mark.skipif(
+    "cuda" in _C.kernels() and "sm90" not in _C.kernels()["cuda"][0], reason="built without Hopper kernels"
+)
+
+
+def plan(
+    batch: int = 4,
+    heads: int = 16,
+    seqlen_q: int = 4096,
+    head_dim: int = 128,
+    *,
+    seqlen_k: int | None = None,
+    heads_k: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: str = "bfloat16",
+    device: tuple[int, int, int, int] = H200,
+    address: int = 1 << 20,
+    tensors: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Of (batch, seqlen, heads, head_dim) tensors, dense."""
+
+    def tensor(seqlen: int, n: int, columns: int) -> tuple[int, str, int, list[int], list[int]]:
+        return (address, dtype, 0, [batch, seqlen, n, columns], [seqlen * n * columns, n * columns, columns, 1])
+
+    seqlen_k, heads_k = seqlen_k or seqlen_q, heads_k or heads
+    values = {
+        "q": tensor(seqlen_q, heads, head_dim),
+        "k": tensor(seqlen_k, heads_k, head_dim),
+        "v": tensor(seqlen_k, heads_k, head_dim_v or head_dim),
+    }
+    defaults = Options(seqlen_q, seqlen_k, None, 0, -1, -1, 0.0, 0.0, False, False)
+    return _C.plan(values | (tensors or {}), defaults._replace(**options)._asdict(), [True] * 3 + [False] * 3, device)
+
+
+def test_a_gpu_that_is_no_hopper_gets_the_universal_kernels() -> None:
+    plans = plan(device=A100)
+    for choice in plans.values():
+        assert choice["family"] == "universal"
+    assert all("compute capability" in reason for family, reason in plans["forward"]["rejected"] if family == "sm90")
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, forward, backward",
+    [
+        (8, 8, "d64 ", "d64 "),
+        (64, 64, "d64 ", "d64 "),
+        (72, 72, "d96 ", "d96 "),
+        (96, 96, "d96 ", "d96 "),
+        (104, 104, "d128 ", "d128 "),
+        (128, 128, "d128 ", "d128 "),
+        (96, 128, "d128 ", "d128 "),
+        (192, 128, "d192/128 ", "d192 v128 "),
+        (192, 192, "d192 ", "d192 "),
+        (256, 128, "d256/128 ", "d256 "),
+        (256, 256, "d256 ", "d256 "),
+    ],
+)
+def test_the_smallest_kernel_that_holds_the_head_dims(
+    head_dim: int, head_dim_v: int, forward: str, backward: str
+) -> None:
+    plans = plan(head_dim=head_dim, head_dim_v=head_dim_v)
+    assert plans["forward"]["kernel"].startswith(f"wgmma {forward}")
+    assert plans["backward"]["kernel"].startswith(f"wgmma {backward}")
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"dtype": "float32"}, "dtype"),
+        ({"head_dim": 264}, "over 256"),
+        ({"head_dim": 20}, "multiple of 8"),
+        ({"softcap": 3.0}, "softcap"),
+        ({"address": (1 << 20) + 2}, "16 bytes"),
+        ({"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}}, "sinks"),
+        ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes"),
+        ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
+    ],
+)
+def test_what_the_hopper_kernels_refuse_the_universal_ones_take(changes: dict[str, Any], reason: str) -> None:
+    for choice in plan(**changes).values():
+        assert choice["family"] == "universal"
+        assert [reason in text for family, text in choice["rejected"] if family == "sm90"] == [True]
+
+
+@needs_sm90
+@pytest.mark.parametrize("options", [{"causal": 1}, {"causal": 2}, {"window_left": 100}, {"window_right": 7}])
+def test_causal_attention_and_windows_get_kernels_that_mask(options: dict[str, int]) -> None:
+    assert not plan()["forward"]["kernel"].endswith("masked")
+    assert plan(**options)["forward"]["kernel"].endswith("masked")
+
+
+@needs_sm90
+def test_keys_are_shared_out_when_there_are_few_tiles() -> None:
+    few = plan(batch=1, heads=1, seqlen_q=128, seqlen_k=65536)["forward"]
+    assert few["workspace_bytes"] >= 2 * 128 * 128 * 4, "two parts' float32 results at least"
+    whole_waves = plan(batch=1, heads=132, seqlen_q=few["tile"][0])["forward"]
+    assert whole_waves["workspace_bytes"] == 0
+
+
+@needs_sm90
+def test_workspace_is_linear_in_the_sequence() -> None:
+    for changes in ({}, {"causal": 1}, {"heads_k": 1}, {"deterministic": True}, {"head_dim": 256}):
+        for once, twice in zip(plan(**changes).values(), plan(seqlen_q=8192, **changes).values(), strict=True):
+            assert twice["workspace_bytes"] <= 2 * max(once["workspace_bytes"], 16 << 20)
+
+
+@needs_sm90
+def test_backward_needs_dq_in_float32_and_two_floats_a_row() -> None:
+    rows, padded = 4 * 16 * 4096, 128
+    assert plan()["backward"]["workspace_bytes"] <= rows * (padded * 4 + 16) + 4096
+
+
+@needs_sm90
+def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
+    alone = plan(batch=1, heads=16, heads_k=16)["backward"]["workspace_bytes"]
+    grouped = plan(batch=1, heads=16, heads_k=1)["backward"]["workspace_bytes"]
+    assert grouped - alone >= 2 * 2 * 4096 * 128 * 2, "two parts at least, of dk and dv, in 16 bits"
+
+
+@needs_sm90
+def test_deterministic_gradients_of_a_long_sequence_get_a_kernel_with_an_order() -> None:
+    for head_dim in (64, 192, 256):
+        assert "ordered" in plan(head_dim=head_dim, deterministic=True)["backward"]["kernel"]
+        assert "ordered" not in plan(head_dim=head_dim)["backward"]["kernel"]
+
+
+@needs_sm90
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_the_published_figures_are_of_the_kernels_that_are_chosen(passes: str) -> None:
+    """A planner that chooses otherwise needs new figures: benchmarks/bench.py on that GPU."""
+    rows = json.loads((Path(__file__).parent.parent / f"benchmarks/results/h200/{passes}.json").read_text())["rows"]
+    assert len(rows) == 36
+    for row in rows:
+        chosen = plan(row["batch"], row["heads"], row["seqlen"], row["head_dim"], causal=int(row["causal"]))[passes]
+        assert f"{chosen['family']}: {chosen['kernel']}" == row["ours_kernel"], row
