@@ -18,12 +18,25 @@ Timed = tuple[Entered, Callable[[], object]]  # what to enter around a call, and
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host needs to enqueue a forward or backward pass
 SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU shorter calls are repeated within a sample
+DISTURBED = 1.4  # a median over so many times the least
 HOST_CALLS = 500  # calls a sample of host time; fewer launches than a CUDA stream queues
 
 
-def _shuffled_rounds(count: int, rounds: int) -> list[list[int]]:
-    """An order for each round, so that heat, clocks and neighbours fall on all alike."""
-    return [random.sample(range(count), count) for _ in range(rounds)]
+def _medians(count: int, rounds: int, sample: Callable[[Sequence[int]], Sequence[float]]) -> list[float]:
+    """Median of what `sample` measures of each of `count` calls, in a new random order each round.
+
+    So heat, clocks and neighbours fall on all alike. If most samples of a call were disturbed, which shows in a median
+    far above the least, as many rounds are added, at most three times.
+    """
+    samples: list[list[float]] = [[] for _ in range(count)]
+    for _ in range(4):
+        for _ in range(rounds):
+            order = random.sample(range(count), count)
+            for i, value in zip(order, sample(order), strict=True):
+                samples[i].append(value)
+        if all(statistics.median(values) <= DISTURBED * min(values) for values in samples):
+            break
+    return [statistics.median(values) for values in samples]
 
 
 def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
@@ -33,8 +46,9 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
     that all its kernels are enqueued before the first one starts.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in timed]
-    for order in _shuffled_rounds(len(timed), rounds + 1):
+
+    def sample(order: Sequence[int]) -> list[float]:
+        events = []
         for i in order:
             enter, call = timed[i]
             with enter():
@@ -44,9 +58,12 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
                 start.record()
                 call()
                 end.record()
-            events[i].append((start, end))
+            events.append((start, end))
         torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(end) for start, end in pairs[1:]) for pairs in events]
+        return [start.elapsed_time(end) for start, end in events]
+
+    sample(range(len(timed)))
+    return _medians(len(timed), rounds, sample)
 
 
 def cpu_times(timed: Sequence[Timed], rounds: int) -> list[float]:
@@ -58,28 +75,28 @@ def cpu_times(timed: Sequence[Timed], rounds: int) -> list[float]:
             start = time.perf_counter()
             call()
             repeats.append(max(1, round(SHORTEST_SAMPLE / (time.perf_counter() - start))))
-    return _host_samples(timed, rounds, repeats)
+    return _host_medians(timed, rounds, repeats)
 
 
 def host_times(timed: Sequence[Timed], rounds: int) -> list[float]:
     """Median milliseconds that a call holds the host up, results not waited for."""
-    return _host_samples(timed, rounds + 1, [HOST_CALLS] * len(timed))
+    return _host_medians(timed, rounds + 1, [HOST_CALLS] * len(timed))
 
 
-def _host_samples(timed: Sequence[Timed], rounds: int, repeats: Sequence[int]) -> list[float]:
+def _host_medians(timed: Sequence[Timed], rounds: int, repeats: Sequence[int]) -> list[float]:
     cuda = torch.cuda.is_available()
-    samples: list[list[float]] = [[] for _ in timed]
-    for order in _shuffled_rounds(len(timed), rounds):
-        for i in order:
-            enter, call = timed[i]
-            with enter():
-                if cuda:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(repeats[i]):
-                    call()
-                samples[i].append((time.perf_counter() - start) / repeats[i] * 1e3)
-    return [statistics.median(values) for values in samples]
+
+    def one(i: int) -> float:
+        enter, call = timed[i]
+        with enter():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats[i]):
+                call()
+            return (time.perf_counter() - start) / repeats[i] * 1e3
+
+    return _medians(len(timed), rounds, lambda order: [one(i) for i in order])
 
 
 def peak_bytes(timed: Timed) -> int:
