@@ -4,6 +4,7 @@
 
 #include "../csrc/cuda/sm90/backward_ptx.h"
 #include "../csrc/cuda/sm90/backward_statistics.h"
+#include "../csrc/cuda/sm90/backward_tile.h"
 #include "../csrc/cuda/sm90/launch.h"
 #include "../csrc/cuda/sm90/tensor_map.h"
 
@@ -174,10 +175,10 @@ TensorMapSource source_of(void* data, int64_t rows, int64_t max_rows, int64_t he
   return {{data, 0, row_stride, head_dim}, DType::kBFloat16, 1, rows, max_rows, heads, head_dim};
 }
 
-/// CTA 0 and 1 of a cluster swap 1024 bytes; then floats go from shared to global memory, stored by the copy engine's
-/// addition and by the vector one.
+/// CTA 0 and 1 of a cluster swap 1024 bytes; then floats go from shared to global memory, stored by the copy engine,
+/// and added by it and by the vector instruction.
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128)
-    bulk_kernel(const float* in, float* swapped, float* sums) {
+    bulk_kernel(const float* in, float* swapped, float* sums, float* stored) {
   __shared__ __align__(128) float mine[256], theirs[256];
   __shared__ uint64_t loaded, received, told;
   const uint32_t rank = cluster_rank();
@@ -195,6 +196,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128)
     bulk_load(mine, in + rank * 256, sizeof(mine), &loaded);
     mbarrier_wait(&loaded, 0);
     bulk_copy_to_peer(peer_address(theirs, rank ^ 1), mine, sizeof(mine), peer_address(&received, rank ^ 1));
+    bulk_store(stored + rank * 256, mine, sizeof(mine));
     bulk_reduce_add(sums, mine, sizeof(mine));
     tma_store_commit();
     tma_store_wait();
@@ -254,6 +256,21 @@ __global__ void __launch_bounds__(128) vote_kernel(int rounds, const int* votes,
   }
 }
 
+/// In round i the first CTA to come writes a number to values[i], and the others say what they see there.
+__global__ void claim_kernel(int rounds, int* states, int* values, int* seen) {
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < rounds; ++i) {
+    int* const answer = seen + i * gridDim.x + blockIdx.x;
+    if (claim_block(states + i)) {
+      values[i] = 7 * i + 1;
+      end_turn(states + i);
+      *answer = -1;
+    } else {
+      *answer = *static_cast<volatile int*>(values + i);
+    }
+  }
+}
+
 __global__ void first_kernel(int* number) {
   grid_launch_dependents();
   for (int64_t end = clock64() + 1000000; clock64() < end;) {
@@ -272,18 +289,20 @@ __global__ void second_kernel(SecondParams params) {
 
 // ---- registers
 
-/// Thirty-two lanes write sixteen rows of 32 bytes, plain and transposed, and pack and exponentiate.
-__global__ void fragment_kernel(const uint32_t* matrices, uint16_t* plain, uint16_t* transposed) {
-  __shared__ __align__(128) uint16_t tile[2][4][8][8];
+/// Thirty-two lanes write four matrices of eight rows of 16 bytes, plain and transposed, and the first two once more.
+__global__ void fragment_kernel(const uint32_t* matrices, uint16_t* plain, uint16_t* transposed, uint16_t* two) {
+  __shared__ __align__(128) uint16_t tile[3][4][8][8];
   const int lane = threadIdx.x;
   uint32_t m[4];
   for (int i = 0; i < 4; ++i) m[i] = matrices[i * 32 + lane];
   stmatrix_x4(shared_address(tile[0][lane / 8][lane % 8]), m[0], m[1], m[2], m[3]);
   stmatrix_x4_transposed(shared_address(tile[1][lane / 8][lane % 8]), m);
+  stmatrix_x2(shared_address(tile[2][lane % 16 / 8][lane % 8]), m[0], m[1]);
   __syncwarp();
   for (int i = lane; i < 256; i += 32) {
     plain[i] = (&tile[0][0][0][0])[i];
     transposed[i] = (&tile[1][0][0][0])[i];
+    if (i < 128) two[i] = (&tile[2][0][0][0])[i];
   }
 }
 
@@ -326,20 +345,23 @@ EXPORT int test_box(void* from, void* to, int rows, int heads, int head_dim, int
   return launch(box_kernel, 1, 128, box_rows * 128, map_from, map_to, at, at, box_rows * 128, raw);
 }
 
-EXPORT int test_bulk(const float* in, float* swapped, float* sums) {
-  return launch(bulk_kernel, 2, 128, 0, in, swapped, sums);
+EXPORT int test_bulk(const float* in, float* swapped, float* sums, float* stored) {
+  return launch(bulk_kernel, 2, 128, 0, in, swapped, sums, stored);
 }
 EXPORT int test_ring(int count, int* seen) { return launch(ring_kernel, 1, 128, 0, count, seen); }
 EXPORT int test_votes(int rounds, const int* votes, int* heard, int* order) {
   return launch(vote_kernel, 1, 128, 0, rounds, votes, heard, order);
+}
+EXPORT int test_claims(int ctas, int rounds, int* states, int* values, int* seen) {
+  return launch(claim_kernel, ctas, 32, 0, rounds, states, values, seen);
 }
 EXPORT int test_dependent_launch(int* number, int* out) {
   first_kernel<<<1, 1>>>(number);
   launch_dependent(second_kernel, dim3(1), 1, 0, nullptr, SecondParams{number, out}, "second");
   return cudaDeviceSynchronize();
 }
-EXPORT int test_fragments(const uint32_t* matrices, uint16_t* plain, uint16_t* transposed) {
-  return launch(fragment_kernel, 1, 32, 0, matrices, plain, transposed);
+EXPORT int test_fragments(const uint32_t* matrices, uint16_t* plain, uint16_t* transposed, uint16_t* two) {
+  return launch(fragment_kernel, 1, 32, 0, matrices, plain, transposed, two);
 }
 EXPORT int test_arithmetic(int count, const float* x, uint32_t* bf16, uint32_t* fp16, float* exp2) {
   return launch(arithmetic_kernel, 64, 256, 0, count, x, bf16, fp16, exp2);

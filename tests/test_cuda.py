@@ -211,3 +211,35 @@ def _tensor_core_problem(seed: int) -> Problem:
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_random_problems_of_the_tensor_core_families(first: int) -> None:
     check_all([_tensor_core_problem(seed) for seed in range(first, first + 50)], "cuda")
+
+
+def _many_tiles() -> list[Problem]:
+    """Several tiles for each CTA of a large GPU, so that CTAs also work on what others have added up."""
+    base = Problem(dtype=torch.bfloat16, batch=10, heads=8, heads_k=8, seqlen_q=600, seqlen_k=600)
+    problems = [
+        replace(base, head_dim=d, head_dim_v=d, causal=causal, deterministic=deterministic)
+        for d in (64, 96, 128, 192, 256)
+        for causal in (0, 1)
+        for deterministic in (False, True)
+    ]
+    for d in (64, 128):
+        sized = replace(base, head_dim=d, head_dim_v=d)
+        problems += [
+            replace(sized, heads=16, heads_k=8),
+            replace(sized, heads=16, heads_k=8, causal=1),
+            replace(sized, seqlen_q=520, seqlen_k=700, causal=1),
+            replace(sized, seqlen_q=520, seqlen_k=700, causal=2),
+            replace(sized, seqlen_q=700, seqlen_k=520, causal=2),
+            replace(sized, seqlen_q=700, seqlen_k=520),
+            replace(sized, window=(100, 0)),
+            replace(sized, window=(100, 50)),
+            replace(sized, window=(100, -1)),
+            replace(sized, seqlen_q=130, seqlen_k=130, batch=60),
+            replace(sized, dtype=torch.float16, packed=True, causal=1),
+        ]
+    return problems
+
+
+@pytest.mark.parametrize("problem", _many_tiles(), ids=repr)
+def test_gradients_of_many_tiles(problem: Problem) -> None:
+    check_all([problem], "cuda")

@@ -117,9 +117,10 @@ def test_a_box_ends_with_its_sequence(library: ctypes.CDLL, head_dim: int, colum
 @on_hopper
 def test_bulk_copies_clusters_and_sums(library: ctypes.CDLL) -> None:
     numbers = small_integers(2, 256, dtype=torch.float32)
-    swapped, sums = torch.zeros_like(numbers), torch.ones(256, device="cuda")
-    run(library.test_bulk, numbers, swapped, sums)
+    swapped, stored, sums = torch.zeros_like(numbers), torch.zeros_like(numbers), torch.ones(256, device="cuda")
+    run(library.test_bulk, numbers, swapped, sums, stored)
     assert torch.equal(swapped, numbers.flip(0))
+    assert torch.equal(stored, numbers)
     assert torch.equal(sums, 1 + 2 * numbers.sum(0))  # by both ways of adding
 
 
@@ -146,6 +147,19 @@ def test_named_barriers(library: ctypes.CDLL) -> None:
 
 @pytest.mark.gpu
 @on_hopper
+def test_one_cta_is_the_first_and_the_others_see_what_it_wrote(library: ctypes.CDLL) -> None:
+    ctas, rounds = 500, 300
+    states, values = (torch.zeros(rounds, dtype=torch.int32, device="cuda") for _ in range(2))
+    seen = torch.zeros(rounds, ctas, dtype=torch.int32, device="cuda")
+    run(library.test_claims, ctas, rounds, states, values, seen)
+    written = 7 * torch.arange(rounds, dtype=torch.int32, device="cuda")[:, None] + 1
+    first = seen == -1
+    assert (first.sum(1) == 1).all()
+    assert torch.equal(torch.where(first, written, seen), written.expand_as(seen))
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_a_dependent_launch_sees_what_the_one_before_wrote(library: ctypes.CDLL) -> None:
     for _ in range(10):
         number, out = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
@@ -157,9 +171,11 @@ def test_a_dependent_launch_sees_what_the_one_before_wrote(library: ctypes.CDLL)
 @on_hopper
 def test_matrices_are_stored_plain_and_transposed(library: ctypes.CDLL) -> None:
     matrices = torch.randint(0, 2**15, (4, 8, 8), dtype=torch.int16, device="cuda")
-    plain, transposed = torch.zeros_like(matrices), torch.zeros_like(matrices)
-    run(library.test_fragments, matrices, plain, transposed)  # lane l holds row l / 4, columns 2 (l % 4) and the next
+    plain, transposed, two = torch.zeros_like(matrices), torch.zeros_like(matrices), torch.zeros_like(matrices[:2])
+    # Lane l holds row l / 4, columns 2 (l % 4) and the next.
+    run(library.test_fragments, matrices, plain, transposed, two)
     assert torch.equal(plain, matrices)
+    assert torch.equal(two, matrices[:2])
     assert torch.equal(transposed, matrices.transpose(1, 2))
 
 

@@ -14,10 +14,9 @@ struct BackwardShape {
   static constexpr int kBlockM = 64;    // query rows of a step
   static constexpr int kStages = 2;     // of Q and dO
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
-  // dQ leaves through shared memory and a warp of its own that adds it up in bulk; else by reductions from registers.
-  static constexpr bool kDqWarps = true;
-  // Reductions from registers in a fixed order, which two threads of the producer's warpgroup see to. (With kDqWarps
-  // the order is those warps' affair.)
+  // dQ leaves through shared memory and a warp that adds it up in bulk; else by reductions from registers.
+  static constexpr bool kDqWarp = true;
+  // Reductions from registers in a fixed order. (With kDqWarp the order is that warp's affair.)
   static constexpr bool kOrderedDq = false;
   // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
   // for dense problems in which every query row sees the first key.
@@ -27,6 +26,7 @@ struct BackwardShape {
 template <typename Element_, typename Shape>
 struct BackwardConfig : Shape {
   using Element = Element_;
+  static constexpr int kCluster = 1;
   static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
   static constexpr int kBlockN = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -39,14 +39,22 @@ struct BackwardConfig : Shape {
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
   static constexpr int kTileSlots = 2;
-  static constexpr int kDqThreads = Shape::kDqWarps || Shape::kOrderedDq ? kConsumers : 0;
-  static constexpr int kTileReaders = 1 + 4 * kConsumers + kDqThreads;  // the producer, warps
+  // The producer and the consumers' warps; the dQ warp and the dq writer.
+  static constexpr int kTileReaders = 1 + 4 * kConsumers + (Shape::kFusedDq ? 0 : 2);
+  static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // added to dq_accum by the consumers
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-  static_assert(!Shape::kFusedDq || !Shape::kDqWarps, "dQ stays with the thread that computes it");
+  static_assert(!Shape::kFusedDq || !Shape::kDqWarp, "dQ stays with the thread that computes it");
   // Each warpgroup computes one 64 x 64 tile of dQ, whose columns are whole panels: a panel, or half of the rows.
   static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
+};
+
+/// What the dq writer (backward_dq.h) is writing.
+struct DqShare {
+  int begin, end;   // query blocks; end < 0: no more shares
+  int first_block;  // index of the head's block 0
+  int q_head, batch;
 };
 
 /// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what
@@ -60,7 +68,12 @@ struct BackwardStorage {
   uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
   uint64_t dq_empty[Config::kConsumers];  // the dQ warp's copy has been read
-  DqTurnBarriers dq_turns[Config::kConsumers];
+  DqTurnBarriers dq_turns;
+  uint64_t dq_added[Config::kTileSlots];  // consumers have added all of a tile's dQ themselves
+
+  // full: the dq writer's copy has arrived, or has chosen a share for the consumers, who have written it: empty.
+  uint64_t piece_full[2], share_full, share_empty;
+  DqShare share;
 
   uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];
   uint64_t tile_wanted;  // the producer has issued all copies of a tile
@@ -74,7 +87,9 @@ struct BackwardStorage {
   alignas(1024) uint8_t q[Config::kStages][Config::kBytesQ];               // [panel][kBlockM][64]
   alignas(1024) uint8_t dout[Config::kStages][Config::kBytesQ];            // [panel][kBlockM][64]
   alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
-  alignas(128) float dq[Config::kDqWarps ? Config::kConsumers : 0][kDqTile];
+  alignas(1024) uint8_t dq_rows[2][kDqPiece * 2];                          // [kDqPieceRows][64], 16-bit
+  alignas(128) float dq_piece[2][kDqPiece];
+  alignas(128) float dq[Config::kDqWarp ? Config::kConsumers : 0][kDqTile];
 };
 
 /// Zeros where no copy will write: wgmma reads all panels of a tile.

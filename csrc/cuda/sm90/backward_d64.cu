@@ -5,7 +5,7 @@ namespace {
 
 struct Shape : BackwardShape {
   static constexpr int kHeadDim = 64, kBlockM = 128, kStagesKV = 2;
-  static constexpr bool kDqWarps = false;
+  static constexpr bool kDqWarp = false;
 };
 
 struct Ordered : Shape {

@@ -8,8 +8,8 @@
 //   dP^T = V dO^T  dS^T = P^T (dP^T - delta)  dK += dS^T Q      dQ += dS K, over all CTAs, in fp32 in global memory
 //
 // Two consumer warpgroups own 64 rows of K each; for dQ they share dS through shared memory and each takes half of the
-// result. Of the third warpgroup one thread is the scheduler, one the producer (TMA), two warps add dQ to global
-// memory.
+// result. Of the third warpgroup one thread is the scheduler, one the producer (TMA), a warp adds dQ to dq_accum in
+// global memory, and a warp writes dq from that.
 //
 //   consumer, step i   S, dP issued, dK(i - 1) in flight | exp under dP | dS | dV, barrier, dQ, dK | dQ out under dK
 #pragma once
@@ -25,8 +25,9 @@ struct BackwardConsumer {
   using Element = typename Config::Element;
   using Mma = Wgmma<Element>;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  static constexpr int kFragment = kBlockM / 2;  // floats a thread of 64 x kBlockM
-  static constexpr int kDqSize = kDqTile / 128;  // the same of 64 x 64
+  static constexpr int kFragment = kBlockM / 2;       // floats a thread of 64 x kBlockM
+  static constexpr int kDqSize = kDqTile / 128;       // the same of 64 x 64
+  static constexpr int kShareBlocks = 128 / kBlockM;  // of a usual share: as many queries as keys
 
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
@@ -123,7 +124,7 @@ struct BackwardConsumer {
 
   /// Hands this warp's quarter of dQ to the dQ warp, or takes it to global memory itself.
   SM90_DEVICE void emit_dq(const BackwardTile& tile, int head, int m_block) {
-    if constexpr (Config::kDqWarps) {
+    if constexpr (Config::kDqWarp) {
       const uint32_t to = shared_address(shared.dq[warpgroup]) + (warp * (kDqTile / 4) + lane * 4) * sizeof(float);
       mbarrier_wait(&shared.dq_empty[warpgroup], (step & 1) ^ 1);  // the last step's has left
 #pragma unroll
@@ -133,7 +134,7 @@ struct BackwardConsumer {
     } else if constexpr (Config::kFusedDq) {
       const int last_row = min((m_block + 1) * kBlockM, static_cast<int>(params.problem.seqlen_q)) - 1;
       if (tile.n_begin + kBlockN > min(tile.seqlen_k - 1, last_row + tile.right_bound)) {  // no later tile adds to it
-        store_dq_rows(tile, head, m_block * kBlockM);
+        store_dq_rows(dq, tile.q_batch, tile.q_head + head, m_block * kBlockM);
       } else {
         float4* const sum = dq_sum(tile, head, m_block);
 #pragma unroll
@@ -142,31 +143,76 @@ struct BackwardConsumer {
       }
     } else {
       float4* const sum = dq_sum(tile, head, m_block);
-      DqTurnBarriers& barriers = shared.dq_turns[warpgroup];
-      if constexpr (Config::kOrderedDq) mbarrier_wait(&barriers.begun, step & 1);
+      if constexpr (Config::kOrderedDq) mbarrier_wait(&shared.dq_turns.begun, step & 1);
 #pragma unroll
       for (int i = 0; i < kDqSize; i += 4) global_reduce_add(reinterpret_cast<float*>(sum + i / 4 * 32), dq + i);
-      if constexpr (Config::kOrderedDq) mbarrier_arrive(&barriers.added);
+      if constexpr (Config::kOrderedDq) mbarrier_arrive(&shared.dq_turns.added);
     }
   }
 
-  SM90_DEVICE void store_dq_rows(const BackwardTile& tile, int head, int block_row) {
+  /// `x`: this warpgroup's 64 x 64 of a block of dQ.
+  template <int kSize>
+  SM90_DEVICE void store_dq_rows(const float (&x)[kSize], int batch, int head, int block_row) {
     constexpr bool kHalfOfColumns = kBlockM == 64;
     const ForwardParams& p = params.problem;
-    const float scale = static_cast<float>(p.softmax_scale);
+    const float scale = params.softmax_scale;
     const int row = block_row + (kHalfOfColumns ? 0 : 64 * warpgroup) + 16 * warp + lane / 4;
     const int col = kHalfOfColumns ? 64 * warpgroup : 0, cols = static_cast<int>(p.head_dim) - col;
-    uint16_t* const to = static_cast<uint16_t*>(params.dq.data) + tile.q_batch * params.dq.batch + row * params.dq.row +
-                         (tile.q_head + head) * params.dq.head + col + 2 * (lane % 4);
+    uint16_t* const to = static_cast<uint16_t*>(params.dq.data) + batch * params.dq.batch + row * params.dq.row +
+                         head * params.dq.head + col + 2 * (lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row + 8 * r >= p.seqlen_q) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (8 * j >= cols) continue;
-        const uint32_t pair = pack<Element>(dq[4 * j + 2 * r] * scale, dq[4 * j + 2 * r + 1] * scale);
+        const uint32_t pair = pack<Element>(x[4 * j + 2 * r] * scale, x[4 * j + 2 * r + 1] * scale);
         *reinterpret_cast<uint32_t*>(to + 8 * r * params.dq.row + 8 * j) = pair;
       }
+    }
+  }
+
+  // -- the last shares of dq, see backward_dq.h
+
+  SM90_DEVICE void write_share_blocks(const DqShare& share, int head, int m_block) {
+    float x[kShareBlocks][kDqSize];
+#pragma unroll
+    for (int b = 0; b < kShareBlocks; ++b) {
+      // Of fewer blocks the last one again: no branch parts the loads.
+      const int64_t block = share.first_block + head * params.num_blocks + min(m_block + b, share.end - 1);
+      const float4* const from = reinterpret_cast<const float4*>(params.dq_accum) +
+                                 (block * Config::kConsumers + warpgroup) * (kDqTile / 4) + warp * (kDqTile / 16) +
+                                 lane;
+#pragma unroll
+      for (int i = 0; i < kDqSize; i += 4) {
+        const float4 y = __ldcg(from + i / 4 * 32);
+        x[b][i] = y.x;
+        x[b][i + 1] = y.y;
+        x[b][i + 2] = y.z;
+        x[b][i + 3] = y.w;
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kShareBlocks; ++b) {
+      if (m_block + b < share.end) {
+        store_dq_rows(x[b], share.batch, share.q_head + head, (m_block + b) * kBlockM);
+      }
+    }
+  }
+
+  SM90_DEVICE void write_last_shares() {
+    for (uint32_t round = 0;; ++round) {
+      mbarrier_wait(&shared.share_full, round % 2);
+      const DqShare& share = shared.share;
+      if (share.end < 0) break;
+#pragma unroll 1
+      for (int head = 0; head < params.group_size; ++head) {
+#pragma unroll 1
+        for (int m_block = share.begin; m_block < share.end; m_block += kShareBlocks) {
+          write_share_blocks(share, head, m_block);
+        }
+      }
+      mbarrier_arrive(&shared.share_empty);
     }
   }
 
@@ -221,6 +267,28 @@ struct BackwardConsumer {
     q.advance();
   }
 
+  /// A step none of whose rows sees this warpgroup's keys: only its part of dQ remains, of the other's dS.
+  SM90_DEVICE void process_unseen_step(const BackwardTile& tile, int head, int m_block, int previous_q) {
+    mbarrier_wait(&shared.q_full[q.stage], q.phase);  // what has not arrived cannot be released
+    mbarrier_wait(&shared.dout_full[q.stage], q.phase);
+    wgmma_wait<0>();  // dK of the last head
+    wgmma_results(dk);
+    if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
+#pragma unroll
+    for (int i = 0; i < kFragment / 2; ++i) ds[i] = 0;
+    store_ds();
+    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
+    named_barrier_sync(kDsReady, 256);
+    issue_dq();
+    wgmma_wait<0>();
+    wgmma_results(dq);
+    release(&shared.dout_empty[q.stage]);
+    release(&shared.q_empty[q.stage]);
+    emit_dq(tile, head, m_block);
+    ++step;
+    q.advance();
+  }
+
   SM90_DEVICE void process_tile(const BackwardTile& tile) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -229,14 +297,23 @@ struct BackwardConsumer {
     int previous_q = -1;  // stage that dK in flight still reads
     mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
     const int m_end = tile.m_end;  // a copy: a step's barriers would make the compiler read it again
+    // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
+    const bool unseen = kBlockM < kBlockN && tile.m_begin < m_end &&
+                        (tile.m_begin + 1) * kBlockM - 1 + tile.right_bound < tile.n_begin + 64 * warpgroup;
     for (int head = 0; head < tile.num_heads; ++head) {
+      int m_block = tile.m_begin;
+      if (unseen) {
+        process_unseen_step(tile, head, m_block++, previous_q);
+        previous_q = -1;
+      }
 #pragma unroll 1
-      for (int m_block = tile.m_begin; m_block < m_end; ++m_block) {
+      for (; m_block < m_end; ++m_block) {
         const int stage = q.stage;
         process_step(tile, head, m_block, m_block < full_begin || m_block >= full_end, previous_q);
         previous_q = stage;
       }
     }
+    if constexpr (Config::kDqFromRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
     wgmma_wait<0>();
     wgmma_results(dk);
     if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
@@ -292,6 +369,7 @@ struct BackwardConsumer {
       store_tile(tile);
       ++tiles.count;
     }
+    if (!Config::kFusedDq && params.dq_writing.enabled()) write_last_shares();
     if (lane == 0) tma_store_wait();  // shared memory must outlive the stores
   }
 };
@@ -319,7 +397,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.dout_empty, Config::kStages, Config::kConsumers);
     init(&shared.tile_wanted, 1, 1);
     init(shared.dq_empty, Config::kConsumers, 1);
-    for (DqTurnBarriers& barriers : shared.dq_turns) init_turn_barriers(barriers);
+    init_turn_barriers(shared.dq_turns, 128 * Config::kConsumers);
+    init(shared.dq_added, Config::kTileSlots, 128 * Config::kConsumers);
+    init(shared.piece_full, 2, 1);
+    init(&shared.share_full, 1, 1);
+    init(&shared.share_empty, 1, 128 * Config::kConsumers);
     mbarrier_init_fence();
   }
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanels) {
@@ -335,10 +417,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (threadIdx.x % 32 == 0) BackwardProducer<Config>{params, shared}.run();
     } else if (warp == 3) {
       if (threadIdx.x % 32 == 0) schedule_tiles(params, shared);
-    } else if (Config::kDqWarps) {
-      store_dq(params, shared, warp - 1);
-    } else if (Config::kOrderedDq) {
-      if (threadIdx.x % 32 == 0) order_dq(params, shared, warp - 1);
+    } else if constexpr (!Config::kFusedDq) {
+      const bool two_dq_warps = Config::kDqWarp && params.ordered_dq;
+      if (warp == 2 && !two_dq_warps) {
+        DqWriter<Config>{params, shared, static_cast<int>(threadIdx.x % 32)}.run();
+      } else if constexpr (Config::kDqWarp) {
+        two_dq_warps ? store_dq<Config, 1>(params, shared, warp - 1) : store_dq<Config, 2>(params, shared, 0);
+      } else {
+        if (threadIdx.x % 32 == 0) follow_dq(params, shared);
+      }
     }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();

@@ -27,6 +27,7 @@ constexpr BackwardVariant backward_variant(const char* name, const BackwardVaria
   variant.block_n = variant.map_rows = Config::kBlockN;
   variant.cluster = 1;
   variant.ordered = ordered;
+  variant.dq_warp = Config::kDqWarp;
   variant.fused_dq = Config::kFusedDq;
   variant.launch_bf16 = launch_backward_kernel<Config>;
   variant.launch_fp16 = launch_backward_kernel<BackwardConfig<__half, Shape>>;

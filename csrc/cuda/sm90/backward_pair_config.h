@@ -1,7 +1,7 @@
 // What a backward kernel of two CTAs is compiled for, its shared memory, and its producer.
 #pragma once
 
-#include "backward_config.h"
+#include "backward_dq.h"
 
 namespace flash_attn::sm90 {
 
@@ -10,6 +10,7 @@ struct BackwardPairConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
   static constexpr bool kOrderedDq = kOrderedDq_;                     // dq is summed up in a fixed order
+  static constexpr int kCluster = 2;
   static constexpr int kBlockM = 64;
   static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
   static constexpr int kThreads = 384;
@@ -33,9 +34,11 @@ struct BackwardPairStorage {
   uint64_t v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
   uint64_t ds_full[2], ds_peer_full[2];
   DqTurnBarriers dq_turns[2];  // of the scores and the gradients warpgroup
+  uint64_t dq_added;           // both consumers have added all their dQ
   uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
 
   BackwardTile tile;
+  DqShare shares[Config::kThreads / 32];
 
   alignas(128) StatisticOperand weights;
   alignas(128) uint8_t statistics[2][Config::kBytesStatistics];
@@ -130,8 +133,56 @@ struct BackwardPairProducer {
                     tile.q_batch);
       }
     }
+    mbarrier_wait(&shared.dq_added, 0);
+    say_added<Config>(params, tile, rank);
   }
 };
+
+// ---- dq writer
+
+/// By `warps` warps, of which this is number `warp`: of the share of the tile at `index` in the order of tiles, the
+/// columns that the CTAs of this rank compute (see backward_dq.h; here from registers to memory, for shared memory is
+/// full).
+template <typename Config>
+SM90_DEVICE void write_pair_share(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank,
+                                  int index, int warp, int warps) {
+  constexpr int kUnits = 8;  // of a block: a warp's 16 rows of a panel
+  const BackwardTilePlace at = backward_tile_place(params, index);
+  await_share<Config>(params, at, rank);
+  const int lane = threadIdx.x % 32;
+  DqShare& share = shared.shares[warp];  // there are few registers
+  if (lane == 0) choose_share<Config>(params, at, share);
+  __syncwarp();
+#pragma unroll 1
+  for (int head = 0; head < params.group_size; ++head) {
+#pragma unroll 1
+    for (int unit = share.begin * kUnits + warp; unit < share.end * kUnits; unit += warps) {
+      const int panel = 2 * rank + unit / 4 % 2, row = unit / kUnits * Config::kBlockM + unit % 4 * 16 + lane / 4;
+      const int columns = min(static_cast<int>(params.problem.head_dim) - 64 * panel, 64);
+      const int block = share.first_block + head * params.num_blocks + unit / kUnits;
+      const float4* from = reinterpret_cast<const float4*>(params.dq_accum) +
+                           int64_t{block * Config::kDqPanels + panel} * (kDqTile / 4) + unit % 4 * (kDqTile / 16) +
+                           lane;
+      uint16_t* to = static_cast<uint16_t*>(params.dq.data) + share.batch * params.dq.batch + row * params.dq.row +
+                     (share.q_head + head) * params.dq.head + 64 * panel + 2 * (lane % 4);
+#pragma unroll 1
+      for (int left = columns; left > 0; left -= 16, from += 64, to += 16) {
+        const float4 x[2] = {__ldcg(from), __ldcg(from + 32)};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t upper =
+              pack<typename Config::Element>(x[i].x * params.softmax_scale, x[i].y * params.softmax_scale);
+          const uint32_t lower =
+              pack<typename Config::Element>(x[i].z * params.softmax_scale, x[i].w * params.softmax_scale);
+          if (8 * i < left && row < params.seqlen_q) *reinterpret_cast<uint32_t*>(to + 8 * i) = upper;
+          if (8 * i < left && row + 8 < params.seqlen_q) {
+            *reinterpret_cast<uint32_t*>(to + 8 * params.dq.row + 8 * i) = lower;
+          }
+        }
+      }
+    }
+  }
+}
 
 // ---- order of dQ
 

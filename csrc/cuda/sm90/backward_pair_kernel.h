@@ -5,7 +5,9 @@
 //   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
-//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ
+//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ; three warps write
+//   dq
+//               (backward_dq.h)
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
 #pragma once
@@ -277,6 +279,7 @@ struct BackwardPairConsumer {
     mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);
     steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
     if (steps > 0) process_tile();
+    mbarrier_arrive(&shared.dq_added);
     named_barrier_sync(kPairBoth, 256);
     if (kScores && params.wants_dv) store_rows(1.f, shared.v, params.dv);
     if (!kScores && params.wants_dk) store_rows(static_cast<float>(params.problem.softmax_scale), shared.k, params.dk);
@@ -291,12 +294,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<BackwardPairStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
-  const int rank = cluster_rank(), lane = threadIdx.x % 32;
+  const int rank = cluster_rank(), lane = threadIdx.x % 32, index = blockIdx.x / 2;
+  const bool writes_dq = params.dq_writing.enabled() && index >= params.dq_writing.lag;
   if (threadIdx.x == 0) {
     mbarrier_init(&shared.k_full, 1);
     mbarrier_init(&shared.v_full, 1);
     mbarrier_init(&shared.dout_full, 1);
     mbarrier_init(&shared.dout_empty, 2);
+    mbarrier_init(&shared.dq_added, 256);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.q_full[i], 1);
       mbarrier_init(&shared.q_empty[i], 2);
@@ -305,19 +310,27 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
       mbarrier_init(&shared.ds_full[i], 1);
       mbarrier_init(&shared.ds_peer_full[i], 1);
       mbarrier_init(&shared.ds_free[i], 3);
-      init_turn_barriers(shared.dq_turns[i]);
+      init_turn_barriers(shared.dq_turns[i], 128);
     }
     mbarrier_init_fence();
     for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(&shared.ds_peer_full[i], Config::kPanelBytes);
-    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, blockIdx.x / 2, shared.tile)) {
+    if (index >= params.schedule.num_tiles ||
+        !make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) {
       shared.tile.num_heads = 0;
     }
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
-  cluster_sync();                          // before any signal from the peer
-  grid_dependency_wait();                  // for statistics and zeros in dq_accum
-  if (shared.tile.num_heads == 0) return;  // in both CTAs
+  cluster_sync();                    // before any signal from the peer
+  grid_dependency_wait();            // for statistics and zeros in dq_accum
+  if (shared.tile.num_heads == 0) {  // in both CTAs
+    // Beyond the last tile CTAs write what is left.
+    if (writes_dq) {
+      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag, threadIdx.x / 32,
+                               Config::kThreads / 32);
+    }
+    return;
+  }
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanelsV || !has_rows(shared.tile, 1)) {
     using Storage = BackwardPairStorage<Config>;
     clear_shared<Config::kThreads>(shared.k,
@@ -329,6 +342,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x % 128 == 0) BackwardPairProducer<Config>{params, shared, rank}.run();
     if constexpr (Config::kOrderedDq) {
       if (lane == 0 && (warp == 1 || warp == 2)) order_pair_dq(params, shared, rank, warp - 1);
+    } else if (warp > 0 && writes_dq) {
+      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag, warp - 1, 3);
     }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();

@@ -45,15 +45,29 @@ struct FastDivision {
 #endif
 };
 
+/// How the main kernel itself turns dq_accum to dq, see backward_dq.h.
+struct DqWriting {
+  // (num_tiles, CTAs of a tile), 0 at first: which have added all their dQ. Null: store_dq turns dq_accum afterwards.
+  int* added;
+  int lag;             // who takes tile i, in the order of tiles, writes the share of tile i - lag
+  bool by_last_block;  // how a head's query blocks are shared out, see share_begin
+  FLASH_ATTN_HOST_DEVICE bool enabled() const { return added != nullptr; }
+};
+
 struct BackwardKernelParams {
-  CUtensorMap q, dout, k, v, dk, dv;  // see tensor_map.h; dk and dv in boxes of 16 rows
+  CUtensorMap q, dout, k, v, dk, dv, dq_rows;  // see tensor_map.h; dk and dv in boxes of 16 rows, dq_rows of 32
   ForwardParams problem;
   BackwardSchedule schedule;
   // Query rows in whole blocks: block m of sequence b and head h has index h * num_blocks + first_block(b) + m.
   int num_blocks, num_m_blocks;  // of a head over all sequences; of the longest sequence
-  float* dq_accum;               // (num_heads * num_blocks, kBlockM, head dimension in whole panels of 64), see kDqTile
-  TensorView dq;                 // with Config::kFusedDq, then dq_accum is (CTAs, query heads, num_m_blocks, ...)
-  int* dq_turns;            // (num_heads * num_blocks, kDqTurns), 0 at first; null: tiles add to dq_accum in any order
+  float* dq_accum;  // (num_heads * num_blocks, kBlockM, head dimension in whole panels of 64), see kDqTile;
+                    // of Config::kFusedDq (CTAs, query heads, num_m_blocks, ...)
+  TensorView dq;
+  DqWriting dq_writing;
+  bool ordered_dq;  // tiles add to dq_accum one by one in a fixed order, so that the sum is the same every time
+  // (num_heads * num_blocks, kDqTurns), 0 at first: with ordered_dq how many tiles have added; else a state of
+  // claim_block(), or null where dq_accum is 0 at first.
+  int* dq_turns;
   const uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
   // Of problem, in 32 bits.
   int window_left, window_right, seqlen_q, seqlen_k;
@@ -63,7 +77,7 @@ struct BackwardKernelParams {
   bool dense;    // all sequences are of seqlen_q and seqlen_k
   FastDivision heads_k, key_parts;  // heads_k: num_heads_k * key_parts
   FastDivision n_blocks, group_tiles, heads_per_group;
-  float scale_log2;  // softmax_scale / ln 2
+  float softmax_scale, scale_log2;  // scale_log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
 };
 
@@ -76,6 +90,9 @@ FLASH_ATTN_HOST_DEVICE int64_t first_block(const ForwardParams& p, const Sequenc
 /// dq_accum holds a block as 64 x 64 tiles, by rows then by columns, each in the order of a wgmma accumulator: (warp,
 /// 8 columns, lane, 4). So a warp adds 512 contiguous bytes at a time.
 constexpr int kDqTile = 64 * 64;
+
+/// Half a tile of kDqTile, the unit in which the main kernel turns dq_accum to dq.
+constexpr int kDqPieceRows = 32, kDqPiece = kDqPieceRows * 64;
 
 /// Tiles of dq_accum in a block whose order is kept apart: one for each consumer that adds to it.
 constexpr int kDqTurns = 4;

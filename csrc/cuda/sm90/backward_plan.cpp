@@ -16,7 +16,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 struct Workspace {
-  int64_t dq_accum_bytes, statistics_bytes, dq_turns_bytes;
+  int64_t dq_accum_bytes, statistics_bytes, dq_turns_bytes, dq_flags_bytes;
   int64_t dk_parts_bytes = 0, dv_parts_bytes = 0;
   Workspace(const BackwardPlan& plan, const BackwardParams& params) {
     const ForwardParams& p = params.forward;
@@ -24,7 +24,8 @@ struct Workspace {
     const int64_t dq_blocks = plan.variant->fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
     dq_accum_bytes = aligned(dq_blocks * plan.variant->block_m * plan.variant->dq_columns * 4);
     statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
-    dq_turns_bytes = plan.ordered_dq ? aligned(blocks * kDqTurns * 4) : 0;
+    dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
+    dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * plan.variant->cluster * 4) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
       dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
@@ -32,7 +33,8 @@ struct Workspace {
     }
   }
   int64_t bytes() const {
-    return dq_accum_bytes + statistics_bytes + kAlignment + dq_turns_bytes + dk_parts_bytes + dv_parts_bytes;
+    return dq_accum_bytes + statistics_bytes + kAlignment + dq_turns_bytes + dq_flags_bytes + dk_parts_bytes +
+           dv_parts_bytes;
   }
 };
 
@@ -63,13 +65,58 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   return tried.key_parts;
 }
 
+bool is_dense(const ForwardParams& p) {
+  return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
+}
+
 /// Whether BackwardShape::kFusedDq takes the problem.
 bool takes_fused_dq(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const bool dense = !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
   const bool first_key_seen =
       p.window_left < 0 && (p.window_right < 0 || p.causal == Causal::kTopLeft || p.seqlen_k >= p.seqlen_q);
-  return params.dq.data != nullptr && dense && first_key_seen;
+  return params.dq.data != nullptr && is_dense(p) && first_key_seen;
+}
+
+/// Whether the first tile that comes to a block had better store there than add to zeros (claim_block). That spares a
+/// pass over dq_accum and makes tiles wait for each other: many tiles in step, which full attention makes, do so often.
+/// H200, head dim 128, 16384 rows of 2048 columns: causal +11, 5, 3, 1% at 512, 1024, 2048, 4096, full +4% at 512 and
+/// -4% from 1024 on.
+bool claiming_pays(const BackwardPlan& plan, const ForwardParams& p) {
+  return p.window_right >= 0 || plan.num_n_blocks <= 4;
+}
+
+/// Whether the kernel has a warp to write dq, and whether that pays.
+bool has_dq_writer(const BackwardPlan& plan, const ForwardParams& p) {
+  const bool causal = p.window_right >= 0;
+  // The three warps of a pair work from registers, slowly: tiles with few steps wait for them.
+  if (plan.variant->cluster > 1) return !plan.ordered_dq && !causal;
+  const bool dq_in_order_takes_the_warp = plan.variant->ordered == nullptr && plan.ordered_dq;
+  // H200, head dim 128, causal: -0.5% at 512 and 1024, 0 at 2048, -0.3% at 4096 rows.
+  const bool contends = plan.variant->head_dim == 128 && causal;
+  return !dq_in_order_takes_the_warp && !contends;
+}
+
+/// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
+/// over one or two steps, so a tile has to have several times as many steps as its share has blocks. The shares of the
+/// last round of tiles are written at the end, so there have to be several rounds.
+DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& params, int num_sms) {
+  const ForwardParams& p = params.forward;
+  const int n_blocks = plan.num_n_blocks;
+  DqWritingPlan writing;
+  writing.by_last_block = p.window_right >= 0 && !plan.ordered_dq;
+  // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
+  const bool grouped = plan.order != BackwardSchedule::kRowsFirst;
+  const int64_t later = writing.by_last_block ? 0 : int64_t{n_blocks} * (grouped ? plan.heads_per_group : 1);
+  const int round = num_sms / plan.variant->cluster;
+  const int64_t lag = later + round;
+  writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
+  const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
+  const bool in_32_bits =
+      int64_t{n_blocks + 1} * plan.num_m_blocks < INT32_MAX && int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
+  const bool several_rounds = plan.num_tiles >= 3 * round && lag <= plan.num_tiles / 2;
+  writing.enabled = params.dq.data != nullptr && is_dense(p) && even && in_32_bits && n_blocks >= 4 && several_rounds &&
+                    has_dq_writer(plan, p);
+  return writing;
 }
 
 }  // namespace
@@ -83,26 +130,20 @@ const BackwardVariant& backward_variant_for(const ForwardParams& p) {
   return kBackwardD256;
 }
 
-/// The model: a call takes the tiles' time over the SMs, plus what it costs to zero dq_accum and to read it back, which
-/// is the same at every length and so counts for short sequences. Measured on an H200, 16384 rows of 2048 columns:
-///   fused dq     saves that, and loses the balance between CTAs. At 512: head dim 64 +2%, causal +15%; 128 causal +5%,
-///                full -12%. Longer sequences lose.
-///   three stages and reductions from registers   head dim 128 at 512 +2%; longer sequences lose up to 7%.
+/// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and loses the balance
+/// between CTAs. H200, 16384 rows of 2048 columns: at 512 rows it takes 0.83 of the other's time when causal, 1.07
+/// else; longer sequences lose.
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const BackwardVariant& variant = backward_variant_for(p);
-  const bool causal = p.window_right >= 0;
+  const bool few_tiles = p.seqlen_k <= (p.window_right >= 0 ? 512 : 384);
   const bool enough_heads = p.batch * p.num_heads_k >= 3 * device.num_sms;
-  if (takes_fused_dq(params) && enough_heads) {
-    if (&variant == &kBackwardD64 && p.seqlen_k <= 512) return plan_backward(params, device, kBackwardD64Fused);
-    if (&variant == &kBackwardD128 && p.seqlen_k <= 512 && causal)
-      return plan_backward(params, device, kBackwardD128Fused);
+  if (&variant == &kBackwardD64 && takes_fused_dq(params) && few_tiles && enough_heads) {
+    return plan_backward(params, device, kBackwardD64Fused);
   }
-  if (&variant == &kBackwardD128 && !p.deterministic && p.seqlen_q <= 512) {
-    return plan_backward(params, device, kBackwardD128Short);
-  }
-  if (p.deterministic && variant.ordered != nullptr && params.dq.data != nullptr)
+  if (p.deterministic && variant.ordered != nullptr && params.dq.data != nullptr) {
     return plan_backward(params, device, *variant.ordered);
+  }
   return plan_backward(params, device, variant);
 }
 
@@ -119,12 +160,13 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
+  const bool causal = p.window_right >= 0 && p.window_left < 0;
+  plan.claims_dq = variant.dq_warp && !plan.ordered_dq && claiming_pays(plan, p);
   if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
     return plan;
   }
-  const bool causal = p.window_right >= 0 && p.window_left < 0;
   if (plan.ordered_dq) {
     plan.order = causal ? BackwardSchedule::kColumnsLast : BackwardSchedule::kColumnsFirst;
     plan.heads_per_group = heads_per_group(p, plan.key_parts, device.l2_bytes);
@@ -137,6 +179,9 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
     plan.grid = device.num_sms;
   }
+  plan.dq_writing = plan_dq_writing(plan, params, device.num_sms);
+  // CTAs without a tile write the last shares.
+  if (plan.dq_writing.enabled && variant.cluster > 1) plan.grid += plan.dq_writing.lag * variant.cluster;
   return plan;
 }
 
@@ -178,13 +223,21 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
     return {workspace + offset, packed_k ? 0 : p.seqlen_k * key_heads * columns, key_heads * columns, columns};
   };
   const int64_t dq_turns_offset = sizes.dq_accum_bytes + sizes.statistics_bytes + kAlignment;
-  const int64_t dk_parts_offset = dq_turns_offset + sizes.dq_turns_bytes;
-  int* const dq_turns = plan.ordered_dq ? reinterpret_cast<int*>(workspace + dq_turns_offset) : nullptr;
+  const int64_t dq_flags_offset = dq_turns_offset + sizes.dq_turns_bytes;
+  const int64_t dk_parts_offset = dq_flags_offset + sizes.dq_flags_bytes;
+  int* const dq_turns = sizes.dq_turns_bytes > 0 ? reinterpret_cast<int*>(workspace + dq_turns_offset) : nullptr;
   const TensorView dk = plan.key_parts > 1 ? parts_view(dk_parts_offset, p.head_dim) : params.dk;
   const TensorView dv =
       plan.key_parts > 1 ? parts_view(dk_parts_offset + sizes.dk_parts_bytes, p.head_dim_v) : params.dv;
   if (kernel.wants_dk) kernel.dk = k_map(dk, key_heads, p.head_dim, 16);
   if (kernel.wants_dv) kernel.dv = k_map(dv, key_heads, p.head_dim_v, 16);
+  const DqWritingPlan& writing = plan.dq_writing;
+  int* const dq_flags = writing.enabled ? reinterpret_cast<int*>(workspace + dq_flags_offset) : nullptr;
+  if (writing.enabled) {
+    kernel.dq_writing = {dq_flags, writing.lag, writing.by_last_block};
+    kernel.dq_rows =
+        make_tensor_map({params.dq, p.dtype, p.batch, p.seqlen_q, p.seqlen_q, p.num_heads, p.head_dim}, kDqPieceRows);
+  }
   kernel.problem = p;
   const int batch_heads = static_cast<int>(p.batch * key_heads);
   const auto order = static_cast<BackwardSchedule::Order>(plan.order);
@@ -199,6 +252,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = dq_accum;
+  kernel.ordered_dq = plan.ordered_dq;
   kernel.dq_turns = dq_turns;
   kernel.dq = params.dq;
   kernel.statistics = statistics;
@@ -208,17 +262,27 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   kernel.group_size = static_cast<int>(p.group_size() / plan.key_parts);
   kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
   kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
-  kernel.dense = !packed_q && !packed_k && p.seqused_q == nullptr && p.seqused_k == nullptr;
+  kernel.dense = is_dense(p);
   kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
   kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));
+  kernel.softmax_scale = static_cast<float>(p.softmax_scale);
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
 
-  const BackwardRowsParams rows{params,          variant.block_m,   variant.dq_columns,
-                                plan.num_blocks, plan.num_m_blocks, variant.fused_dq ? nullptr : dq_accum,
-                                statistics,      next_tile,         dq_turns};
+  const BackwardRowsParams rows{params,
+                                variant.block_m,
+                                variant.dq_columns,
+                                plan.num_blocks,
+                                plan.num_m_blocks,
+                                dq_accum,
+                                !variant.fused_dq && !(variant.dq_warp && (plan.ordered_dq || plan.claims_dq)),
+                                statistics,
+                                next_tile,
+                                dq_turns,
+                                dq_flags,
+                                writing.enabled ? plan.num_tiles * variant.cluster : 0};
   launch_prepare_rows(rows, stream);
   (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
-  if (params.dq.data != nullptr && !variant.fused_dq) launch_store_dq(rows, stream);
+  if (params.dq.data != nullptr && !variant.fused_dq && !writing.enabled) launch_store_dq(rows, stream);
   if (plan.key_parts > 1) launch_add_key_parts({params, dk, dv, plan.key_parts}, stream);
 }
 

@@ -18,6 +18,7 @@ struct BackwardVariant {
   int map_rows;                    // rows of a box of K or V: of a CTA's share of a tile
   int cluster;                     // CTAs that share a tile
   const BackwardVariant* ordered;  // adds to dq in a fixed order; null: this one does when asked to, see dq_turn
+  bool dq_warp;                    // see BackwardShape
   bool fused_dq;                   // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
   void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
@@ -25,8 +26,14 @@ struct BackwardVariant {
 
 // Each in its own .cu file, see plan_backward() for the choice.
 extern const BackwardVariant kBackwardD64, kBackwardD64Ordered, kBackwardD64Fused, kBackwardD96, kBackwardD128,
-    kBackwardD128Short, kBackwardD128Fused, kBackwardD192V128, kBackwardD192V128Ordered, kBackwardD192,
-    kBackwardD192Ordered, kBackwardD256, kBackwardD256Ordered;
+    kBackwardD192V128, kBackwardD192V128Ordered, kBackwardD192, kBackwardD192Ordered, kBackwardD256,
+    kBackwardD256Ordered;
+
+/// See DqWriting.
+struct DqWritingPlan {
+  bool enabled = false, by_last_block = false;
+  int lag = 0;
+};
 
 struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
@@ -35,8 +42,10 @@ struct BackwardPlan {
   int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see dq_turn
+  bool claims_dq = false;                // see claim_block
   bool dynamic = false;                  // CTAs take tiles from a common counter
   int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
+  DqWritingPlan dq_writing;
 };
 
 /// The kernel for the problem's head dimensions that takes every problem.

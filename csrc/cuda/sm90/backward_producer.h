@@ -1,8 +1,8 @@
-// The third warpgroup of backward_kernel.h: one thread works out tiles, one copies them to shared memory, two warps
-// take dQ out of it.
+// Of the third warpgroup of backward_kernel.h: one thread works out tiles, one copies them to shared memory, a warp
+// takes dQ out of it. The fourth warp is the dq writer of backward_dq.h.
 #pragma once
 
-#include "backward_config.h"
+#include "backward_dq.h"
 
 namespace flash_attn::sm90 {
 
@@ -113,10 +113,12 @@ struct BackwardProducer {
   }
 };
 
-// ---- dQ warps: one thread of each adds a consumer's dQ from shared to global memory
+// ---- dQ warp
 
-template <typename Config>
-SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared, int consumer) {
+/// Adds dQ of kCount consumers from shared to global memory. In a fixed order each consumer has a warp, so that none
+/// waits for the other's turn.
+template <typename Config, int kCount>
+SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared, int first_consumer) {
   BackwardTileRing<Config> tiles;
   const bool elected = threadIdx.x % 32 == 0;
   while (true) {
@@ -126,51 +128,86 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
     for (int head = 0; head < tile.num_heads; ++head) {
       int64_t block = tile.block + head * params.num_blocks + tile.m_begin;
       for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, ++block) {
-        int* const turns = params.dq_turns != nullptr ? params.dq_turns + block * kDqTurns + consumer : nullptr;
-        if (elected && turns != nullptr) {  // while dQ is being computed
-          wait_for_turn(turns, dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps));
+        int* const turns = params.dq_turns + block * kDqTurns + first_consumer;
+        bool first = false, stored = false;  // by this tile, by another
+        if (elected) {                       // while dQ is being computed
+          if constexpr (kCount == 1) {
+            const int turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps);
+            wait_for_turn(turns, turn);
+            first = turn == 0;
+          } else {
+            stored = params.dq_turns == nullptr || load_acquire(turns) == kStored;
+          }
+          global_proxy_fence();
         }
         __syncwarp();
-        named_barrier_sync(kDqReady + consumer, 160);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int consumer = first_consumer + i;
+          float* const to = params.dq_accum + (block * Config::kConsumers + consumer) * kDqTile;
+          named_barrier_sync(kDqReady + consumer, 160);
+          if (elected) {
+            if (kCount > 1 && i == 0 && !stored) {
+              first = claim_block(turns);
+              global_proxy_fence();
+            }
+            if (first) {
+              bulk_store(to, shared.dq[consumer], kDqTile * sizeof(float));
+            } else {
+              bulk_reduce_add(to, shared.dq[consumer], kDqTile * sizeof(float));
+            }
+            tma_store_commit();
+          }
+        }
         if (elected) {
-          bulk_reduce_add(params.dq_accum + (block * Config::kConsumers + consumer) * kDqTile, shared.dq[consumer],
-                          kDqTile * sizeof(float));
-          tma_store_commit();
+          if constexpr (kCount > 1) {
+            tma_store_wait_read<1>();
+            mbarrier_arrive(&shared.dq_empty[0]);
+          }
           tma_store_wait_read();
-          mbarrier_arrive(&shared.dq_empty[consumer]);
-          if (turns != nullptr) {
+          mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
+          if (kCount == 1 || first) {
             tma_store_wait();  // the sum has arrived
-            end_turn(turns);
+            end_turn(turns);   // from claimed to stored
           }
         }
         __syncwarp();
       }
     }
-    if (elected) mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    if (elected) {
+      if (kCount > 1 && params.dq_writing.enabled()) {
+        tma_store_wait();
+        say_added<Config>(params, tile);
+      }
+      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    }
+    __syncwarp();
     ++tiles.count;
   }
   if (elected) tma_store_wait();  // shared memory must outlive the copies
 }
 
-// ---- order of dQ that the consumers add themselves
-
+/// By one thread, where consumers add dQ themselves: tells them when it is their turn, and others what they have added.
 template <typename Config>
-SM90_DEVICE void order_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared, int consumer) {
+SM90_DEVICE void follow_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared) {
   BackwardTileRing<Config> tiles;
   uint32_t step = 0;
-  while (true) {
+  for (;; ++tiles.count) {
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const BackwardTile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    for (int head = 0; head < tile.num_heads; ++head) {
-      for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
-        const int64_t block = tile.block + head * params.num_blocks + m_block;
-        take_turn(params.dq_turns + block * kDqTurns + consumer,
-                  dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns[consumer], step);
+    if constexpr (Config::kOrderedDq) {
+      for (int head = 0; head < tile.num_heads; ++head) {
+        for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
+          const int64_t block = tile.block + head * params.num_blocks + m_block;
+          take_turn(params.dq_turns + block * kDqTurns,
+                    dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns, step);
+        }
       }
     }
+    mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());
+    say_added<Config>(params, tile);
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
-    ++tiles.count;
   }
 }
 

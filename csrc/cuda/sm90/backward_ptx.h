@@ -15,6 +15,13 @@ SM90_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, uin
                : "memory");
 }
 
+/// Copies shared to global memory; ends like bulk_reduce_add.
+SM90_DEVICE void bulk_store(float* global, const float* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+}
+
 /// Adds floats of shared memory to global memory; ends with tma_store_commit and a wait, like a TMA store.
 SM90_DEVICE void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
@@ -30,6 +37,9 @@ SM90_DEVICE void bulk_copy_to_peer(uint32_t peer_shared, const void* shared, uin
       "r"(shared_address(shared)), "r"(bytes), "r"(peer_barrier)
       : "memory");
 }
+
+/// Orders what this thread has seen others write to global memory before its later bulk copies and reductions.
+SM90_DEVICE void global_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- clusters
 
@@ -57,6 +67,11 @@ SM90_DEVICE void mbarrier_arrive_peer(uint32_t barrier) {
 
 // ---- fragments
 
+/// Two 8x8 matrices of 16-bit elements; lane l < 16 gives the address of row l % 8 of matrix l / 8.
+SM90_DEVICE void stmatrix_x2(uint32_t row, uint32_t m0, uint32_t m1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(m0), "r"(m1) : "memory");
+}
+
 /// stmatrix_x4 of the transposed matrices.
 SM90_DEVICE void stmatrix_x4_transposed(uint32_t row, const uint32_t* m) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]),
@@ -71,6 +86,13 @@ SM90_DEVICE void store_shared(uint32_t address, const float* x) {
 
 SM90_DEVICE void store_shared(uint32_t address, const uint32_t* x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+SM90_DEVICE void load_shared(uint32_t address, float* x) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(address)
                : "memory");
 }
 

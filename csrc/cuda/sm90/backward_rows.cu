@@ -59,7 +59,11 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
     params.dq_turns[at.block * kDqTurns + threadIdx.x] = 0;
   }
   const int64_t accum_row = at.block * params.block_m + at.row_in_block;
-  if (params.dq_accum != nullptr) {
+  const int64_t all_threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < params.num_flags; i += all_threads) {
+    params.dq_flags[i] = 0;
+  }
+  if (params.zeroes_dq) {
     float4* const accum = reinterpret_cast<float4*>(params.dq_accum + accum_row * kDqColumns);
 #pragma unroll
     for (int i = threadIdx.x; i < kRows * kDqColumns / 4; i += kThreads) accum[i] = {0.f, 0.f, 0.f, 0.f};
@@ -131,9 +135,11 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
   const float4* const accum = reinterpret_cast<const float4*>(
       params.dq_accum + (block * tiles_per_block + first_tile + tile) * kDqTile + warp * (kDqTile / 4));
   const float scale = static_cast<float>(p.softmax_scale);
+  // Where no tile has stored anything dq_accum is undefined.
+  const bool defined = params.zeroes_dq || block_row >= info.seqlen_q || params.dq_turns[block * kDqTurns] != 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float4 x = __ldcs(accum + j * 32 + lane);
+    const float4 x = defined ? __ldcs(accum + j * 32 + lane) : float4{0.f, 0.f, 0.f, 0.f};
     uint16_t* const to = &tiles[tile][16 * warp + lane / 4][8 * j + 2 * (lane % 4)];
     *reinterpret_cast<uint32_t*>(to) = pack<Element>(x.x * scale, x.y * scale);
     *reinterpret_cast<uint32_t*>(to + 8 * kPadded) = pack<Element>(x.z * scale, x.w * scale);

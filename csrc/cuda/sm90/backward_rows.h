@@ -11,13 +11,17 @@ struct BackwardRowsParams {
   BackwardParams problem;
   int block_m, dq_columns;       // of the main kernel's tiles
   int num_blocks, num_m_blocks;  // see BackwardKernelParams
-  float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns); null: the main kernel writes dq
+  float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
+  bool zeroes_dq;                // whether dq_accum is zero at first; else dq_turns says which blocks hold anything
   uint4* statistics;             // (num_heads * num_blocks, block_m)
   int* next_tile;                // may be null
   int* dq_turns;                 // (num_heads * num_blocks, kDqTurns); may be null
+  int* dq_flags;                 // (num_flags), see DqWriting
+  int64_t num_flags;
 };
 
-/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to dq_accum, next_tile and dq_turns.
+/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to next_tile, dq_turns, dq_flags
+/// and, with zeroes_dq, dq_accum.
 /// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
 

@@ -12,6 +12,8 @@ namespace flash_attn::sm90 {
 /// Lives in shared memory. `m` counts blocks of kBlockM query rows.
 struct BackwardTile {
   int num_heads;                // query heads; -1: no more tiles
+  int index;                    // in the order of tiles
+  int batch_head;               // of k, each counted key_parts times
   int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
   int block;                    // index of the first head's block 0 in dq_accum and statistics
   int n_begin;                  // first row of k, in the sequence
@@ -45,18 +47,22 @@ SM90_DEVICE BackwardTilePlace place_in_group(const BackwardKernelParams& params,
           group * heads_per_group + in_group - n_block * group_heads};
 }
 
+SM90_DEVICE BackwardTilePlace backward_tile_place(const BackwardKernelParams& params, int index) {
+  const auto order = params.schedule.order;
+  if (order != BackwardSchedule::kRowsFirst && order != BackwardSchedule::kWholeHead) {
+    return place_in_group(params, index);
+  }
+  const int batch_head = params.n_blocks.quotient(index);
+  return {index - batch_head * params.schedule.num_n_blocks, batch_head};
+}
+
 /// False if there are no such rows. Writes field by field to shared memory: the scheduler has few registers. Without
 /// lengths on the device it reads 32-bit parameters alone, because a CTA's first tile waits for this.
 template <int kBlockM, int kBlockN>
 SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int index, BackwardTile& tile) {
-  BackwardTilePlace at;
-  const auto order = params.schedule.order;
-  if (order != BackwardSchedule::kRowsFirst && order != BackwardSchedule::kWholeHead) {
-    at = place_in_group(params, index);
-  } else {
-    at.batch_head = params.n_blocks.quotient(index);
-    at.n_block = index - at.batch_head * params.schedule.num_n_blocks;
-  }
+  tile.index = index;
+  const BackwardTilePlace at = backward_tile_place(params, index);
+  tile.batch_head = at.batch_head;
   const int b = params.heads_k.quotient(at.batch_head);
   const int head_k = at.batch_head - b * static_cast<int>(params.heads_k.divisor);
   const int n_begin = at.n_block * kBlockN;
@@ -124,12 +130,16 @@ SM90_DEVICE int dq_turn(const BackwardKernelParams& params, const BackwardTile& 
   return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
 }
 
+SM90_DEVICE int load_acquire(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 /// Waits until `turn` turns have ended; what was written in them is then visible.
 SM90_DEVICE void wait_for_turn(const int* turns, int turn) {
-  int ended;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turns) : "memory");
-  } while (ended < turn);
+  while (load_acquire(turns) < turn) {
+  }
 }
 
 /// What this thread knows to be written is visible to whoever sees the end of the turn.
@@ -137,16 +147,28 @@ SM90_DEVICE void end_turn(int* turns) {
   asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
 }
 
-/// Barriers between a consumer that adds dQ to global memory from its registers and the thread that waits for its turns
-/// and ends them, so that the consumer need not wait for messages to L2 and back.
+// Without a fixed order the first tile that has dQ of a query block stores it, and dq_accum need not be zero before.
+constexpr int kClaimed = 1, kStored = 2;  // states of a block
+
+/// Whether this tile is the first; if not, waits until the first has stored its dQ. That one has nothing to wait for.
+SM90_DEVICE bool claim_block(int* state) {
+  int found;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, %2;" : "=r"(found) : "l"(state), "r"(kClaimed) : "memory");
+  if (found == 0) return true;
+  while (found != kStored) found = load_acquire(state);
+  return false;
+}
+
+/// Barriers between consumers that add dQ to global memory from their registers and the thread that waits for their
+/// turn and ends it, so that they need not wait for messages to L2 and back.
 struct DqTurnBarriers {
   uint64_t begun;  // the turn has come
-  uint64_t added;  // all 128 threads have added theirs
+  uint64_t added;  // all their threads have added theirs
 };
 
-SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers) {
+SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers, int adders) {
   mbarrier_init(&barriers.begun, 1);
-  mbarrier_init(&barriers.added, 128);
+  mbarrier_init(&barriers.added, adders);
 }
 
 /// The turn of one step, `step` counted over all tiles.

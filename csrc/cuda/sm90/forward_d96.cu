@@ -9,9 +9,17 @@ struct Tall : ForwardShape {
   static constexpr bool kLazyMax = true;
 };
 
+// For short sequences and few tiles.
+struct Square : ForwardShape {
+  static constexpr int kHeadDim = 96, kHeadDimV = 96;
+  static constexpr int kConsumers = 2, kBlockN = 128, kStagesKV = 2;
+};
+
 constexpr ForwardVariant kVariants[] = {
     forward_variant<Tall, false>("wgmma d96 192x80", 0.83, 6000),
+    forward_variant<Square, false>("wgmma d96 128x128", 0.775, 5000),
     forward_variant<Tall, true>("wgmma d96 192x80 masked", 0.83, 6000),
+    forward_variant<Square, true>("wgmma d96 128x128 masked", 0.76, 5400),
 };
 
 }  // namespace

@@ -104,8 +104,11 @@ SM90_DEVICE void tma_prefetch_map(const CUtensorMap* map) {
 }
 
 SM90_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-/// Until this thread's stores have read shared memory.
-SM90_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+/// Until at most kPending groups of this thread's stores have still to read shared memory.
+template <int kPending = 0>
+SM90_DEVICE void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 /// Until this thread's stores are complete.
 SM90_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
