@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,19 +234,22 @@ def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
     return Inputs(tensors, options, leaves, dout, dlse)
 
 
-def _run(function: Any, inputs: Inputs, convert: torch.dtype | None) -> dict[str, Tensor]:
-    """Results and gradients by name. With `convert`, floating inputs are taken to the CPU and that dtype first."""
+def _run(
+    function: Any, inputs: Inputs, convert: torch.dtype | None = None, device: str | None = None
+) -> dict[str, Tensor]:
+    """Results and gradients by name. With `convert`, floating inputs are taken to that dtype and to `device` first."""
     tensors, leaves = dict(inputs.tensors), dict(inputs.leaves)
     dout, dlse = inputs.dout, inputs.dlse
     if convert is not None:
         for name, x in tensors.items():
-            y = x.detach().cpu()
+            y = x.detach().to(device)
             tensors[name] = y.to(convert) if y.is_floating_point() else y
             if name in leaves:
                 leaves[name] = tensors[name].requires_grad_()
-        dout = dout.cpu().to(convert)
-        dlse = None if dlse is None else dlse.cpu().to(convert)
-    out, lse = function(**tensors, **inputs.options)
+        dout = dout.to(device).to(convert)
+        dlse = None if dlse is None else dlse.to(device).to(convert)
+    with torch.device(device) if device is not None else nullcontext():
+        out, lse = function(**tensors, **inputs.options)
     results = {"out": out, "lse": lse}
     empty = ~torch.isfinite(lse.detach())
     pairs = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse.masked_fill(empty, 0.0))]
@@ -273,7 +277,7 @@ def _gradients(prefix: str, pairs: list[tuple[Tensor, Tensor]], leaves: dict[str
     }
 
 
-def check_all(problems: Iterable[Problem], device: str) -> None:
+def check_all(problems: Iterable[Problem], device: str, reference_device: str = "cpu") -> None:
     """check() of each; the error names every miss, not only the first.
 
     What a family chosen by FLASH_ATTN_FORCE refuses is passed over, though not all of it.
@@ -281,7 +285,7 @@ def check_all(problems: Iterable[Problem], device: str) -> None:
     failures, checked = [], 0
     for number, problem in enumerate(problems):
         try:
-            check(problem, device)
+            check(problem, device, reference_device)
             checked += 1
         except Exception as error:
             if "FLASH_ATTN_FORCE" in os.environ and "does not take this problem" in str(error):
@@ -292,12 +296,15 @@ def check_all(problems: Iterable[Problem], device: str) -> None:
         pytest.skip("the forced family refuses every problem")
 
 
-def check(p: Problem, device: str = "cpu") -> None:
-    """Raises AssertionError, naming the problem, unless every result and gradient is as near as the dtype allows."""
+def check(p: Problem, device: str = "cpu", reference_device: str = "cpu") -> None:
+    """Raises AssertionError, naming the problem, unless every result and gradient is as near as the dtype allows.
+
+    The reference takes seconds on a CPU for a problem of many rows and heads; `reference_device` may be another.
+    """
     inputs = make_inputs(p, device)
-    got = _run(ops.attention, inputs, None)
-    truth = _run(reference.attention, inputs, torch.float64)
-    eager = _run(reference.attention, inputs, p.dtype)
+    got = _run(ops.attention, inputs)
+    truth = _run(reference.attention, inputs, torch.float64, reference_device)
+    eager = _run(reference.attention, inputs, p.dtype, reference_device)
     try:
         for name, result in got.items():
             expected = truth[name]

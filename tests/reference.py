@@ -176,7 +176,7 @@ def assert_close(
     Errors are measured at the coordinate where they are largest; the floor is relative to the largest entry of the
     truth. `noise` is a further error that no implementation can avoid, of which twice the largest entry is allowed.
     """
-    got, truth, eager = got.detach().cpu().double(), truth.detach().double(), eager.detach().double()
+    got, truth, eager = (x.detach().cpu().double() for x in (got, truth, eager))
     assert got.shape == truth.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return

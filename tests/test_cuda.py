@@ -242,4 +242,4 @@ def _many_tiles() -> list[Problem]:
 
 @pytest.mark.parametrize("problem", _many_tiles(), ids=repr)
 def test_gradients_of_many_tiles(problem: Problem) -> None:
-    check_all([problem], "cuda")
+    check_all([problem], "cuda", reference_device="cuda")
