@@ -155,6 +155,20 @@ def ours(inputs: Inputs) -> Contender:
     )
 
 
+def deterministic(inputs: Inputs) -> Contender:
+    """This package with repeatable gradients."""
+    p = inputs.problem
+    if p.lengths or p.mask != "none":
+        raise UnsuitedError("for dense problems without a mask")
+    window = (p.window, 0) if p.window >= 0 else (-1, -1)
+    return _contender(
+        "deterministic",
+        inputs,
+        "as given",
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=p.causal, window_size=window, deterministic=True),
+    )
+
+
 def _sdpa(function: Callable[..., Tensor], inputs: Inputs, mask: Tensor | None) -> Attention:
     p = inputs.problem
     causal = p.causal and p.window < 0 and not p.lengths
@@ -265,6 +279,7 @@ BACKENDS: dict[str, Callable[[Inputs], Contender]] = {
     "torch_varlen": torch_varlen,
     "fa3": fa3,
     "flex": flex,
+    "deterministic": deterministic,
 }
 
 

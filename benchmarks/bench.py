@@ -124,7 +124,13 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     # torch's math path takes longer on a GPU than all others together, and only runs short sequences there.
-    left_out = {"flex": not args.flex, "math": args.device == "cuda" and args.suite in ("peers", "sweep")}
+    left_out = {
+        "flex": not args.flex,
+        "math": args.device == "cuda" and args.suite in ("peers", "sweep"),
+        "deterministic": args.suite != "deterministic",
+    }
+    if args.suite == "deterministic":
+        left_out |= {name: True for name in BACKENDS if name not in ("ours", "cudnn", "deterministic")}
     args.backends = args.only_backend or [name for name in BACKENDS if not left_out.get(name, False)]
     narrowed = args.head_dims or args.seqlens or args.dtype or args.causal != "both" or args.only_backend
     if args.out is None and not narrowed:

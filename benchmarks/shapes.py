@@ -184,6 +184,18 @@ def gqa(selection: Selection) -> list[Problem]:
     ]
 
 
+def deterministic(selection: Selection) -> list[Problem]:
+    """What repeatable gradients cost: see backward."""
+    if not selection.on_cuda:
+        return [Problem(64, causal, 512, 2, 8, "fp32") for causal in (False, True)]
+    return [
+        Problem(head_dim, causal, seqlen, 16384 // seqlen, 2048 // head_dim)
+        for head_dim in (64, 96, 128, 192, 256)
+        for causal in (False, True)
+        for seqlen in (512, 1024, 4096, 16384)
+    ]
+
+
 def window(selection: Selection) -> list[Problem]:
     """Causal sliding windows, and none."""
     seqlen, windows = (16384, (256, 1024, 4096, -1)) if selection.on_cuda else (2048, (128, 512, -1))
@@ -235,7 +247,7 @@ def host(selection: Selection) -> list[Problem]:
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
-    suite.__name__: suite for suite in (peers, extra, sweep, varlen, gqa, window, mask, fp32, host)
+    suite.__name__: suite for suite in (peers, extra, sweep, varlen, gqa, window, deterministic, mask, fp32, host)
 }
 
 
