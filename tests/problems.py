@@ -24,6 +24,18 @@ from flash_attn import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Hopper's forward kernels, each full and masked: what FLASH_ATTN_FORWARD_KERNEL takes.
+HOPPER_FORWARD = (
+    *("d64 256x64", "d64 192x128", "d64 128x128", "d96 192x80", "d96 128x128", "d128 128x128", "d128 192x64"),
+    *("d128 192x80", "d192 128x96", "d192/128 128x96", "d256 128x64", "d256/128 128x80"),
+)
+
+
+def forward_head_dims(name: str) -> tuple[int, int]:
+    """Of q and of v, from a kernel's name."""
+    first, _, second = name.split()[0][1:].partition("/")
+    return int(first), int(second or first)
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import explain, ops
 from flash_attn import scaled_dot_product_attention as sdpa
-from problems import Problem, check_all, random_problem
+from problems import HOPPER_FORWARD, Problem, check_all, forward_head_dims, random_problem
 
 pytestmark = pytest.mark.gpu
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
@@ -211,6 +211,20 @@ def _tensor_core_problem(seed: int) -> Problem:
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_random_problems_of_the_tensor_core_families(first: int) -> None:
     check_all([_tensor_core_problem(seed) for seed in range(first, first + 50)], "cuda")
+
+
+@pytest.mark.skipif(FORCED == "universal", reason="another family is forced")
+@pytest.mark.parametrize("name", HOPPER_FORWARD)
+def test_every_hopper_forward_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on problems for which the planner would choose another one."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there is no device of compute capability 9.0")
+    head_dim, head_dim_v = forward_head_dims(name)
+    problems = [
+        replace(_tensor_core_problem(seed), head_dim=head_dim, head_dim_v=head_dim_v, seed=seed) for seed in range(30)
+    ]
+    monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
+    check_all(problems, "cuda", "cuda")
 
 
 def _many_tiles() -> list[Problem]:

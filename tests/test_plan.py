@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flash_attn.arguments import Options
+from problems import HOPPER_FORWARD, forward_head_dims
 
 _C = importlib.import_module("flash_attn._C")
 
@@ -113,6 +114,18 @@ def test_what_the_hopper_kernels_refuse_the_universal_ones_take(changes: dict[st
 def test_causal_attention_and_windows_get_kernels_that_mask(options: dict[str, int]) -> None:
     assert not plan()["forward"]["kernel"].endswith("masked")
     assert plan(**options)["forward"]["kernel"].endswith("masked")
+
+
+@needs_sm90
+@pytest.mark.parametrize("name", HOPPER_FORWARD)
+def test_a_forward_kernel_can_be_asked_for_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
+    head_dim, head_dim_v = forward_head_dims(name)
+    for causal, ending in ((0, ""), (1, " masked")):
+        chosen = plan(head_dim=head_dim, head_dim_v=head_dim_v, causal=causal)["forward"]
+        assert chosen["kernel"] == f"wgmma {name}{ending}"
+    with pytest.raises(RuntimeError, match=f"FLASH_ATTN_FORWARD_KERNEL={name} takes no problem.*wgmma d"):
+        plan(head_dim=8 if head_dim > 64 else 128)
 
 
 @needs_sm90

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "../../sequence.h"
@@ -120,6 +123,12 @@ int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   return std::min(std::max<int64_t>(1, bytes / bytes_per_head) * p.group_size(), p.batch * p.num_heads);
 }
 
+/// "d128 192x64" is both "wgmma d128 192x64" and "wgmma d128 192x64 masked".
+bool is_named(const ForwardVariant& variant, const std::string& name) {
+  const std::string full = "wgmma " + name;
+  return variant.name == full || variant.name == full + " masked";
+}
+
 void set_groups(TileSchedule& schedule, int64_t heads_per_group, int64_t batch_heads) {
   const int64_t num_m_blocks = schedule.num_m_blocks.value;
   schedule.heads_per_group = Divisor(heads_per_group);
@@ -185,11 +194,19 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, 
 }
 
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device) {
+  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   ForwardPlan best;
+  std::string names;
   for (const ForwardVariant& variant : variants_for(params)) {
     if (variant.masked != params.has_window()) continue;
+    names += std::string(names.empty() ? "" : ", ") + variant.name;
+    if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
     const ForwardPlan plan = plan_forward(params, device, variant);
     if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;
+  }
+  if (best.variant == nullptr) {
+    throw std::runtime_error("FLASH_ATTN_FORWARD_KERNEL=" + std::string(forced) +
+                             " takes no problem of these head dimensions, whose kernels are: " + names);
   }
   return best;
 }

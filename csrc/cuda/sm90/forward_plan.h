@@ -49,7 +49,8 @@ struct ForwardPlan {
 /// Bytes that the plan needs; with `workspace` also sets the schedule's pointers into it.
 int64_t place_workspace(ForwardPlan& plan, const ForwardParams& params, void* workspace);
 
-/// The plan that the model expects to be fastest.
+/// The plan that the model expects to be fastest; with FLASH_ATTN_FORWARD_KERNEL, of the kernels so named (for tests
+/// and measurements), or std::runtime_error if the problem's head dimensions have none.
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device);
 /// The plan with this kernel.
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, const ForwardVariant& variant);
