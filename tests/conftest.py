@@ -13,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--problems", type=int, default=200, help="number of random problems a device is tested on")
+    parser.addoption(
+        "--reference-device", default="cpu", help="where the reference runs for tests on a GPU; cuda is faster"
+    )
     parser.addoption("--seed", type=int, default=0, help="seed of the first random problem")
 
 
@@ -20,7 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import problems  # not at the top: only here is it known that the package is installed
+
+    problems.reference_device_on_cuda = config.getoption("--reference-device")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="there is no CUDA device")

@@ -24,6 +24,9 @@ from flash_attn import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Where the reference runs for problems on CUDA, unless a test says otherwise: pytest's --reference-device.
+reference_device_on_cuda = "cpu"
+
 # Hopper's forward kernels, each full and masked: what FLASH_ATTN_FORWARD_KERNEL takes.
 HOPPER_FORWARD = (
     *("d64 256x64", "d64 192x128", "d64 128x128", "d96 192x80", "d96 128x128", "d128 128x128", "d128 192x64"),
@@ -289,7 +292,7 @@ def _gradients(prefix: str, pairs: list[tuple[Tensor, Tensor]], leaves: dict[str
     }
 
 
-def check_all(problems: Iterable[Problem], device: str, reference_device: str = "cpu") -> None:
+def check_all(problems: Iterable[Problem], device: str, reference_device: str | None = None) -> None:
     """check() of each; the error names every miss, not only the first.
 
     What a family chosen by FLASH_ATTN_FORCE refuses is passed over, though not all of it.
@@ -308,11 +311,13 @@ def check_all(problems: Iterable[Problem], device: str, reference_device: str = 
         pytest.skip("the forced family refuses every problem")
 
 
-def check(p: Problem, device: str = "cpu", reference_device: str = "cpu") -> None:
+def check(p: Problem, device: str = "cpu", reference_device: str | None = None) -> None:
     """Raises AssertionError, naming the problem, unless every result and gradient is as near as the dtype allows.
 
     The reference takes seconds on a CPU for a problem of many rows and heads; `reference_device` may be another.
     """
+    if reference_device is None:
+        reference_device = reference_device_on_cuda if device == "cuda" else "cpu"
     inputs = make_inputs(p, device)
     got = _run(ops.attention, inputs)
     truth = _run(reference.attention, inputs, torch.float64, reference_device)
