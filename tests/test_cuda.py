@@ -239,6 +239,7 @@ def _many_tiles() -> list[Problem]:
     for d in (64, 128):
         sized = replace(base, head_dim=d, head_dim_v=d)
         problems += [
+            replace(sized, dtype=torch.float16),
             replace(sized, heads=16, heads_k=8),
             replace(sized, heads=16, heads_k=8, causal=1),
             replace(sized, seqlen_q=520, seqlen_k=700, causal=1),

@@ -5,16 +5,15 @@
 //   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
-//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ; three warps write
-//   dq
-//               (backward_dq.h)
+//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ, else three warps
+//               write dq (backward_dq.h)
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
 #pragma once
 
 #include <cstddef>
 
-#include "backward_pair_config.h"
+#include "backward_pair_producer.h"
 
 namespace flash_attn::sm90 {
 
