@@ -152,6 +152,21 @@ def test_backward_needs_dq_in_float32_and_two_floats_a_row() -> None:
 
 
 @needs_sm90
+@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (96, False), (256, False)])
+def test_backward_writes_dq_itself_when_ctas_take_many_tiles(head_dim: int, deterministic: bool) -> None:
+    """Shows in the workspace: a flag for each tile beside dq_accum and statistics."""
+    per_head = 1024 * (64 * ((head_dim + 63) // 64) * 4 + 16)  # in whole panels of 64 columns; 16 bytes a row
+    few, many = (
+        plan(batch=batch, seqlen_q=1024, head_dim=head_dim, deterministic=deterministic)["backward"]["workspace_bytes"]
+        - batch * 16 * per_head
+        for batch in (1, 16)
+    )
+    turns = 16 * (1024 // (128 if head_dim == 64 else 64)) * 16 if deterministic else 0  # 16 bytes a query block
+    assert few - turns <= 512
+    assert many - 16 * turns >= 16 * 16 * 8 * 4
+
+
+@needs_sm90
 def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
     alone = plan(batch=1, heads=16, heads_k=16)["backward"]["workspace_bytes"]
     grouped = plan(batch=1, heads=16, heads_k=1)["backward"]["workspace_bytes"]

@@ -90,7 +90,7 @@ bool has_dq_writer(const BackwardPlan& plan, const ForwardParams& p) {
   const bool causal = p.window_right >= 0;
   // The three warps of a pair work from registers, slowly: tiles with few steps wait for them.
   if (plan.variant->cluster > 1) return !plan.ordered_dq && !causal;
-  const bool dq_in_order_takes_the_warp = plan.variant->ordered == nullptr && plan.ordered_dq;
+  const bool dq_in_order_takes_the_warp = plan.variant->dq_warp && plan.ordered_dq;
   // H200, head dim 128, causal: -0.5% at 512 and 1024, 0 at 2048, -0.3% at 4096 rows.
   const bool contends = plan.variant->head_dim == 128 && causal;
   return !dq_in_order_takes_the_warp && !contends;
