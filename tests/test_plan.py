@@ -146,9 +146,9 @@ def test_workspace_is_linear_in_the_sequence() -> None:
 @needs_sm90
 def test_backward_needs_dq_in_float32_and_two_floats_a_row() -> None:
     rows, padded = 4 * 16 * 4096, 128
-    states = 1  # of tiles and of query blocks: less than a byte a row
-    for causal in (0, 1):
-        assert plan(causal=causal)["backward"]["workspace_bytes"] <= rows * (padded * 4 + 16 + states) + 4096
+    states = {0: 4 / 128, 1: 16 / 64}  # full: a flag for each tile; causal: four numbers for each query block
+    for causal, bytes_a_row in states.items():
+        assert plan(causal=causal)["backward"]["workspace_bytes"] <= rows * (padded * 4 + 16 + bytes_a_row) + 4096
 
 
 @needs_sm90

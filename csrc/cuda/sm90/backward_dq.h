@@ -29,7 +29,7 @@ SM90_DEVICE void await_added(const BackwardKernelParams& params, int begin, int 
     const int* const flag = params.dq_writing.added + i * Config::kCluster + rank;
     int added;
     do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(added) : "l"(flag) : "memory");
+      added = load_acquire(flag);
     } while (!added);
   }
   __syncwarp();
@@ -78,7 +78,7 @@ SM90_DEVICE void await_share(const BackwardKernelParams& params, const BackwardT
 template <typename Config>
 struct DqWriter {
   using Element = typename Config::Element;
-  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kPieces = kBlockM * Config::kPanels / kDqPieceRows;  // of a block
 
   const BackwardKernelParams& params;
@@ -86,10 +86,11 @@ struct DqWriter {
   const int lane;
   uint32_t count = 0;  // of pieces so far
 
-  SM90_DEVICE void choose_share(int index) {
+  /// The share of the tile at `index` in the order of tiles, when all have added to it.
+  SM90_DEVICE void begin_share(int index) {
     const BackwardTilePlace at = backward_tile_place(params, index);
     __syncwarp();
-    if (lane == 0) sm90::choose_share<Config>(params, at, shared.share);
+    if (lane == 0) choose_share<Config>(params, at, shared.share);
     await_share<Config>(params, at);
   }
 
@@ -149,7 +150,7 @@ struct DqWriter {
   }
 
   SM90_DEVICE void write_share(int index) {
-    choose_share(index);
+    begin_share(index);
     global_proxy_fence();
 #pragma unroll 1
     for (int head = params.group_size; head > 0; --head) {
@@ -169,7 +170,7 @@ struct DqWriter {
     const int num_tiles = params.schedule.num_tiles;
     uint32_t round = 0;
     for (int i = max(0, num_tiles - params.dq_writing.lag) + blockIdx.x; i < num_tiles; i += gridDim.x, ++round) {
-      choose_share(i);
+      begin_share(i);
       if (lane == 0) mbarrier_arrive(&shared.share_full);
       mbarrier_wait(&shared.share_empty, round % 2);
     }

@@ -277,7 +277,6 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kFragment / 2; ++i) ds[i] = 0;
     store_ds();
-    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
     named_barrier_sync(kDsReady, 256);
     issue_dq();
     wgmma_wait<0>();

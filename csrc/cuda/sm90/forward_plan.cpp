@@ -196,15 +196,17 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, 
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device) {
   const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   ForwardPlan best;
-  std::string names;
   for (const ForwardVariant& variant : variants_for(params)) {
     if (variant.masked != params.has_window()) continue;
-    names += std::string(names.empty() ? "" : ", ") + variant.name;
     if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
     const ForwardPlan plan = plan_forward(params, device, variant);
     if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;
   }
   if (best.variant == nullptr) {
+    std::string names;
+    for (const ForwardVariant& variant : variants_for(params)) {
+      names += std::string(names.empty() ? "" : ", ") + variant.name;
+    }
     throw std::runtime_error("FLASH_ATTN_FORWARD_KERNEL=" + std::string(forced) +
                              " takes no problem of these head dimensions, whose kernels are: " + names);
   }
