@@ -39,8 +39,8 @@ struct BackwardConfig : Shape {
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
   static constexpr int kTileSlots = 2;
-  // The producer and the consumers' warps; the dQ warp and the dq writer.
-  static constexpr int kTileReaders = 1 + 4 * kConsumers + (Shape::kFusedDq ? 0 : 2);
+  // Threads that read a tile: the producer, the consumers, the warps that take dQ and write dq.
+  static constexpr int kTileReaders = 1 + 128 * kConsumers + (Shape::kFusedDq ? 0 : 32 + (Shape::kDqWarp ? 32 : 1));
   static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // added to dq_accum by the consumers
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;

@@ -188,9 +188,8 @@ struct DqWriter {
       const BackwardTile& tile = shared.tiles[tiles.slot()];
       const bool ended = tile.num_heads < 0;
       const int index = tile.index;
-      __syncwarp();
       if (ended) break;
-      if (lane == 0) mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
       if (params.dq_writing.enabled() && index >= params.dq_writing.lag) write_share(index - params.dq_writing.lag);
     }
     if (params.dq_writing.enabled()) leave_rest_to_consumers();

@@ -354,8 +354,8 @@ struct BackwardConsumer {
       tma_store_commit();
       tma_store_wait_read();
       mbarrier_arrive(&shared.kv_empty[tiles.stage_kv()]);
-      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     }
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     __syncwarp();
   }
 

@@ -179,8 +179,8 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
         tma_store_wait();
         say_added<Config>(params, tile);
       }
-      mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     }
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     __syncwarp();
     ++tiles.count;
   }
