@@ -157,8 +157,10 @@ struct Consumer {
     wgmma_wait<0>();
     wgmma_results(s);
     release_k();
+    constexpr bool kLift = Config::kLazyMax && Config::kMasked;
+    if constexpr (kLift) softmax.see_all(s);
     if (needs_mask(n_block)) mask_block(tile, row, n_block);
-    softmax.start(s);
+    softmax.template start<kLift>(s);
     pack_p();
   }
 

@@ -40,13 +40,24 @@ struct OnlineSoftmax {
 
   SM90_DEVICE OnlineSoftmax(float scale) : scale_log2(scale) {}
 
-  /// A tile's first block.
+  /// Before the mask of a tile's first block, for start<true>().
+  SM90_DEVICE void see_all(const float (&s)[kSize]) { thread_max(s, row_max); }
+
+  /// A tile's first block. With kLift its mask may have left a row few columns, above whose maximum later blocks would
+  /// soon rise too far for advance_lazily(): row_max is taken higher then, by up to 2^kGrowth, if the columns that the
+  /// row does not see suggest it; by a power of 2, which leaves P as exact as it was.
+  template <bool kLift = false>
   SM90_DEVICE void start(float (&s)[kSize]) {
     float largest[2], sum[2];
     thread_max(s, largest);
     quad_max(largest);
-    row_max[0] = fmaxf(largest[0] * scale_log2, kMinMax);
-    row_max[1] = fmaxf(largest[1] * scale_log2, kMinMax);
+    if constexpr (kLift) quad_max(row_max);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float above = row_max[r];
+      row_max[r] = fmaxf(largest[r] * scale_log2, kMinMax);
+      if constexpr (kLift) row_max[r] += floorf(fminf(fmaxf(above * scale_log2 - row_max[r], 0.f), kGrowth));
+    }
     grown = false;
     exponentials(s, sum);
     row_sum[0] = sum[0];
