@@ -134,21 +134,33 @@ def test_a_thread_that_never_used_cuda_can_call_it(dtype: torch.dtype) -> None:
     assert len(results) == 1 and torch.equal(results[0], expected)
 
 
+def _check_repeats(shape: tuple[int, ...], dtype: torch.dtype, causal: int, repeats: int) -> None:
+    q, k, v = _qkv(*shape, dtype=dtype)
+    dout = torch.randn_like(v)
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = ops.attention(q, k, v, heads_first=True, causal=causal, deterministic=True)
+        return (out, lse, *torch.autograd.grad(out, (q, k, v), dout))
+
+    first = step()
+    for _ in range(repeats):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_repeat_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
     if FORCED not in (None, "universal") and (dtype == torch.float32 or head_dim > 256):
         pytest.skip("only the universal family takes it")
-    q, k, v = _qkv(2, 3, 700, head_dim, dtype=dtype)
-    dout = torch.randn_like(v)
+    _check_repeats((2, 3, 700, head_dim), dtype, ops.TOP_LEFT, 200 if dtype == torch.bfloat16 else 20)
 
-    def step() -> tuple[Tensor, ...]:
-        out, lse = ops.attention(q, k, v, heads_first=True, causal=ops.TOP_LEFT, deterministic=True)
-        return (out, lse, *torch.autograd.grad(out, (q, k, v), dout))
 
-    first = step()
-    for _ in range(200 if dtype == torch.bfloat16 else 20):
-        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+@pytest.mark.skipif(FORCED == "universal", reason="no tile of that family waits for another")
+@pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_results_of_many_tiles_repeat_bit_for_bit(head_dim: int, causal: int) -> None:
+    """Several tiles for each CTA of a large GPU: see _many_tiles()."""
+    _check_repeats((10, 8, 600, head_dim), torch.bfloat16, causal, 200)
 
 
 def test_out_of_memory_is_torchs_error_and_says_how_much() -> None:
