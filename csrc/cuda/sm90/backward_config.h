@@ -39,7 +39,8 @@ struct BackwardConfig : Shape {
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
   static constexpr int kTileSlots = 2;
-  // Threads that read a tile: the producer, the consumers, the warps that take dQ and write dq.
+  // Threads that read a tile, each of which says when it is through: the producer, the consumers, the dq writer's or
+  // a second dQ warp, and the first dQ warp or follow_dq's one thread.
   static constexpr int kTileReaders = 1 + 128 * kConsumers + (Shape::kFusedDq ? 0 : 32 + (Shape::kDqWarp ? 32 : 1));
   static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // added to dq_accum by the consumers
 

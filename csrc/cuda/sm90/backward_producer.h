@@ -174,11 +174,9 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
         __syncwarp();
       }
     }
-    if (elected) {
-      if (kCount > 1 && params.dq_writing.enabled()) {
-        tma_store_wait();
-        say_added<Config>(params, tile);
-      }
+    if (elected && kCount > 1 && params.dq_writing.enabled()) {
+      tma_store_wait();
+      say_added<Config>(params, tile);
     }
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     __syncwarp();

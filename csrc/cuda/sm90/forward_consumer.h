@@ -158,7 +158,7 @@ struct Consumer {
     wgmma_results(s);
     release_k();
     constexpr bool kLift = Config::kLazyMax && Config::kMasked;
-    if constexpr (kLift) softmax.see_all(s);
+    if constexpr (kLift) softmax.note_unmasked_max(s);
     if (needs_mask(n_block)) mask_block(tile, row, n_block);
     softmax.template start<kLift>(s);
     pack_p();

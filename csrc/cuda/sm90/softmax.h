@@ -40,8 +40,9 @@ struct OnlineSoftmax {
 
   SM90_DEVICE OnlineSoftmax(float scale) : scale_log2(scale) {}
 
-  /// Before the mask of a tile's first block, for start<true>().
-  SM90_DEVICE void see_all(const float (&s)[kSize]) { thread_max(s, row_max); }
+  /// Before the mask of a tile's first block: leaves this thread's maxima of it in row_max, not scaled, for
+  /// start<true>().
+  SM90_DEVICE void note_unmasked_max(const float (&s)[kSize]) { thread_max(s, row_max); }
 
   /// A tile's first block. With kLift its mask may have left a row few columns, above whose maximum later blocks would
   /// soon rise too far for advance_lazily(): row_max is taken higher then, by up to 2^kGrowth, if the columns that the
@@ -54,9 +55,9 @@ struct OnlineSoftmax {
     if constexpr (kLift) quad_max(row_max);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float above = row_max[r];
+      const float unmasked = row_max[r];
       row_max[r] = fmaxf(largest[r] * scale_log2, kMinMax);
-      if constexpr (kLift) row_max[r] += floorf(fminf(fmaxf(above * scale_log2 - row_max[r], 0.f), kGrowth));
+      if constexpr (kLift) row_max[r] += floorf(fminf(fmaxf(unmasked * scale_log2 - row_max[r], 0.f), kGrowth));
     }
     grown = false;
     exponentials(s, sum);
