@@ -160,7 +160,7 @@ def test_results_repeat_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_results_of_many_tiles_repeat_bit_for_bit(head_dim: int, causal: int) -> None:
     """Several tiles for each CTA of a large GPU: see _many_tiles()."""
-    _check_repeats((10, 8, 600, head_dim), torch.bfloat16, causal, 200)
+    _check_repeats((20, 8, 600, head_dim), torch.bfloat16, causal, 200)
 
 
 def test_out_of_memory_is_torchs_error_and_says_how_much() -> None:
@@ -240,8 +240,8 @@ def test_every_hopper_forward_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def _many_tiles() -> list[Problem]:
-    """Several tiles for each CTA of a large GPU, so that CTAs also work on what others have added up."""
-    base = Problem(dtype=torch.bfloat16, batch=10, heads=8, heads_k=8, seqlen_q=600, seqlen_k=600)
+    """Several tiles for each CTA of a large GPU, so that CTAs work on what others have added up or prepared."""
+    base = Problem(dtype=torch.bfloat16, batch=20, heads=8, heads_k=8, seqlen_q=600, seqlen_k=600)
     problems = [
         replace(base, head_dim=d, head_dim_v=d, causal=causal, deterministic=deterministic)
         for d in (64, 96, 128, 192, 256)
@@ -263,6 +263,14 @@ def _many_tiles() -> list[Problem]:
             replace(sized, window=(100, -1)),
             replace(sized, seqlen_q=130, seqlen_k=130, batch=60),
             replace(sized, dtype=torch.float16, packed=True, causal=1),
+        ]
+    for d, d_v in ((64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192), (256, 200)):
+        sized = replace(base, head_dim=d, head_dim_v=d_v)
+        problems += [
+            replace(sized, use_lse=True, causal=1),
+            replace(sized, heads=32, heads_k=8, batch=10),
+            replace(sized, seqlen_q=1500, seqlen_k=256, heads=4, heads_k=4),
+            replace(sized, seqlen_q=256, seqlen_k=1500, heads=4, heads_k=4, causal=1),
         ]
     return problems
 

@@ -1,9 +1,7 @@
 // What a backward kernel is compiled for, and the shared memory that follows from it.
 #pragma once
 
-#include "backward_ptx.h"
-#include "backward_statistics.h"
-#include "backward_tile.h"
+#include "backward_prepare.h"
 #include "ring.h"
 
 namespace flash_attn::sm90 {
@@ -57,6 +55,7 @@ struct DqShare {
   int begin, end;   // query blocks; end < 0: no more shares
   int first_block;  // index of the head's block 0
   int q_head, batch;
+  uint32_t pieces;  // of earlier heads, or in a pair units
 };
 
 /// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what
@@ -77,6 +76,10 @@ struct BackwardStorage {
   uint64_t piece_full[2], share_full, share_empty;
   DqShare share;
 
+  // full: consumers have computed delta of all rows that a tile prepares. empty: the scheduler's warp has read them.
+  uint64_t deltas_full, deltas_empty;
+  PreparedBlock prepared;
+
   uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];
   uint64_t tile_wanted;  // the producer has issued all copies of a tile
   BackwardTile tiles[Config::kTileSlots];
@@ -91,6 +94,7 @@ struct BackwardStorage {
   alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
   alignas(1024) uint8_t dq_rows[2][kDqPiece * 2];                          // [kDqPieceRows][64], 16-bit
   alignas(128) float dq_piece[2][kDqPiece];
+  alignas(128) float deltas[kMaxPreparedRows];
   alignas(128) float dq[Config::kDqWarp ? Config::kConsumers : 0][kDqTile];
 };
 

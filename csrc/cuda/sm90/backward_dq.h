@@ -84,7 +84,6 @@ struct DqWriter {
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
   const int lane;
-  uint32_t count = 0;  // of pieces so far
 
   /// The share of the tile at `index` in the order of tiles, when all have added to it.
   SM90_DEVICE void begin_share(int index) {
@@ -131,6 +130,7 @@ struct DqWriter {
   SM90_DEVICE void write_head() {
     const DqShare& share = shared.share;
     int i = share.begin * kPieces;
+    uint32_t count = share.pieces;
     if (lane == 0 && share.begin < share.end) {
       load_piece(share.first_block * kPieces + i, count % 2);
       load_piece(share.first_block * kPieces + i + 1, count % 2 ^ 1);
@@ -158,6 +158,7 @@ struct DqWriter {
       __syncwarp();
       if (lane == 0) {
         ++shared.share.q_head;
+        shared.share.pieces += (shared.share.end - shared.share.begin) * kPieces;
         shared.share.first_block += params.num_blocks;
       }
       __syncwarp();

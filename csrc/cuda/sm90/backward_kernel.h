@@ -8,8 +8,10 @@
 //   dP^T = V dO^T  dS^T = P^T (dP^T - delta)  dK += dS^T Q      dQ += dS K, over all CTAs, in fp32 in global memory
 //
 // Two consumer warpgroups own 64 rows of K each; for dQ they share dS through shared memory and each takes half of the
-// result. Of the third warpgroup one thread is the scheduler, one the producer (TMA), a warp adds dQ to dq_accum in
+// result. Of the third warpgroup a warp schedules, one thread is the producer (TMA), a warp adds dQ to dq_accum in
 // global memory, and a warp writes dq from that.
+//
+// Before its own steps a tile prepares query rows for later ones (backward_prepare.h).
 //
 //   consumer, step i   S, dP issued, dK(i - 1) in flight | exp under dP | dS | dV, barrier, dQ, dK | dQ out under dK
 #pragma once
@@ -216,6 +218,35 @@ struct BackwardConsumer {
     }
   }
 
+  // -- rows of later tiles, see backward_prepare.h
+
+  /// delta of the rows whose out and dO are in this stage.
+  SM90_DEVICE void compute_deltas(float* to) {
+    const int thread = 128 * warpgroup + 32 * warp + lane_id();
+    using Rows = PreparedRows<Element, 128 * Config::kConsumers, kBlockM, Config::kPanels>;
+    const int panel = Rows::panel(thread), offset = panel * Config::kPanelBytesQ;
+    const float delta =
+        Rows::delta(shared.q[q.stage] + offset, shared.dout[q.stage] + offset, thread, panel < params.panels_v);
+    if (thread % Rows::kThreadsOfRow == 0) to[thread / Rows::kThreadsOfRow] = delta;
+  }
+
+  /// While K and V are on their way.
+  SM90_DEVICE void prepare_rows(const BackwardTile& tile) {
+    const int blocks = tile.prepared_end - tile.prepared_begin;
+    mbarrier_wait(&shared.deltas_empty, (tiles.count & 1) ^ 1);
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+      mbarrier_wait(&shared.q_full[q.stage], q.phase);
+      mbarrier_wait(&shared.dout_full[q.stage], q.phase);
+      compute_deltas(shared.deltas + i * kBlockM);
+      named_barrier_sync(kDsReady, 256);  // all have read
+      release(&shared.q_empty[q.stage]);
+      release(&shared.dout_empty[q.stage]);
+      q.advance();
+    }
+    mbarrier_arrive(&shared.deltas_full);
+  }
+
   /// One thread releases for its warpgroup: its own wait for the product that read implies the others'.
   SM90_DEVICE void release(uint64_t* barrier) {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
@@ -295,12 +326,16 @@ struct BackwardConsumer {
     const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
     int previous_q = -1;  // stage that dK in flight still reads
     mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
-    const int m_end = tile.m_end;  // a copy: a step's barriers would make the compiler read it again
     // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
-    const bool unseen = kBlockM < kBlockN && tile.m_begin < m_end &&
+    const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end &&
                         (tile.m_begin + 1) * kBlockM - 1 + tile.right_bound < tile.n_begin + 64 * warpgroup;
-    for (int head = 0; head < tile.num_heads; ++head) {
-      int m_block = tile.m_begin;
+    // A head's blocks from m_first on, then those before it.
+    const int parts = tile.m_first > tile.m_begin ? 2 : 1;
+    for (int part = 0; part < parts * tile.num_heads; ++part) {
+      const bool starts = parts == 1 || part % 2 == 0;
+      const int head = parts == 1 ? part : part / 2;
+      const int m_end = starts ? tile.m_end : tile.m_first;  // a copy: behind a step's stores it would be read late
+      int m_block = starts ? tile.m_first : tile.m_begin;
       if (unseen) {
         process_unseen_step(tile, head, m_block++, previous_q);
         previous_q = -1;
@@ -312,6 +347,7 @@ struct BackwardConsumer {
         previous_q = stage;
       }
     }
+    asm volatile("" : "+r"(tiles.count));  // no address is kept through the loop
     if constexpr (Config::kDqFromRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
     wgmma_wait<0>();
     wgmma_results(dk);
@@ -364,6 +400,7 @@ struct BackwardConsumer {
       mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
       const BackwardTile& tile = shared.tiles[tiles.slot()];
       if (tile.num_heads < 0) break;
+      if (!Config::kFusedDq && params.preparation.enabled()) prepare_rows(tile);
       process_tile(tile);
       store_tile(tile);
       ++tiles.count;
@@ -401,6 +438,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.piece_full, 2, 1);
     init(&shared.share_full, 1, 1);
     init(&shared.share_empty, 1, 128 * Config::kConsumers);
+    init(&shared.deltas_full, 1, 128 * Config::kConsumers);
+    init(&shared.deltas_empty, 1, 32);
+    shared.share.pieces = 0;
     mbarrier_init_fence();
   }
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanels) {
@@ -409,21 +449,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
-  grid_dependency_wait();  // for statistics, zeros in dq_accum and next_tile
+  grid_dependency_wait();  // for what was prepared or zeroed
   if (warpgroup == Config::kConsumers) {
     register_budget_lower<Config::kProducerRegisters>();
     if (warp == 0) {
-      if (threadIdx.x % 32 == 0) BackwardProducer<Config>{params, shared}.run();
+      if (lane_id() == 0) BackwardProducer<Config>{params, shared}.run();
     } else if (warp == 3) {
-      if (threadIdx.x % 32 == 0) schedule_tiles(params, shared);
+      BackwardScheduler<Config>{params, shared}.run();
     } else if constexpr (!Config::kFusedDq) {
       const bool two_dq_warps = Config::kDqWarp && params.ordered_dq;
       if (warp == 2 && !two_dq_warps) {
-        DqWriter<Config>{params, shared, static_cast<int>(threadIdx.x % 32)}.run();
+        DqWriter<Config>{params, shared, lane_id()}.run();
       } else if constexpr (Config::kDqWarp) {
         two_dq_warps ? store_dq<Config, 1>(params, shared, warp - 1) : store_dq<Config, 2>(params, shared, 0);
       } else {
-        if (threadIdx.x % 32 == 0) follow_dq(params, shared);
+        if (lane_id() == 0) follow_dq(params, shared);
       }
     }
   } else {

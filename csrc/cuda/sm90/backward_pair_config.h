@@ -35,8 +35,11 @@ struct BackwardPairStorage {
   uint64_t ds_full[2], ds_peer_full[2];
   DqTurnBarriers dq_turns[2];  // of the scores and the gradients warpgroup
   uint64_t dq_added;           // both consumers have added all their dQ
+  // full: out and dO of a block to prepare have arrived. empty: consumers have written its statistics.
+  uint64_t prepared_full, prepared_empty;
   uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
 
+  int next_dq_unit;  // of write_pair_share
   BackwardTile tile;
   DqShare shares[Config::kThreads / 32];
 
@@ -50,8 +53,14 @@ struct BackwardPairStorage {
   alignas(128) uint8_t p[2][Config::kPanelBytes];                                     // [16 bytes of a thread][128]
 };
 
+/// Panels of dO of a block to prepare lie where dS and P are later; out in place of the second step's Q.
+template <typename Config>
+SM90_DEVICE uint8_t* prepared_dout(BackwardPairStorage<Config>& shared, int panel) {
+  return panel < 2 ? shared.ds[panel] : shared.p[panel - 2];
+}
+
 enum BackwardPairBarrier : int {
-  kPairBoth = 1,       // both consumers have read all of K and V
+  kPairBoth = 1,       // both consumers have read all of K and V, or of what they prepare
   kPairGradients = 2,  // the gradients warpgroup has written dS
 };
 

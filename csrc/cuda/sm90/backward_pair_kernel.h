@@ -248,6 +248,38 @@ struct BackwardPairConsumer {
     emit_dq(block, steps - 1);
   }
 
+  // -- rows of later tiles, see backward_prepare.h
+
+  SM90_DEVICE void prepare_block(int index, uint32_t phase) {
+    using Rows = PreparedRows<Element, 256, Config::kBlockM, Config::kPanelsV>;
+    const PreparedPlace at = prepared_place(params, index);
+    const int thread = (kScores ? 0 : 128) + 32 * warp + lane_id(), row_in_block = thread / Rows::kThreadsOfRow;
+    const int row = at.m_block * Config::kBlockM + row_in_block;
+    const bool writes = thread % Rows::kThreadsOfRow == 0, inside = writes && row < params.seqlen_q;
+    float lse = -INFINITY, dlse = 0.f;
+    if (inside) lse = *first_of(params.problem.lse, at, row);
+    if (inside && params.preparation.dlse.data != nullptr) dlse = *first_of(params.preparation.dlse, at, row);
+    mbarrier_wait(&shared.prepared_full, phase);
+    const int panel = Rows::panel(thread);
+    const float delta = Rows::delta(shared.q[1] + panel * Config::kPanelBytes, prepared_dout(shared, panel), thread,
+                                    panel < params.panels_v);
+    if (writes) {
+      const_cast<uint4*>(params.statistics)[at.block * Config::kBlockM + row_in_block] =
+          row_statistics<Element>(lse, delta - dlse, params.inverse_scale);
+    }
+    mbarrier_arrive(&shared.prepared_empty);
+  }
+
+  /// While K is on its way.
+  SM90_DEVICE void prepare_rows() {
+    uint32_t done = 0;
+#pragma unroll 1
+    for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
+      prepare_block(index, done % 2);
+    }
+    if (done > 0) named_barrier_sync(kPairBoth, 256);  // before P and dS come to where dO was
+  }
+
   // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
 
   SM90_DEVICE void store_rows(float scale, uint8_t* buffer, const CUtensorMap& map) {
@@ -273,6 +305,7 @@ struct BackwardPairConsumer {
   }
 
   SM90_DEVICE void run() {
+    prepare_rows();
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) acc[i / (kPartColumns / 2)][i % (kPartColumns / 2)] = 0.f;
     mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);
@@ -301,6 +334,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     mbarrier_init(&shared.dout_full, 1);
     mbarrier_init(&shared.dout_empty, 2);
     mbarrier_init(&shared.dq_added, 256);
+    shared.next_dq_unit = 0;
+    mbarrier_init(&shared.prepared_full, 1);
+    mbarrier_init(&shared.prepared_empty, 256 + 1);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.q_full[i], 1);
       mbarrier_init(&shared.q_empty[i], 2);
@@ -317,16 +353,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
         !make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) {
       shared.tile.num_heads = 0;
     }
+    shared.tile.prepared_begin = shared.tile.prepared_end = 0;
+    if (params.preparation.enabled()) plan_preparation(params.preparation, shared.tile);
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
   cluster_sync();                    // before any signal from the peer
-  grid_dependency_wait();            // for statistics and zeros in dq_accum
+  grid_dependency_wait();            // for what was prepared or zeroed
   if (shared.tile.num_heads == 0) {  // in both CTAs
     // Beyond the last tile CTAs write what is left.
     if (writes_dq) {
-      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag, threadIdx.x / 32,
-                               Config::kThreads / 32);
+      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag);
     }
     return;
   }
@@ -339,10 +376,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 2) {
     register_budget_lower<Config::kProducerRegisters>();
     if (threadIdx.x % 128 == 0) BackwardPairProducer<Config>{params, shared, rank}.run();
+    if (warp == 3) follow_preparation(params, shared, rank);
     if constexpr (Config::kOrderedDq) {
       if (lane == 0 && (warp == 1 || warp == 2)) order_pair_dq(params, shared, rank, warp - 1);
     } else if (warp > 0 && writes_dq) {
-      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag, warp - 1, 3);
+      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag);
     }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();

@@ -47,60 +47,135 @@ struct BackwardPairProducer {
     load_kv(shared.k_peer, params.k, &shared.k_full, peer_first, peer_end, rank ^ 1);
   }
 
+  SM90_DEVICE void load_q(int step, int head, int m_block) {
+    const BackwardTile& tile = shared.tile;
+    uint64_t* const full = &shared.q_full[step % 2];
+    mbarrier_wait(&shared.q_empty[step % 2], step / 2 % 2 ^ 1);
+    mbarrier_arrive_expect(full, params.panels * Config::kPanelBytes + Config::kBytesStatistics);
+    load_panels(shared.q[step % 2], params.q, full, 0, params.panels, tile.q_x + m_block * Config::kBlockM, tile.q_y,
+                tile.q_head + head, tile.q_batch);
+  }
+
+  SM90_DEVICE void load_statistics(int step, int head, int m_block) {
+    const int64_t block = shared.tile.block + head * params.num_blocks + m_block;
+    bulk_load(shared.statistics[step % 2], params.statistics + block * Config::kBlockM, Config::kBytesStatistics,
+              &shared.q_full[step % 2]);
+  }
+
+  SM90_DEVICE void load_dout(int step, int head, int m_block) {
+    const BackwardTile& tile = shared.tile;
+    mbarrier_wait(&shared.dout_empty, step % 2 ^ 1);
+    mbarrier_arrive_expect(&shared.dout_full, params.panels_v * Config::kPanelBytes);
+    load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v, tile.q_x + m_block * Config::kBlockM,
+                tile.q_y, tile.q_head + head, tile.q_batch);
+  }
+
+  // -- rows of later tiles, see backward_prepare.h
+
+  /// out and dO of a block, to buffers that the first step does not use at its start.
+  SM90_DEVICE void load_prepared(int index) {
+    const PreparedPlace at = prepared_place(params, index);
+    const int row = at.m_block * Config::kBlockM;
+    uint64_t* const full = &shared.prepared_full;
+    mbarrier_arrive_expect(full, 2 * params.panels_v * Config::kPanelBytes);
+    load_panels(shared.q[1], params.preparation.out, full, 0, params.panels_v, row, params.seqlen_q, at.head, at.batch);
+    for (int panel = 0; panel < params.panels_v; ++panel) {
+      tma_load(prepared_dout(shared, panel), &params.dout, full, {64 * panel, row, params.seqlen_q, at.head, at.batch});
+    }
+  }
+
+  SM90_DEVICE void load_first_prepared_and_v() {
+    if (shared.tile.prepared_begin + rank < shared.tile.prepared_end) load_prepared(shared.tile.prepared_begin + rank);
+    load_v();
+  }
+
+  /// Until the consumers are through with all of them.
+  SM90_DEVICE void load_other_prepared() {
+    int done = 0;
+    for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
+      if (done > 0) load_prepared(index);
+      mbarrier_wait(&shared.prepared_empty, done % 2);
+    }
+  }
+
   SM90_DEVICE void run() {
     const BackwardTile& tile = shared.tile;
     load_k();
-    if (tile.m_begin == tile.m_end) load_v();
+    if (tile.m_begin == tile.m_end) load_first_prepared_and_v();
     int step = 0;
     for (int head = 0; head < tile.num_heads; ++head) {
       for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
-        const int stage = step % 2, x = tile.q_x + m_block * Config::kBlockM;
-        uint64_t* const q_full = &shared.q_full[stage];
-        mbarrier_wait(&shared.q_empty[stage], step / 2 % 2 ^ 1);
-        mbarrier_arrive_expect(q_full, params.panels * Config::kPanelBytes + Config::kBytesStatistics);
-        load_panels(shared.q[stage], params.q, q_full, 0, params.panels, x, tile.q_y, tile.q_head + head, tile.q_batch);
-        const int64_t block = tile.block + head * params.num_blocks + m_block;
-        bulk_load(shared.statistics[stage], params.statistics + block * Config::kBlockM, Config::kBytesStatistics,
-                  q_full);
-        if (step == 0) load_v();
-        mbarrier_wait(&shared.dout_empty, step % 2 ^ 1);
-        mbarrier_arrive_expect(&shared.dout_full, params.panels_v * Config::kPanelBytes);
-        load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v, x, tile.q_y, tile.q_head + head,
-                    tile.q_batch);
+        if (step == 1) load_other_prepared();
+        load_q(step, head, m_block);
+        if (step == 0) load_first_prepared_and_v();
+        if (m_block == tile.m_begin && params.preparation.enabled()) {
+          await_prepared(params.preparation, tile, head);
+          global_proxy_fence();
+        }
+        load_statistics(step, head, m_block);
+        load_dout(step, head, m_block);
       }
     }
+    if (step <= 1) load_other_prepared();
     mbarrier_wait(&shared.dq_added, 0);
     say_added<Config>(params, tile, rank);
   }
 };
 
+// ---- preparation of rows
+
+/// By a warp: zeros, and counts what consumers have prepared.
+template <typename Config>
+SM90_DEVICE void follow_preparation(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank) {
+  int done = 0;
+#pragma unroll 1
+  for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
+    if (lane_id() == 0) mbarrier_arrive(&shared.prepared_empty);  // so that no block is missed
+    const PreparedPlace at = prepared_place(params, index);
+    if (params.preparation.zeroes_dq) zero_block<Config::kDqPanels * kDqTile / 4>(params, at.block);
+    __syncwarp();
+    mbarrier_wait(&shared.prepared_empty, done % 2);
+    if (lane_id() == 0) add_to_count(params.preparation.prepared + at.all_heads);
+  }
+}
+
 // ---- dq writer
 
-/// By `warps` warps, of which this is number `warp`: of the share of the tile at `index` in the order of tiles, the
+/// By several warps, each of which takes what is next: of the share of the tile at `index` in the order of tiles, the
 /// columns that the CTAs of this rank compute (see backward_dq.h; here from registers to memory, for shared memory is
 /// full).
 template <typename Config>
 SM90_DEVICE void write_pair_share(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank,
-                                  int index, int warp, int warps) {
+                                  int index) {
   constexpr int kUnits = 8;  // of a block: a warp's 16 rows of a panel
   const BackwardTilePlace at = backward_tile_place(params, index);
   await_share<Config>(params, at, rank);
-  const int lane = threadIdx.x % 32;
-  DqShare& share = shared.shares[warp];  // there are few registers
-  if (lane == 0) choose_share<Config>(params, at, share);
+  DqShare& share = shared.shares[threadIdx.x / 32];  // there are few registers
+  if (lane_id() == 0) {
+    choose_share<Config>(params, at, share);
+    share.pieces = 0;
+  }
   __syncwarp();
+  const auto next_unit = [&] {
+    int next = 0;
+    if (lane_id() == 0) next = atomicAdd(&shared.next_dq_unit, 1);
+    return __shfl_sync(~0u, next, 0);
+  };
+  const auto units = [&] { return (share.end - share.begin) * kUnits; };  // of a head
+  int taken = next_unit();
 #pragma unroll 1
-  for (int head = 0; head < params.group_size; ++head) {
+  for (int heads = params.group_size; heads > 0; --heads) {
 #pragma unroll 1
-    for (int unit = share.begin * kUnits + warp; unit < share.end * kUnits; unit += warps) {
+    for (; taken - static_cast<int>(share.pieces) < units(); taken = next_unit()) {
+      const int unit = share.begin * kUnits + taken - static_cast<int>(share.pieces), lane = lane_id();
       const int panel = 2 * rank + unit / 4 % 2, row = unit / kUnits * Config::kBlockM + unit % 4 * 16 + lane / 4;
       const int columns = min(static_cast<int>(params.problem.head_dim) - 64 * panel, 64);
-      const int block = share.first_block + head * params.num_blocks + unit / kUnits;
+      const int block = share.first_block + unit / kUnits;
       const float4* from = reinterpret_cast<const float4*>(params.dq_accum) +
                            int64_t{block * Config::kDqPanels + panel} * (kDqTile / 4) + unit % 4 * (kDqTile / 16) +
                            lane;
       uint16_t* to = static_cast<uint16_t*>(params.dq.data) + share.batch * params.dq.batch + row * params.dq.row +
-                     (share.q_head + head) * params.dq.head + 64 * panel + 2 * (lane % 4);
+                     share.q_head * params.dq.head + 64 * panel + 2 * (lane % 4);
 #pragma unroll 1
       for (int left = columns; left > 0; left -= 16, from += 64, to += 16) {
         const float4 x[2] = {__ldcg(from), __ldcg(from + 32)};
@@ -117,6 +192,13 @@ SM90_DEVICE void write_pair_share(const BackwardKernelParams& params, BackwardPa
         }
       }
     }
+    __syncwarp();
+    if (lane_id() == 0) {
+      share.pieces += units();
+      share.first_block += params.num_blocks;
+      ++share.q_head;
+    }
+    __syncwarp();
   }
 }
 

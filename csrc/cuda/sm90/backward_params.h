@@ -54,6 +54,21 @@ struct DqWriting {
   FLASH_ATTN_HOST_DEVICE bool enabled() const { return added != nullptr; }
 };
 
+/// How the main kernel itself prepares query rows, see backward_prepare.h. Blocks are counted head by head.
+struct RowPreparation {
+  CUtensorMap out;  // boxes of a block's rows
+  RowView dlse;     // data null: none
+  int* prepared;    // (batch * num_heads), 0 at first: how many blocks of a head are done; null: all, by another launch
+  FastDivision num_heads, num_m_blocks;
+  int first_head;                   // all blocks of the heads before it are prepared by another launch
+  int num_blocks, blocks_per_tile;  // tile i prepares blocks_per_tile blocks from first + i * blocks_per_tile on
+  bool zeroes_dq;                   // in dq_accum
+  FLASH_ATTN_HOST_DEVICE bool enabled() const { return prepared != nullptr; }
+};
+
+/// Query rows that a tile can prepare.
+constexpr int kMaxPreparedRows = 1024;
+
 struct BackwardKernelParams {
   CUtensorMap q, dout, k, v, dk, dv, dq_rows;  // see tensor_map.h; dk and dv in boxes of 16 rows, dq_rows of 32
   ForwardParams problem;
@@ -64,7 +79,9 @@ struct BackwardKernelParams {
                     // of Config::kFusedDq (CTAs, query heads, num_m_blocks, ...)
   TensorView dq;
   DqWriting dq_writing;
-  bool ordered_dq;  // tiles add to dq_accum one by one in a fixed order, so that the sum is the same every time
+  RowPreparation preparation;
+  bool spread_starts;  // tiles of a head begin with different query blocks, see first_block_of_tile
+  bool ordered_dq;     // tiles add to dq_accum one by one in a fixed order, so that the sum is the same every time
   // (num_heads * num_blocks, kDqTurns), 0 at first: with ordered_dq how many tiles have added; else a state of
   // claim_block(), or null where dq_accum is 0 at first.
   int* dq_turns;
@@ -77,7 +94,7 @@ struct BackwardKernelParams {
   bool dense;    // all sequences are of seqlen_q and seqlen_k
   FastDivision heads_k, key_parts;  // heads_k: num_heads_k * key_parts
   FastDivision n_blocks, group_tiles, heads_per_group;
-  float softmax_scale, scale_log2;  // scale_log2: softmax_scale / ln 2
+  float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
 };
 

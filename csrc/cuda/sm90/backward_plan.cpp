@@ -15,8 +15,10 @@ constexpr int64_t kAlignment = 256;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
+/// Its parts, in this order.
 struct Workspace {
-  int64_t dq_accum_bytes, statistics_bytes, dq_turns_bytes, dq_flags_bytes;
+  int64_t dq_accum_bytes, statistics_bytes;
+  int64_t next_tile_bytes = kAlignment, dq_turns_bytes, dq_flags_bytes, prepared_bytes;  // 0 at first
   int64_t dk_parts_bytes = 0, dv_parts_bytes = 0;
   Workspace(const BackwardPlan& plan, const BackwardParams& params) {
     const ForwardParams& p = params.forward;
@@ -26,6 +28,7 @@ struct Workspace {
     statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
     dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
     dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * plan.variant->cluster * 4) : 0;
+    prepared_bytes = plan.prepared_per_tile > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
       dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
@@ -33,9 +36,9 @@ struct Workspace {
     }
   }
   int64_t bytes() const {
-    return dq_accum_bytes + statistics_bytes + kAlignment + dq_turns_bytes + dq_flags_bytes + dk_parts_bytes +
-           dv_parts_bytes;
+    return dq_accum_bytes + statistics_bytes + cleared_bytes() + dk_parts_bytes + dv_parts_bytes;
   }
+  int64_t cleared_bytes() const { return next_tile_bytes + dq_turns_bytes + dq_flags_bytes + prepared_bytes; }
 };
 
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
@@ -65,6 +68,11 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   return tried.key_parts;
 }
 
+/// Tiles of a head in a group's turn, see BackwardSchedule.
+int grouped_blocks(const BackwardPlan& plan) {
+  return plan.num_n_blocks - (plan.order == BackwardSchedule::kLongestFirst ? plan.num_n_blocks / 4 : 0);
+}
+
 bool is_dense(const ForwardParams& p) {
   return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
 }
@@ -75,14 +83,6 @@ bool takes_fused_dq(const BackwardParams& params) {
   const bool first_key_seen =
       p.window_left < 0 && (p.window_right < 0 || p.causal == Causal::kTopLeft || p.seqlen_k >= p.seqlen_q);
   return params.dq.data != nullptr && is_dense(p) && first_key_seen;
-}
-
-/// Whether the first tile that comes to a block had better store there than add to zeros (claim_block). That spares a
-/// pass over dq_accum and makes tiles wait for each other: many tiles in step, which full attention makes, do so often.
-/// H200, head dim 128, 16384 rows of 2048 columns: causal +11, 5, 3, 1% at 512, 1024, 2048, 4096, full +4% at 512 and
-/// -4% from 1024 on.
-bool claiming_pays(const BackwardPlan& plan, const ForwardParams& p) {
-  return p.window_right >= 0 || plan.num_n_blocks <= 4;
 }
 
 /// Whether the kernel has a warp to write dq, and whether that pays.
@@ -117,6 +117,27 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
   writing.enabled = params.dq.data != nullptr && is_dense(p) && even && in_32_bits && n_blocks >= 4 && several_rounds &&
                     has_dq_writer(plan, p);
   return writing;
+}
+
+/// Sets what tiles prepare (backward_prepare.h): enough for the blocks of all heads, so far ahead that a tile finds its
+/// own prepared by tiles more than a round before. It takes a spare warp, and several rounds.
+void plan_preparation(BackwardPlan& plan, const ForwardParams& p, int num_sms) {
+  const int64_t heads = p.batch * p.num_heads, blocks = plan.num_m_blocks;
+  plan.prepared_heads = heads;
+  const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64);
+  if (!is_dense(p) || plan.variant->fused_dq || !out_fits_q) return;
+  const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
+  const int64_t per_tile = ceil_div(blocks_of_key_head, grouped_blocks(plan));
+  const int64_t ahead = num_sms / plan.variant->cluster * 5 / 4;
+  const int64_t first = ceil_div(plan.heads_per_group * blocks_of_key_head + ahead * per_tile, blocks);
+  const bool in_32_bits = first * blocks + plan.num_tiles * per_tile < INT32_MAX;
+  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 2 * first > heads || !in_32_bits) return;
+  plan.prepared_heads = first;
+  plan.prepared_per_tile = static_cast<int>(per_tile);
+}
+
+bool zeroes_dq(const BackwardPlan& plan) {
+  return !plan.variant->fused_dq && !(plan.variant->dq_warp && (plan.ordered_dq || plan.claims_dq));
 }
 
 }  // namespace
@@ -161,10 +182,12 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
   const bool causal = p.window_right >= 0 && p.window_left < 0;
-  plan.claims_dq = variant.dq_warp && !plan.ordered_dq && claiming_pays(plan, p);
+  plan.claims_dq = variant.dq_warp && !plan.ordered_dq;
+  plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
+    plan_preparation(plan, p, device.num_sms);
     return plan;
   }
   if (plan.ordered_dq) {
@@ -179,6 +202,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
     plan.grid = device.num_sms;
   }
+  plan_preparation(plan, p, device.num_sms);
   plan.dq_writing = plan_dq_writing(plan, params, device.num_sms);
   // CTAs without a tile write the last shares.
   if (plan.dq_writing.enabled && variant.cluster > 1) plan.grid += plan.dq_writing.lag * variant.cluster;
@@ -196,8 +220,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   char* const workspace = static_cast<char*>(p.workspace);
   float* const dq_accum = reinterpret_cast<float*>(workspace);
   uint4* const statistics = reinterpret_cast<uint4*>(workspace + sizes.dq_accum_bytes);
-  int* const next_tile =
-      plan.dynamic ? reinterpret_cast<int*>(workspace + sizes.dq_accum_bytes + sizes.statistics_bytes) : nullptr;
+  int* const next_tile = reinterpret_cast<int*>(workspace + sizes.dq_accum_bytes + sizes.statistics_bytes);
 
   const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
   const auto q_map = [&](const TensorView& view, int64_t head_dim) {
@@ -222,9 +245,10 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   const auto parts_view = [&](int64_t offset, int64_t columns) -> TensorView {
     return {workspace + offset, packed_k ? 0 : p.seqlen_k * key_heads * columns, key_heads * columns, columns};
   };
-  const int64_t dq_turns_offset = sizes.dq_accum_bytes + sizes.statistics_bytes + kAlignment;
+  const int64_t dq_turns_offset = sizes.dq_accum_bytes + sizes.statistics_bytes + sizes.next_tile_bytes;
   const int64_t dq_flags_offset = dq_turns_offset + sizes.dq_turns_bytes;
-  const int64_t dk_parts_offset = dq_flags_offset + sizes.dq_flags_bytes;
+  const int64_t prepared_offset = dq_flags_offset + sizes.dq_flags_bytes;
+  const int64_t dk_parts_offset = prepared_offset + sizes.prepared_bytes;
   int* const dq_turns = sizes.dq_turns_bytes > 0 ? reinterpret_cast<int*>(workspace + dq_turns_offset) : nullptr;
   const TensorView dk = plan.key_parts > 1 ? parts_view(dk_parts_offset, p.head_dim) : params.dk;
   const TensorView dv =
@@ -238,22 +262,39 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
     kernel.dq_rows =
         make_tensor_map({params.dq, p.dtype, p.batch, p.seqlen_q, p.seqlen_q, p.num_heads, p.head_dim}, kDqPieceRows);
   }
+  if (plan.prepared_per_tile > 0) {
+    RowPreparation& preparation = kernel.preparation;
+    preparation.out = q_map(p.out, p.head_dim_v);
+    preparation.dlse = params.dlse;
+    preparation.prepared = reinterpret_cast<int*>(workspace + prepared_offset);
+    preparation.num_heads = FastDivision(p.num_heads);
+    preparation.num_m_blocks = FastDivision(plan.num_m_blocks);
+    preparation.first_head = static_cast<int>(plan.prepared_heads);
+    preparation.num_blocks = static_cast<int>(p.batch * p.num_heads * plan.num_m_blocks);
+    preparation.blocks_per_tile = plan.prepared_per_tile;
+    preparation.zeroes_dq = zeroes_dq(plan);
+  }
   kernel.problem = p;
   const int batch_heads = static_cast<int>(p.batch * key_heads);
   const auto order = static_cast<BackwardSchedule::Order>(plan.order);
-  const int grouped_blocks = plan.num_n_blocks - (order == BackwardSchedule::kLongestFirst ? plan.num_n_blocks / 4 : 0);
-  kernel.schedule = {order,          batch_heads, plan.num_n_blocks, plan.num_tiles, plan.heads_per_group,
-                     grouped_blocks, next_tile};
+  kernel.schedule = {order,
+                     batch_heads,
+                     plan.num_n_blocks,
+                     plan.num_tiles,
+                     plan.heads_per_group,
+                     grouped_blocks(plan),
+                     plan.dynamic ? next_tile : nullptr};
   kernel.heads_k = FastDivision(key_heads);
   kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);
   kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.group_tiles = FastDivision(plan.heads_per_group * grouped_blocks);
+  kernel.group_tiles = FastDivision(plan.heads_per_group * grouped_blocks(plan));
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = dq_accum;
   kernel.ordered_dq = plan.ordered_dq;
   kernel.dq_turns = dq_turns;
+  kernel.spread_starts = plan.spread_starts;
   kernel.dq = params.dq;
   kernel.statistics = statistics;
   // A wider window than the longest sequence sees no more.
@@ -266,6 +307,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
   kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));
   kernel.softmax_scale = static_cast<float>(p.softmax_scale);
+  kernel.inverse_scale = 1.f / kernel.softmax_scale;
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
 
   const BackwardRowsParams rows{params,
@@ -274,12 +316,12 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
                                 plan.num_blocks,
                                 plan.num_m_blocks,
                                 dq_accum,
-                                !variant.fused_dq && !(variant.dq_warp && (plan.ordered_dq || plan.claims_dq)),
+                                zeroes_dq(plan),
                                 statistics,
-                                next_tile,
                                 dq_turns,
-                                dq_flags,
-                                writing.enabled ? plan.num_tiles * variant.cluster : 0};
+                                plan.prepared_heads,
+                                reinterpret_cast<uint4*>(next_tile),
+                                sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4))};
   launch_prepare_rows(rows, stream);
   (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && !variant.fused_dq && !writing.enabled) launch_store_dq(rows, stream);

@@ -43,9 +43,12 @@ struct BackwardPlan {
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see dq_turn
   bool claims_dq = false;                // see claim_block
+  bool spread_starts = false;            // see first_block_of_tile
   bool dynamic = false;                  // CTAs take tiles from a common counter
   int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
   DqWritingPlan dq_writing;
+  int64_t prepared_heads = 0;  // of batch * num_heads, by a launch of its own; the others see RowPreparation
+  int prepared_per_tile = 0;   // query blocks
 };
 
 /// The kernel for the problem's head dimensions that takes every problem.

@@ -1,8 +1,9 @@
-// Of the third warpgroup of backward_kernel.h: one thread works out tiles, one copies them to shared memory, a warp
+// Of the third warpgroup of backward_kernel.h: a warp works out tiles, one thread copies them to shared memory, a warp
 // takes dQ out of it. The fourth warp is the dq writer of backward_dq.h.
 #pragma once
 
 #include "backward_dq.h"
+#include "backward_row_preparer.h"
 
 namespace flash_attn::sm90 {
 
@@ -21,22 +22,48 @@ SM90_DEVICE int next_tile(const BackwardSchedule& schedule, int index) {
 /// Works out a tile while the last steps of the one before are worked on; not sooner, because a CTA with a long tile
 /// should not take another one early.
 template <typename Config>
-SM90_DEVICE void schedule_tiles(const BackwardKernelParams& params, BackwardStorage<Config>& shared) {
+struct BackwardScheduler {
+  const BackwardKernelParams& params;
+  BackwardStorage<Config>& shared;
   BackwardTileRing<Config> tiles;
-  int index = first_tile(params.schedule);
-  while (index < params.schedule.num_tiles) {
+
+  /// By one thread: a tile, from that with this index on, or the end; false for that.
+  SM90_DEVICE bool publish_tile(int& index) {
+    BackwardTile& tile = shared.tiles[tiles.slot()];
     mbarrier_wait(&shared.tile_empty[tiles.slot()], tiles.slot_phase() ^ 1);
-    if (make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tiles[tiles.slot()])) {
-      mbarrier_arrive(&shared.tile_full[tiles.slot()]);
-      mbarrier_wait(&shared.tile_wanted, tiles.count % 2);
-      ++tiles.count;
+    bool found = false;
+    for (; index < params.schedule.num_tiles; index = next_tile(params.schedule, index)) {
+      found = make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, tile);
+      if (found) break;
     }
-    index = next_tile(params.schedule, index);
+    if (!found) tile.num_heads = -1;  // ends the other warps
+    if (found && params.preparation.enabled()) {
+      plan_preparation(params.preparation, tile);
+      for (int head = 0; head < tile.num_heads; ++head) await_prepared(params.preparation, tile, head);
+    }
+    asm volatile("" : "+r"(tiles.count));  // there are no registers to keep what derives from it
+    mbarrier_arrive(&shared.tile_full[tiles.slot()]);
+    return found;
   }
-  mbarrier_wait(&shared.tile_empty[tiles.slot()], tiles.slot_phase() ^ 1);
-  shared.tiles[tiles.slot()].num_heads = -1;  // ends the other warps
-  mbarrier_arrive(&shared.tile_full[tiles.slot()]);
-}
+
+  /// By a warp: between tiles it has the time for what is left to do for the rows that a tile prepares.
+  SM90_DEVICE void run() {
+    int index = first_tile(params.schedule);
+    for (;; ++tiles.count) {
+      const bool found = lane_id() == 0 && publish_tile(index);
+      if (!__any_sync(~0u, found)) break;
+      __syncwarp();
+      if (!Config::kFusedDq && params.preparation.enabled()) {
+        RowPreparer<Config>{params, shared}.prepare_rows(shared.tiles[tiles.slot()], tiles.count & 1);
+      }
+      if (lane_id() == 0) {
+        mbarrier_wait(&shared.tile_wanted, tiles.count % 2);
+        index = next_tile(params.schedule, index);
+      }
+      __syncwarp();
+    }
+  }
+};
 
 // ---- producer
 
@@ -86,12 +113,29 @@ struct BackwardProducer {
                                tile.q_x + m_block * Config::kBlockM, tile.q_y, tile.q_head + head, tile.q_batch);
   }
 
+  /// out and dO of the blocks that the tile prepares, in place of Q and dO.
+  SM90_DEVICE void load_prepared(const BackwardTile& tile) {
+    for (int index = tile.prepared_begin; index < tile.prepared_end; ++index) {
+      const PreparedPlace at = prepared_place(params, index);
+      const auto load_block = [&](const CUtensorMap& map, uint8_t* buffer, uint64_t* full, uint64_t* empty) {
+        mbarrier_wait(empty, q.phase ^ 1);
+        mbarrier_arrive_expect(full, params.panels_v * Config::kPanelBytesQ);
+        load<Config::kPanelBytesQ>(map, params.panels_v, buffer, full, at.m_block * Config::kBlockM, params.seqlen_q,
+                                   at.head, at.batch);
+      };
+      load_block(params.preparation.out, shared.q[q.stage], &shared.q_full[q.stage], &shared.q_empty[q.stage]);
+      load_block(params.dout, shared.dout[q.stage], &shared.dout_full[q.stage], &shared.dout_empty[q.stage]);
+      q.advance();
+    }
+  }
+
   SM90_DEVICE void load_tile(const BackwardTile& tile) {
     load_kv(params.k, params.panels, shared.k[tiles.stage_kv()], &shared.k_full[tiles.stage_kv()], tile);
     for (int head = 0; head < tile.num_heads; ++head) {
-      for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block) {
+      int m_block = tile.m_first;
+      for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, m_block = next_block(tile, m_block)) {
         load_q(tile, head, m_block);
-        if (head == 0 && m_block == tile.m_begin) load_v(tile);  // wanted after the first Q
+        if (head == 0 && m_block == tile.m_first) load_v(tile);  // wanted after the first Q
         load_dout(tile, head, m_block);
         q.advance();
       }
@@ -104,6 +148,8 @@ struct BackwardProducer {
       mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
       const BackwardTile& tile = shared.tiles[tiles.slot()];
       if (tile.num_heads < 0) break;
+      global_proxy_fence();  // the scheduler has seen the statistics written
+      if (params.preparation.enabled()) load_prepared(tile);
       mbarrier_wait(&shared.kv_empty[tiles.stage_kv()], tiles.phase_kv() ^ 1);
       load_tile(tile);
       mbarrier_arrive(&shared.tile_wanted);
@@ -120,20 +166,21 @@ struct BackwardProducer {
 template <typename Config, int kCount>
 SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Config>& shared, int first_consumer) {
   BackwardTileRing<Config> tiles;
-  const bool elected = threadIdx.x % 32 == 0;
+  const auto elected = [] { return lane_id() == 0; };  // no register for it
   while (true) {
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const BackwardTile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    for (int head = 0; head < tile.num_heads; ++head) {
-      int64_t block = tile.block + head * params.num_blocks + tile.m_begin;
-      for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, ++block) {
-        int* const turns = params.dq_turns + block * kDqTurns + first_consumer;
+    for (int head = tile.m_begin < tile.m_end ? 0 : tile.num_heads; head < tile.num_heads; ++head) {
+      int m_block = tile.m_first;
+      do {
+        const int block = tile.block + head * params.num_blocks + m_block;
+        int* const turns = params.dq_turns + int64_t{block} * kDqTurns + first_consumer;
         bool first = false, stored = false;  // by this tile, by another
-        if (elected) {                       // while dQ is being computed
+        if (elected()) {                     // while dQ is being computed
           if constexpr (kCount == 1) {
-            const int turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, tile.m_end - steps);
-            wait_for_turn(turns, turn);
+            const int turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block);
+            wait_for_count(turns, turn);
             first = turn == 0;
           } else {
             stored = params.dq_turns == nullptr || load_acquire(turns) == kStored;
@@ -144,9 +191,9 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const int consumer = first_consumer + i;
-          float* const to = params.dq_accum + (block * Config::kConsumers + consumer) * kDqTile;
+          float* const to = params.dq_accum + (int64_t{block} * Config::kConsumers + consumer) * kDqTile;
           named_barrier_sync(kDqReady + consumer, 160);
-          if (elected) {
+          if (elected()) {
             if (kCount > 1 && i == 0 && !stored) {
               first = claim_block(turns);
               global_proxy_fence();
@@ -159,7 +206,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
             tma_store_commit();
           }
         }
-        if (elected) {
+        if (elected()) {
           if constexpr (kCount > 1) {
             tma_store_wait_read<1>();
             mbarrier_arrive(&shared.dq_empty[0]);
@@ -167,14 +214,15 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           tma_store_wait_read();
           mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
           if (kCount == 1 || first) {
-            tma_store_wait();  // the sum has arrived
-            end_turn(turns);   // from claimed to stored
+            tma_store_wait();     // the sum has arrived
+            add_to_count(turns);  // from claimed to stored
           }
         }
         __syncwarp();
-      }
+        m_block = next_block(tile, m_block);
+      } while (m_block != tile.m_first);
     }
-    if (elected && kCount > 1 && params.dq_writing.enabled()) {
+    if (elected() && kCount > 1 && params.dq_writing.enabled()) {
       tma_store_wait();
       say_added<Config>(params, tile);
     }
@@ -182,7 +230,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
     __syncwarp();
     ++tiles.count;
   }
-  if (elected) tma_store_wait();  // shared memory must outlive the copies
+  if (elected()) tma_store_wait();  // shared memory must outlive the copies
 }
 
 /// By one thread, where consumers add dQ themselves: tells them when it is their turn, and others what they have added.

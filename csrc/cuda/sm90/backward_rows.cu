@@ -19,8 +19,8 @@ struct RowGroup {
   int row_in_block;
 };
 
-__device__ RowGroup row_group(const BackwardRowsParams& p, const SequenceInfo& info, uint32_t b, uint32_t index) {
-  const uint32_t heads = p.problem.forward.num_heads, group = index / heads, head = index - group * heads;
+__device__ RowGroup row_group(const BackwardRowsParams& p, const SequenceInfo& info, uint32_t b, uint32_t head,
+                              uint32_t group) {
   const uint32_t groups_of_block = p.block_m / kRows, m_block = group / groups_of_block;
   const int64_t first = first_block(p.problem.forward, info, b, p.block_m, p.num_m_blocks);
   return {head, int64_t{group} * kRows, int64_t{head} * p.num_blocks + first + m_block,
@@ -31,14 +31,12 @@ __device__ const uint16_t* row_pointer(const TensorView& view, int64_t b, int64_
   return static_cast<const uint16_t*>(view.data) + b * view.batch + row * view.row + head * view.head;
 }
 
-template <typename Element>
-__device__ float dot8(uint4 x, uint4 y) {
-  const Element* const a = reinterpret_cast<const Element*>(&x);
-  const Element* const b = reinterpret_cast<const Element*>(&y);
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum = fmaf(static_cast<float>(a[i]), static_cast<float>(b[i]), sum);
-  return sum;
+/// All threads of the launch.
+__device__ void clear(const BackwardRowsParams& params) {
+  const int64_t threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < params.num_cleared; i += threads) {
+    params.cleared[i] = uint4{};
+  }
 }
 
 /// One CTA: kRows query rows of a head; kDqColumns / 8 lanes a row.
@@ -47,22 +45,15 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
   constexpr int kLanes = kDqColumns / 8, kRowsAtOnce = kThreads / kLanes, kPasses = kRows / kRowsAtOnce;
   constexpr int kInFlight = kPasses < 4 ? kPasses : 4;  // so that registers allow three CTAs an SM
   grid_launch_dependents();
-  if (blockIdx.x == 0 && threadIdx.x == 0 && params.next_tile != nullptr) *params.next_tile = 0;
+  clear(params);
   const ForwardParams& p = params.problem.forward;
-  const uint32_t groups = params.num_m_blocks * (params.block_m / kRows) * p.num_heads;  // of a sequence
-  const uint32_t b = blockIdx.x / groups;
+  const uint32_t heads = params.prepared_heads, num_heads = p.num_heads;
+  const uint32_t group = blockIdx.x / heads, all_heads = blockIdx.x - group * heads, b = all_heads / num_heads;
   const SequenceInfo info = sequence_info(p, b);
-  const RowGroup at = row_group(params, info, b, blockIdx.x - b * groups);
+  const RowGroup at = row_group(params, info, b, all_heads - b * num_heads, group);
   if (at.row - at.row_in_block >= info.seqlen_q) return;  // a block that no tile visits
 
-  if (params.dq_turns != nullptr && at.row_in_block == 0 && threadIdx.x < kDqTurns) {
-    params.dq_turns[at.block * kDqTurns + threadIdx.x] = 0;
-  }
   const int64_t accum_row = at.block * params.block_m + at.row_in_block;
-  const int64_t all_threads = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < params.num_flags; i += all_threads) {
-    params.dq_flags[i] = 0;
-  }
   if (params.zeroes_dq) {
     float4* const accum = reinterpret_cast<float4*>(params.dq_accum + accum_row * kDqColumns);
 #pragma unroll
@@ -96,21 +87,15 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      float sum = dot8<Element>(out[i], dout[i]);
+      float sum = dot8<Element>(out[i], dout[i], 0.f);
 #pragma unroll
       for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
       if (lane == first + i) delta = sum;
     }
   }
   if (lane >= kPasses) return;
-  float minus_lse = kNoProbability, minus_delta = 0.f;
-  if (lse != -INFINITY) {  // sees something
-    const float x = -lse / static_cast<float>(p.softmax_scale);
-    minus_lse = x < kNoProbability ? kNoProbability : x > -kNoProbability ? -kNoProbability : x;  // NaN stays
-    minus_delta = dlse - delta;
-  }
-  const uint2 first = split_statistic<Element>(minus_lse), second = split_statistic<Element>(minus_delta);
-  params.statistics[accum_row + own_row] = {first.x, first.y, second.x, second.y};
+  params.statistics[accum_row + own_row] =
+      row_statistics<Element>(lse, delta - dlse, 1.f / static_cast<float>(p.softmax_scale));
 }
 
 /// One CTA: two 64 x 64 tiles of dq_accum (backward_tile.h), by way of shared memory to whole rows.
@@ -235,8 +220,7 @@ __global__ void __launch_bounds__(kThreads) clear_gaps_kernel(const __grid_const
 
 template <typename Element>
 void launch_prepare(const BackwardRowsParams& params, cudaStream_t stream) {
-  const ForwardParams& p = params.problem.forward;
-  const int64_t groups = p.batch * p.num_heads * params.num_m_blocks * (params.block_m / kRows);
+  const int64_t groups = params.prepared_heads * params.num_m_blocks * (params.block_m / kRows);
   const auto kernel = params.dq_columns == 64    ? prepare_rows_kernel<Element, 64>
                       : params.dq_columns == 128 ? prepare_rows_kernel<Element, 128>
                                                  : prepare_rows_kernel<Element, 256>;

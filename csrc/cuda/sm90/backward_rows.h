@@ -14,14 +14,14 @@ struct BackwardRowsParams {
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
   bool zeroes_dq;                // whether dq_accum is zero at first; else dq_turns says which blocks hold anything
   uint4* statistics;             // (num_heads * num_blocks, block_m)
-  int* next_tile;                // may be null
   int* dq_turns;                 // (num_heads * num_blocks, kDqTurns); may be null
-  int* dq_flags;                 // (num_flags), see DqWriting
-  int64_t num_flags;
+  int64_t prepared_heads;        // of batch * num_heads; of the others the main kernel prepares the rows itself
+  uint4* cleared;                // (num_cleared), counters of the main kernel
+  int64_t num_cleared;
 };
 
-/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to next_tile, dq_turns, dq_flags
-/// and, with zeroes_dq, dq_accum.
+/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to the counters and, with zeroes_dq,
+/// dq_accum.
 /// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
 

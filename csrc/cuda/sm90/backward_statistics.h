@@ -43,6 +43,30 @@ SM90_DEVICE uint2 split_statistic(float x) {
   return {pack<Element>(high, mid), pack<Element>(x * (1.f / Weights::kLow), 0.f)};
 }
 
+/// The 16 bytes of a row with this lse (-infinity: it sees nothing), and delta less the gradient of lse. inverse_scale:
+/// 1 / scale.
+template <typename Element>
+SM90_DEVICE uint4 row_statistics(float lse, float delta, float inverse_scale) {
+  float minus_lse = kNoProbability, minus_delta = 0.f;
+  if (lse != -INFINITY) {
+    const float x = -lse * inverse_scale;
+    minus_lse = x < kNoProbability ? kNoProbability : x > -kNoProbability ? -kNoProbability : x;  // NaN stays
+    minus_delta = -delta;
+  }
+  const uint2 first = split_statistic<Element>(minus_lse), second = split_statistic<Element>(minus_delta);
+  return {first.x, first.y, second.x, second.y};
+}
+
+/// `sum` and the products of eight elements each.
+template <typename Element>
+SM90_DEVICE float dot8(const uint4& x, const uint4& y, float sum) {
+  const Element* const a = reinterpret_cast<const Element*>(&x);
+  const Element* const b = reinterpret_cast<const Element*>(&y);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum = fmaf(static_cast<float>(a[i]), static_cast<float>(b[i]), sum);
+  return sum;
+}
+
 /// The A operand: core matrices with weights for S, with weights for dP, and zeros. Every group of eight rows reads the
 /// same ones, the second half of k the zeros.
 struct StatisticOperand {

@@ -11,14 +11,16 @@ namespace flash_attn::sm90 {
 
 /// Lives in shared memory. `m` counts blocks of kBlockM query rows.
 struct BackwardTile {
-  int num_heads;                // query heads; -1: no more tiles
-  int index;                    // in the order of tiles
-  int batch_head;               // of k, each counted key_parts times
-  int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
-  int block;                    // index of the first head's block 0 in dq_accum and statistics
-  int n_begin;                  // first row of k, in the sequence
-  int seqlen_q, seqlen_k;       // rows from here on take no part
-  int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound]
+  int num_heads;                     // query heads; -1: no more tiles
+  int index;                         // in the order of tiles
+  int batch_head;                    // of k, each counted key_parts times
+  int m_begin, m_end;                // query blocks that see the tile; none: dk = dv = 0
+  int m_first;                       // which of them comes first, see first_block_of_tile
+  int block;                         // index of the first head's block 0 in dq_accum and statistics
+  int n_begin;                       // first row of k, in the sequence
+  int prepared_begin, prepared_end;  // query blocks that the tile prepares for later ones, see RowPreparation
+  int seqlen_q, seqlen_k;            // rows from here on take no part
+  int right_bound, left_bound;       // row r sees columns [r + left_bound, r + right_bound]
   // TMA coordinates (tensor_map.h): of block 0 of q and dout, of the tile's first row of k, v and of dk, dv.
   int q_x, q_y, q_head, q_batch;
   int kv_x, kv_y, dkv_x, dkv_y, kv_head, dkv_head, kv_batch;
@@ -54,6 +56,17 @@ SM90_DEVICE BackwardTilePlace backward_tile_place(const BackwardKernelParams& pa
   }
   const int batch_head = params.n_blocks.quotient(index);
   return {index - batch_head * params.schedule.num_n_blocks, batch_head};
+}
+
+/// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would
+/// come to each block at the same time and wait for the one that stores there, see claim_block.
+SM90_DEVICE int first_block_of_tile(int n_block, int n_blocks, int m_blocks) {
+  return min(static_cast<int>(__fdividef(static_cast<float>(n_block) * m_blocks, n_blocks)), m_blocks - 1);
+}
+
+/// The block after this one: from m_first on, then from m_begin on.
+SM90_DEVICE int next_block(const BackwardTile& tile, int m_block) {
+  return m_block + 1 == tile.m_end ? tile.m_begin : m_block + 1;
 }
 
 /// False if there are no such rows. Writes field by field to shared memory: the scheduler has few registers. Without
@@ -105,6 +118,10 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   const bool seen = n_begin < seqlen_k && row_begin < row_end;
   tile.m_begin = seen ? row_begin / kBlockM : 0;
   tile.m_end = seen ? (row_end + kBlockM - 1) / kBlockM : 0;
+  tile.m_first = tile.m_begin;
+  if (params.spread_starts && seen) {
+    tile.m_first = first_block_of_tile(at.n_block, (seqlen_k + kBlockN - 1) / kBlockN, tile.m_end);
+  }
   tile.right_bound = right_bound;
   tile.left_bound = left_bound;
   tile.seqlen_q = seqlen_q;
@@ -136,15 +153,15 @@ SM90_DEVICE int load_acquire(const int* from) {
   return x;
 }
 
-/// Waits until `turn` turns have ended; what was written in them is then visible.
-SM90_DEVICE void wait_for_turn(const int* turns, int turn) {
-  while (load_acquire(turns) < turn) {
+/// Waits until `count` have counted; what they had written before is then visible.
+SM90_DEVICE void wait_for_count(const int* counter, int count) {
+  while (load_acquire(counter) < count) {
   }
 }
 
-/// What this thread knows to be written is visible to whoever sees the end of the turn.
-SM90_DEVICE void end_turn(int* turns) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+/// What this thread knows to be written is visible to whoever sees the count.
+SM90_DEVICE void add_to_count(int* counter) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // Without a fixed order the first tile that has dQ of a query block stores it, and dq_accum need not be zero before.
@@ -173,10 +190,10 @@ SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers, int adders) {
 
 /// The turn of one step, `step` counted over all tiles.
 SM90_DEVICE void take_turn(int* turns, int turn, DqTurnBarriers& barriers, uint32_t step) {
-  wait_for_turn(turns, turn);
+  wait_for_count(turns, turn);
   mbarrier_arrive(&barriers.begun);
   mbarrier_wait(&barriers.added, step & 1);
-  end_turn(turns);
+  add_to_count(turns);
 }
 
 /// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.

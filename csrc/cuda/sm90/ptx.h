@@ -16,6 +16,13 @@ SM90_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// Unlike threadIdx.x % 32 always read anew, where registers are few.
+SM90_DEVICE int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- mbarrier: one phase completes when the expected arrivals and the expected bytes are in
 
 SM90_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
