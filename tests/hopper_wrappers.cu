@@ -263,7 +263,7 @@ __global__ void claim_kernel(int rounds, int* states, int* values, int* seen) {
     int* const answer = seen + i * gridDim.x + blockIdx.x;
     if (claim_block(states + i)) {
       values[i] = 7 * i + 1;
-      end_turn(states + i);
+      add_to_count(states + i);
       *answer = -1;
     } else {
       *answer = *static_cast<volatile int*>(values + i);
