@@ -347,7 +347,7 @@ struct BackwardConsumer {
         previous_q = stage;
       }
     }
-    asm volatile("" : "+r"(tiles.count));  // no address is kept through the loop
+    forget_derived(tiles.count);
     if constexpr (Config::kDqFromRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
     wgmma_wait<0>();
     wgmma_results(dk);

@@ -41,7 +41,7 @@ struct BackwardScheduler {
       plan_preparation(params.preparation, tile);
       for (int head = 0; head < tile.num_heads; ++head) await_prepared(params.preparation, tile, head);
     }
-    asm volatile("" : "+r"(tiles.count));  // there are no registers to keep what derives from it
+    forget_derived(tiles.count);
     mbarrier_arrive(&shared.tile_full[tiles.slot()]);
     return found;
   }

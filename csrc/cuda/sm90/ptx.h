@@ -23,6 +23,10 @@ SM90_DEVICE int lane_id() {
   return lane;
 }
 
+/// From here on the compiler keeps nothing that it has derived from x: where registers are few, working it out again is
+/// better than spilling it.
+SM90_DEVICE void forget_derived(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // ---- mbarrier: one phase completes when the expected arrivals and the expected bytes are in
 
 SM90_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
