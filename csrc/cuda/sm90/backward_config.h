@@ -55,7 +55,7 @@ struct DqShare {
   int begin, end;   // query blocks; end < 0: no more shares
   int first_block;  // index of the head's block 0
   int q_head, batch;
-  uint32_t pieces;  // of earlier heads, or in a pair units
+  uint32_t pieces;  // written before those of q_head, by the dq writer; of a pair units of the share's earlier heads
 };
 
 /// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what

@@ -6,7 +6,7 @@
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
 //   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ, else three warps
-//               write dq (backward_dq.h)
+//               write dq (backward_dq.h); one of these warps also finishes rows for later tiles (backward_prepare.h)
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
 #pragma once
@@ -354,7 +354,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
       shared.tile.num_heads = 0;
     }
     shared.tile.prepared_begin = shared.tile.prepared_end = 0;
-    if (params.preparation.enabled()) plan_preparation(params.preparation, shared.tile);
+    if (params.preparation.enabled()) choose_prepared(params.preparation, shared.tile);
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();

@@ -1,5 +1,5 @@
 // The third warpgroup of backward_pair_kernel.h: one thread copies tiles to shared memory, two see to the order in
-// which tiles add to dQ, or three warps write dq.
+// which tiles add to dQ, or three warps write dq, of which one first finishes the rows that the tile prepares.
 #pragma once
 
 #include "backward_pair_config.h"

@@ -120,18 +120,17 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
 }
 
 /// Sets what tiles prepare (backward_prepare.h): enough for the blocks of all heads, so far ahead that a tile finds its
-/// own prepared by tiles more than a round before. It takes a spare warp, and several rounds.
+/// own prepared by tiles more than a round before. It takes several rounds.
 void plan_preparation(BackwardPlan& plan, const ForwardParams& p, int num_sms) {
-  const int64_t heads = p.batch * p.num_heads, blocks = plan.num_m_blocks;
-  plan.prepared_heads = heads;
+  const int64_t blocks = plan.num_m_blocks;
   const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64);
-  if (!is_dense(p) || plan.variant->fused_dq || !out_fits_q) return;
+  if (!is_dense(p) || !out_fits_q) return;
   const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
   const int64_t per_tile = ceil_div(blocks_of_key_head, grouped_blocks(plan));
   const int64_t ahead = num_sms / plan.variant->cluster * 5 / 4;
   const int64_t first = ceil_div(plan.heads_per_group * blocks_of_key_head + ahead * per_tile, blocks);
   const bool in_32_bits = first * blocks + plan.num_tiles * per_tile < INT32_MAX;
-  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 2 * first > heads || !in_32_bits) return;
+  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 2 * first > plan.prepared_heads || !in_32_bits) return;
   plan.prepared_heads = first;
   plan.prepared_per_tile = static_cast<int>(per_tile);
 }
@@ -176,6 +175,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
+  plan.prepared_heads = p.batch * p.num_heads;
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p, device.num_sms);
   const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
@@ -187,7 +187,6 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
-    plan_preparation(plan, p, device.num_sms);
     return plan;
   }
   if (plan.ordered_dq) {

@@ -5,9 +5,8 @@
 //
 //   producer   out and dO of a block to the next stage of Q and dO
 //   consumers  delta, before the tile's own steps, while K and V are on their way
-//   scheduler  statistics of delta and lse, zeros; then counts the block. Before a tile begins, waits until all blocks
-//   of
-//              its heads are counted
+//   scheduler  statistics of delta and lse, zeros, and counts the block; before a tile begins, waits until all blocks
+//              of its heads are counted
 //
 // In the kernels of two CTAs (backward_pair_kernel.h) these share out the blocks, consumers write the statistics, a
 // spare warp zeros and counts, and the producer waits for the blocks of a head.
@@ -23,7 +22,7 @@
 namespace flash_attn::sm90 {
 
 /// Which blocks the tile prepares.
-SM90_DEVICE void plan_preparation(const RowPreparation& p, BackwardTile& tile) {
+SM90_DEVICE void choose_prepared(const RowPreparation& p, BackwardTile& tile) {
   const int first = p.first_head * static_cast<int>(p.num_m_blocks.divisor) + tile.index * p.blocks_per_tile;
   tile.prepared_begin = min(first, p.num_blocks);
   tile.prepared_end = min(first + p.blocks_per_tile, p.num_blocks);

@@ -38,7 +38,7 @@ struct BackwardScheduler {
     }
     if (!found) tile.num_heads = -1;  // ends the other warps
     if (found && params.preparation.enabled()) {
-      plan_preparation(params.preparation, tile);
+      choose_prepared(params.preparation, tile);
       for (int head = 0; head < tile.num_heads; ++head) await_prepared(params.preparation, tile, head);
     }
     forget_derived(tiles.count);

@@ -20,8 +20,8 @@ struct BackwardRowsParams {
   int64_t num_cleared;
 };
 
-/// Writes statistics (backward_statistics.h) from out, dout, lse and dlse, and 0 to the counters and, with zeroes_dq,
-/// dq_accum.
+/// Of the first prepared_heads, writes statistics (backward_statistics.h) from out, dout, lse and dlse and, with
+/// zeroes_dq, 0 to dq_accum. Writes 0 to the counters.
 /// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
 
