@@ -4,7 +4,7 @@
 
 #include "../csrc/cuda/sm90/backward_ptx.h"
 #include "../csrc/cuda/sm90/backward_statistics.h"
-#include "../csrc/cuda/sm90/backward_tile.h"
+#include "../csrc/cuda/sm90/backward_turns.h"
 #include "../csrc/cuda/sm90/launch.h"
 #include "../csrc/cuda/sm90/tensor_map.h"
 
@@ -178,7 +178,7 @@ TensorMapSource source_of(void* data, int64_t rows, int64_t max_rows, int64_t he
 /// CTA 0 and 1 of a cluster swap 1024 bytes; then floats go from shared to global memory, stored by the copy engine,
 /// and added by it and by the vector instruction.
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128)
-    bulk_kernel(const float* in, float* swapped, float* sums, float* stored) {
+    bulk_kernel(const float* in, float* swapped, float* sums, float* stored, float* stored_by_threads) {
   __shared__ __align__(128) float mine[256], theirs[256];
   __shared__ uint64_t loaded, received, told;
   const uint32_t rank = cluster_rank();
@@ -202,7 +202,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128)
     tma_store_wait();
   }
   mbarrier_wait(&loaded, 0);
-  if (threadIdx.x < 64) global_reduce_add(sums + 4 * threadIdx.x, mine + 4 * threadIdx.x);
+  const int four = 4 * (threadIdx.x % 64);
+  const bool store = threadIdx.x >= 64;
+  global_store_or_add(store, store ? stored_by_threads + rank * 256 + four : sums + four, mine + four);
   mbarrier_wait(&received, 0);
   for (int i = threadIdx.x; i < 256; i += 128) swapped[rank * 256 + i] = theirs[i];
   __syncthreads();
@@ -345,8 +347,8 @@ EXPORT int test_box(void* from, void* to, int rows, int heads, int head_dim, int
   return launch(box_kernel, 1, 128, box_rows * 128, map_from, map_to, at, at, box_rows * 128, raw);
 }
 
-EXPORT int test_bulk(const float* in, float* swapped, float* sums, float* stored) {
-  return launch(bulk_kernel, 2, 128, 0, in, swapped, sums, stored);
+EXPORT int test_bulk(const float* in, float* swapped, float* sums, float* stored, float* stored_by_threads) {
+  return launch(bulk_kernel, 2, 128, 0, in, swapped, sums, stored, stored_by_threads);
 }
 EXPORT int test_ring(int count, int* seen) { return launch(ring_kernel, 1, 128, 0, count, seen); }
 EXPORT int test_votes(int rounds, const int* votes, int* heard, int* order) {

@@ -271,6 +271,8 @@ def _many_tiles() -> list[Problem]:
             replace(sized, heads=32, heads_k=8, batch=10),
             replace(sized, seqlen_q=1500, seqlen_k=256, heads=4, heads_k=4),
             replace(sized, seqlen_q=256, seqlen_k=1500, heads=4, heads_k=4, causal=1),
+            replace(sized, seqlen_q=2500, seqlen_k=2500, batch=3, causal=1),
+            replace(sized, seqlen_q=750, seqlen_k=310, causal=ops.BOTTOM_RIGHT, deterministic=True),
         ]
     return problems
 

@@ -117,10 +117,12 @@ def test_a_box_ends_with_its_sequence(library: ctypes.CDLL, head_dim: int, colum
 @on_hopper
 def test_bulk_copies_clusters_and_sums(library: ctypes.CDLL) -> None:
     numbers = small_integers(2, 256, dtype=torch.float32)
-    swapped, stored, sums = torch.zeros_like(numbers), torch.zeros_like(numbers), torch.ones(256, device="cuda")
-    run(library.test_bulk, numbers, swapped, sums, stored)
+    swapped, stored, stored_by_threads = (torch.zeros_like(numbers) for _ in range(3))
+    sums = torch.ones(256, device="cuda")
+    run(library.test_bulk, numbers, swapped, sums, stored, stored_by_threads)
     assert torch.equal(swapped, numbers.flip(0))
     assert torch.equal(stored, numbers)
+    assert torch.equal(stored_by_threads, numbers)
     assert torch.equal(sums, 1 + 2 * numbers.sum(0))  # by both ways of adding
 
 

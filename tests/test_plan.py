@@ -146,23 +146,26 @@ def test_workspace_is_linear_in_the_sequence() -> None:
 @needs_sm90
 def test_backward_needs_dq_in_float32_and_two_floats_a_row() -> None:
     rows, padded = 4 * 16 * 4096, 128
-    states = {0: 4 / 128 + 16 / 64, 1: 16 / 64}  # four numbers for each query block; full: and a flag for each tile
-    for causal, bytes_a_row in states.items():
+    bytes_a_row = 4 / 128 + 8 / 64  # a flag for each tile, two numbers for each query block
+    for causal in (0, 1):
         assert plan(causal=causal)["backward"]["workspace_bytes"] <= rows * (padded * 4 + 16 + bytes_a_row) + 4096
 
 
 @needs_sm90
-@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (96, False), (256, False)])
-def test_backward_writes_dq_itself_when_ctas_take_many_tiles(head_dim: int, deterministic: bool) -> None:
+@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (96, False), (128, False)])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_backward_writes_dq_itself_when_ctas_take_many_tiles(head_dim: int, deterministic: bool, causal: int) -> None:
     """Shows in the workspace: a flag for each tile beside dq_accum and statistics."""
     per_head = 1024 * (64 * ((head_dim + 63) // 64) * 4 + 16)  # in whole panels of 64 columns; 16 bytes a row
     few, many = (
-        plan(batch=batch, seqlen_q=1024, head_dim=head_dim, deterministic=deterministic)["backward"]["workspace_bytes"]
+        plan(batch=batch, seqlen_q=1024, head_dim=head_dim, causal=causal, deterministic=deterministic)["backward"][
+            "workspace_bytes"
+        ]
         - batch * 16 * per_head
         for batch in (1, 16)
     )
-    # 16 bytes a query block, in a fixed order or where the first tile stores
-    turns = 16 * (1024 // (128 if head_dim == 64 else 64)) * 16 if deterministic or head_dim == 96 else 0
+    # 8 bytes a query block, in a fixed order or where the first tile stores
+    turns = 16 * (1024 // (128 if head_dim == 64 else 64)) * 8 if deterministic or head_dim > 64 or causal else 0
     assert few - turns <= 512
     assert many - 16 * turns >= 16 * 16 * 8 * 4
 
@@ -175,10 +178,13 @@ def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
 
 
 @needs_sm90
-def test_deterministic_gradients_of_a_long_sequence_get_a_kernel_with_an_order() -> None:
-    for head_dim in (64, 192, 256):
-        assert "ordered" in plan(head_dim=head_dim, deterministic=True)["backward"]["kernel"]
-        assert "ordered" not in plan(head_dim=head_dim)["backward"]["kernel"]
+def test_deterministic_gradients_come_of_the_same_kernels() -> None:
+    for head_dim in (64, 96, 128, 192, 256):
+        ordered = plan(head_dim=head_dim, deterministic=True)["backward"]
+        assert ordered["kernel"] == plan(head_dim=head_dim)["backward"]["kernel"]
+        counts = 4 * 16 * 4096 // (128 if head_dim == 64 else 64) * 8
+        padded = 256 if head_dim > 128 else 64 * ((head_dim + 63) // 64)
+        assert ordered["workspace_bytes"] >= 4 * 16 * 4096 * (padded * 4 + 16) + counts, "a count for each query block"
 
 
 @needs_sm90

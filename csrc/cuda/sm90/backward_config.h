@@ -14,8 +14,6 @@ struct BackwardShape {
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
   // dQ leaves through shared memory and a warp that adds it up in bulk; else by reductions from registers.
   static constexpr bool kDqWarp = true;
-  // Reductions from registers in a fixed order. (With kDqWarp the order is that warp's affair.)
-  static constexpr bool kOrderedDq = false;
   // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
   // for dense problems in which every query row sees the first key.
   static constexpr bool kFusedDq = false;
@@ -24,7 +22,6 @@ struct BackwardShape {
 template <typename Element_, typename Shape>
 struct BackwardConfig : Shape {
   using Element = Element_;
-  static constexpr int kCluster = 1;
   static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
   static constexpr int kBlockN = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -55,7 +52,7 @@ struct DqShare {
   int begin, end;   // query blocks; end < 0: no more shares
   int first_block;  // index of the head's block 0
   int q_head, batch;
-  uint32_t pieces;  // written before those of q_head, by the dq writer; of a pair units of the share's earlier heads
+  uint32_t pieces;  // written before those of q_head
 };
 
 /// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what
@@ -69,7 +66,7 @@ struct BackwardStorage {
   uint64_t q_full[Config::kStages], q_empty[Config::kStages];
   uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
   uint64_t dq_empty[Config::kConsumers];  // the dQ warp's copy has been read
-  DqTurnBarriers dq_turns;
+  DqTurns dq_turns;
   uint64_t dq_added[Config::kTileSlots];  // consumers have added all of a tile's dQ themselves
 
   // full: the dq writer's copy has arrived, or has chosen a share for the consumers, who have written it: empty.

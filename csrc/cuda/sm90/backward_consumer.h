@@ -109,7 +109,7 @@ struct BackwardConsumer {
   }
 
   /// Hands this warp's quarter of dQ to the dQ warp, or takes it to global memory itself.
-  SM90_DEVICE void emit_dq(const BackwardTile& tile, int head, int m_block) {
+  SM90_DEVICE void emit_dq(const BackwardTile& tile, int head, int m_block, bool first) {
     if constexpr (Config::kDqWarp) {
       const uint32_t to = shared_address(shared.dq[warpgroup]) + (warp * (kDqTile / 4) + lane * 4) * sizeof(float);
       mbarrier_wait(&shared.dq_empty[warpgroup], (step & 1) ^ 1);  // the last step's has left
@@ -128,11 +128,7 @@ struct BackwardConsumer {
           __stcg(sum + i / 4 * 32, make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
       }
     } else {
-      float4* const sum = dq_sum(tile, head, m_block);
-      if constexpr (Config::kOrderedDq) mbarrier_wait(&shared.dq_turns.begun, step & 1);
-#pragma unroll
-      for (int i = 0; i < kDqSize; i += 4) global_reduce_add(reinterpret_cast<float*>(sum + i / 4 * 32), dq + i);
-      if constexpr (Config::kOrderedDq) mbarrier_arrive(&shared.dq_turns.added);
+      take_turn(params, shared.dq_turns, step, first, reinterpret_cast<float*>(dq_sum(tile, head, m_block)), dq);
     }
   }
 
@@ -190,9 +186,9 @@ struct BackwardConsumer {
       mask_probabilities(s, tile, tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
                          m_block * kBlockM + 2 * (lane % 4));
     }
+    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
     wgmma_wait<0>();
     wgmma_results(dp);
-    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
 #pragma unroll
     for (int i = 0; i < kFragment; ++i) dp[i] *= s[i];
     pack_fragment(p, s);
@@ -202,11 +198,12 @@ struct BackwardConsumer {
     named_barrier_sync(kDsReady, 256);  // both halves of dS; also, dQ of the last step has read the other buffer
     issue_dq();
     issue_accumulate(dk, ds, shared.q[q.stage]);
+    const bool first = Config::kDqFromRegisters && await_turn(params, shared.dq_turns, step);
     wgmma_wait<1>();  // dV and dQ
     wgmma_results(dv);
     wgmma_results(dq);
     release(&shared.dout_empty[q.stage]);
-    emit_dq(tile, head, m_block);
+    emit_dq(tile, head, m_block, first);
     if constexpr (!Config::kDkInFlight) {
       wgmma_wait<0>();
       wgmma_results(dk);
@@ -228,11 +225,12 @@ struct BackwardConsumer {
     store_ds();
     named_barrier_sync(kDsReady, 256);
     issue_dq();
+    const bool first = Config::kDqFromRegisters && await_turn(params, shared.dq_turns, step);
     wgmma_wait<0>();
     wgmma_results(dq);
     release(&shared.dout_empty[q.stage]);
     release(&shared.q_empty[q.stage]);
-    emit_dq(tile, head, m_block);
+    emit_dq(tile, head, m_block, first);
     ++step;
     q.advance();
   }
@@ -248,10 +246,10 @@ struct BackwardConsumer {
     const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end &&
                         (tile.m_begin + 1) * kBlockM - 1 + tile.right_bound < tile.n_begin + 64 * warpgroup;
     // A head's blocks from m_first on, then those before it.
-    const int parts = tile.m_first > tile.m_begin ? 2 : 1;
-    for (int part = 0; part < parts * tile.num_heads; ++part) {
-      const bool starts = parts == 1 || part % 2 == 0;
-      const int head = parts == 1 ? part : part / 2;
+    const int parted = tile.m_first > tile.m_begin;
+    for (int part = 0; part < tile.num_heads << parted; ++part) {
+      const bool starts = (part & parted) == 0;
+      const int head = part >> parted;
       const int m_end = starts ? tile.m_end : tile.m_first;  // a copy: behind a step's stores it would be read late
       int m_block = starts ? tile.m_first : tile.m_begin;
       if (unseen) {
@@ -301,8 +299,7 @@ struct BackwardConsumer {
     if (params.wants_dv) store_rows(dv, 1.f, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
     named_barrier_sync(kDsReady, 256);  // both consumers have read all of K
     if (params.wants_dk) {
-      store_rows(dk, static_cast<float>(params.problem.softmax_scale), params.panels, shared.k[tiles.stage_kv()],
-                 params.dk, tile);
+      store_rows(dk, params.softmax_scale, params.panels, shared.k[tiles.stage_kv()], params.dk, tile);
     }
     if (lane == 0) {
       tma_store_commit();
@@ -318,7 +315,7 @@ struct BackwardConsumer {
       mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
       const BackwardTile& tile = shared.tiles[tiles.slot()];
       if (tile.num_heads < 0) break;
-      if (!Config::kFusedDq && params.preparation.enabled()) prepare_rows(tile);
+      if (params.preparation.enabled()) prepare_rows(tile);
       process_tile(tile);
       store_tile(tile);
       ++tiles.count;

@@ -8,18 +8,13 @@ struct Shape : BackwardShape {
   static constexpr bool kDqWarp = false;
 };
 
-struct Ordered : Shape {
-  static constexpr bool kOrderedDq = true;
-};
-
 struct Fused : Shape {
   static constexpr bool kFusedDq = true;
 };
 
 }  // namespace
 
-const BackwardVariant kBackwardD64 = backward_variant<Shape>("wgmma d64 128x128", &kBackwardD64Ordered);
-const BackwardVariant kBackwardD64Ordered = backward_variant<Ordered>("wgmma d64 128x128 ordered dq");
+const BackwardVariant kBackwardD64 = backward_variant<Shape>("wgmma d64 128x128");
 const BackwardVariant kBackwardD64Fused = backward_variant<Fused>("wgmma d64 128x128 fused dq");
 
 }  // namespace flash_attn::sm90

@@ -11,27 +11,19 @@
 
 namespace flash_attn::sm90 {
 
-// ---- flags: one for each CTA of a tile, tiles counted head by head
+// ---- flags: one for each tile, counted head by head
 
-/// By one thread that knows all dQ that its CTA computes for the tile to be added.
+/// By one thread that knows all dQ of the tile to be added.
 template <typename Config>
-SM90_DEVICE void say_added(const BackwardKernelParams& params, const BackwardTile& tile, int rank = 0) {
+SM90_DEVICE void say_added(const BackwardKernelParams& params, const BackwardTile& tile) {
   if (!params.dq_writing.enabled()) return;
-  const int index = tile.batch_head * params.schedule.num_n_blocks + tile.n_begin / Config::kBlockN;
-  int* const flag = params.dq_writing.added + index * Config::kCluster + rank;
-  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+  add_to_count(params.dq_writing.added + tile.batch_head * params.schedule.num_n_blocks +
+               tile.n_begin / Config::kBlockN);
 }
 
 /// By a whole warp: until tiles [begin, end) have added.
-template <typename Config>
-SM90_DEVICE void await_added(const BackwardKernelParams& params, int begin, int end, int rank) {
-  for (int i = begin + threadIdx.x % 32; i < end; i += 32) {
-    const int* const flag = params.dq_writing.added + i * Config::kCluster + rank;
-    int added;
-    do {
-      added = load_acquire(flag);
-    } while (!added);
-  }
+SM90_DEVICE void await_added(const BackwardKernelParams& params, int begin, int end) {
+  for (int i = begin + threadIdx.x % 32; i < end; i += 32) wait_for_count(params.dq_writing.added + i, 1);
   __syncwarp();
 }
 
@@ -65,11 +57,10 @@ SM90_DEVICE void choose_share(const BackwardKernelParams& params, const Backward
 }
 
 /// By a whole warp: until all have added to the share of the tile at this place.
-template <typename Config>
-SM90_DEVICE void await_share(const BackwardKernelParams& params, const BackwardTilePlace& at, int rank = 0) {
+SM90_DEVICE void await_share(const BackwardKernelParams& params, const BackwardTilePlace& at) {
   const int first = at.batch_head * params.schedule.num_n_blocks;
   const int last = params.dq_writing.by_last_block ? at.n_block : params.schedule.num_n_blocks - 1;
-  await_added<Config>(params, first, first + last + 1, rank);
+  await_added(params, first, first + last + 1);
 }
 
 // ---- writer
@@ -90,7 +81,7 @@ struct DqWriter {
     const BackwardTilePlace at = backward_tile_place(params, index);
     __syncwarp();
     if (lane == 0) choose_share<Config>(params, at, shared.share);
-    await_share<Config>(params, at);
+    await_share(params, at);
   }
 
   // -- pieces: in as fragments of an accumulator (kDqTile), out as rows of 16-bit elements

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init(shared.dout_empty, Config::kStages, Config::kConsumers);
     init(&shared.tile_wanted, 1, 1);
     init(shared.dq_empty, Config::kConsumers, 1);
-    init_turn_barriers(shared.dq_turns, 128 * Config::kConsumers);
+    init_turns(shared.dq_turns, 128 * Config::kConsumers);
     init(shared.dq_added, Config::kTileSlots, 128 * Config::kConsumers);
     init(shared.piece_full, 2, 1);
     init(&shared.share_full, 1, 1);

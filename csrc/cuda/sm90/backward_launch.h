@@ -17,7 +17,7 @@ void launch_backward_kernel(const BackwardKernelParams& params, int grid, cudaSt
 }
 
 template <typename Shape>
-constexpr BackwardVariant backward_variant(const char* name, const BackwardVariant* ordered = nullptr) {
+constexpr BackwardVariant backward_variant(const char* name) {
   using Config = BackwardConfig<__nv_bfloat16, Shape>;
   BackwardVariant variant{};
   variant.name = name;
@@ -26,7 +26,6 @@ constexpr BackwardVariant backward_variant(const char* name, const BackwardVaria
   variant.block_m = Config::kBlockM;
   variant.block_n = variant.map_rows = Config::kBlockN;
   variant.cluster = 1;
-  variant.ordered = ordered;
   variant.dq_warp = Config::kDqWarp;
   variant.fused_dq = Config::kFusedDq;
   variant.launch_bf16 = launch_backward_kernel<Config>;

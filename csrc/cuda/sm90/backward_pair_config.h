@@ -1,16 +1,14 @@
 // What a backward kernel of two CTAs is compiled for, and its shared memory.
 #pragma once
 
-#include "backward_dq.h"
+#include "backward_config.h"
 
 namespace flash_attn::sm90 {
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_, bool kOrderedDq_>
+template <typename Element_, int kHeadDim_, int kHeadDimV_>
 struct BackwardPairConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
-  static constexpr bool kOrderedDq = kOrderedDq_;                     // dq is summed up in a fixed order
-  static constexpr int kCluster = 2;
   static constexpr int kBlockM = 64;
   static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
   static constexpr int kThreads = 384;
@@ -33,15 +31,12 @@ struct BackwardPairStorage {
   alignas(1024) uint64_t k_full;
   uint64_t v_full, q_full[2], q_empty[2], dout_full, dout_empty, p_full[2], p_empty[2];
   uint64_t ds_full[2], ds_peer_full[2];
-  DqTurnBarriers dq_turns[2];  // of the scores and the gradients warpgroup
-  uint64_t dq_added;           // both consumers have added all their dQ
+  DqTurns dq_turns;
   // full: out and dO of a block to prepare have arrived. empty: consumers have written its statistics.
   uint64_t prepared_full, prepared_empty;
   uint64_t ds_free[2];  // dS has been read: by this CTA's scores warpgroup, and by both of the peer from their copy
 
-  int next_dq_unit;  // of write_pair_share
   BackwardTile tile;
-  DqShare shares[Config::kThreads / 32];
 
   alignas(128) StatisticOperand weights;
   alignas(128) uint8_t statistics[2][Config::kBytesStatistics];

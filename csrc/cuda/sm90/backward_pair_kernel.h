@@ -5,8 +5,8 @@
 //   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
-//   producer    one thread, TMA; with kOrderedDq two more see to the order in which tiles add to dQ, else three warps
-//               write dq (backward_dq.h); one of these warps also finishes rows for later tiles (backward_prepare.h)
+//   producer    one thread, TMA; two more see to the order in which tiles bring their dQ (backward_turns.h), one counts
+//               the rows that the tile prepares (backward_prepare.h)
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
 #pragma once
@@ -117,11 +117,7 @@ struct BackwardPairConsumer {
     const int panel = 2 * rank + (kScores ? 0 : 1);
     if (panel >= Config::kPanels) return;
     float* const to = params.dq_accum + (block * Config::kDqPanels + panel) * kDqTile + warp * (kDqTile / 4) + lane * 4;
-    DqTurnBarriers& barriers = shared.dq_turns[kScores ? 0 : 1];
-    if constexpr (Config::kOrderedDq) mbarrier_wait(&barriers.begun, of_step & 1);
-#pragma unroll
-    for (int i = 0; i < 32; i += 4) global_reduce_add(to + i / 4 * 128, dq + i);
-    if constexpr (Config::kOrderedDq) mbarrier_arrive(&barriers.added);
+    take_turn(params, shared.dq_turns, of_step, await_turn(params, shared.dq_turns, of_step), to, dq);
   }
 
   // -- the two parts of a step
@@ -200,10 +196,8 @@ struct BackwardPairConsumer {
     if constexpr (kScores) {
       if (step + 1 < steps) mbarrier_wait(&shared.q_full[stage ^ 1], (step + 1) / 2 % 2);
       issue_scores(stage ^ 1);
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
     }
+    wgmma_wait<kScores ? 1 : 0>();
     wgmma_results(dq);
     if (step > 0) {
       free_ds(step - 1);
@@ -226,7 +220,7 @@ struct BackwardPairConsumer {
       wgmma_wait<0>();
       wgmma_results(s);
     }
-    int head = 0, m_block = tile.m_begin;
+    int head = 0, m_block = tile.m_first;
 #pragma unroll 1
     for (; step < steps; ++step) {
       if constexpr (kScores) {
@@ -236,10 +230,8 @@ struct BackwardPairConsumer {
       }
       finish_step(block);
       block = tile.block + head * params.num_blocks + m_block;
-      if (++m_block == tile.m_end) {
-        m_block = tile.m_begin;
-        ++head;
-      }
+      m_block = next_block(tile, m_block);
+      if (m_block == tile.m_first) ++head;
     }
     wait_ds(steps - 1);
     issue_dq((steps - 1) % 2);
@@ -272,12 +264,10 @@ struct BackwardPairConsumer {
 
   /// While K is on its way.
   SM90_DEVICE void prepare_rows() {
-    uint32_t done = 0;
-#pragma unroll 1
-    for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
-      prepare_block(index, done % 2);
+    for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) { prepare_block(index, phase); });
+    if (first_prepared(shared.tile, rank) < shared.tile.prepared_end) {
+      named_barrier_sync(kPairBoth, 256);  // before P and dS come to where dO was
     }
-    if (done > 0) named_barrier_sync(kPairBoth, 256);  // before P and dS come to where dO was
   }
 
   // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
@@ -311,10 +301,9 @@ struct BackwardPairConsumer {
     mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);
     steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
     if (steps > 0) process_tile();
-    mbarrier_arrive(&shared.dq_added);
     named_barrier_sync(kPairBoth, 256);
     if (kScores && params.wants_dv) store_rows(1.f, shared.v, params.dv);
-    if (!kScores && params.wants_dk) store_rows(static_cast<float>(params.problem.softmax_scale), shared.k, params.dk);
+    if (!kScores && params.wants_dk) store_rows(params.softmax_scale, shared.k, params.dk);
   }
 };
 
@@ -327,14 +316,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   auto& shared = *reinterpret_cast<BackwardPairStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
   const int rank = cluster_rank(), lane = threadIdx.x % 32, index = blockIdx.x / 2;
-  const bool writes_dq = params.dq_writing.enabled() && index >= params.dq_writing.lag;
   if (threadIdx.x == 0) {
     mbarrier_init(&shared.k_full, 1);
     mbarrier_init(&shared.v_full, 1);
     mbarrier_init(&shared.dout_full, 1);
     mbarrier_init(&shared.dout_empty, 2);
-    mbarrier_init(&shared.dq_added, 256);
-    shared.next_dq_unit = 0;
+    init_turns(shared.dq_turns, 128 * min(2, Config::kPanels - 2 * rank));
     mbarrier_init(&shared.prepared_full, 1);
     mbarrier_init(&shared.prepared_empty, 256 + 1);
     for (int i = 0; i < 2; ++i) {
@@ -345,12 +332,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
       mbarrier_init(&shared.ds_full[i], 1);
       mbarrier_init(&shared.ds_peer_full[i], 1);
       mbarrier_init(&shared.ds_free[i], 3);
-      init_turn_barriers(shared.dq_turns[i], 128);
     }
     mbarrier_init_fence();
     for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(&shared.ds_peer_full[i], Config::kPanelBytes);
-    if (index >= params.schedule.num_tiles ||
-        !make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) {
+    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) {
       shared.tile.num_heads = 0;
     }
     shared.tile.prepared_begin = shared.tile.prepared_end = 0;
@@ -358,15 +343,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
-  cluster_sync();                    // before any signal from the peer
-  grid_dependency_wait();            // for what was prepared or zeroed
-  if (shared.tile.num_heads == 0) {  // in both CTAs
-    // Beyond the last tile CTAs write what is left.
-    if (writes_dq) {
-      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag);
-    }
-    return;
-  }
+  cluster_sync();                          // before any signal from the peer
+  grid_dependency_wait();                  // for what was prepared or cleared
+  if (shared.tile.num_heads == 0) return;  // in both CTAs
   if (params.panels < Config::kPanels || params.panels_v < Config::kPanelsV || !has_rows(shared.tile, 1)) {
     using Storage = BackwardPairStorage<Config>;
     clear_shared<Config::kThreads>(shared.k,
@@ -375,12 +354,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   }
   if (warpgroup == 2) {
     register_budget_lower<Config::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) BackwardPairProducer<Config>{params, shared, rank}.run();
-    if (warp == 3) follow_preparation(params, shared, rank);
-    if constexpr (Config::kOrderedDq) {
-      if (lane == 0 && (warp == 1 || warp == 2)) order_pair_dq(params, shared, rank, warp - 1);
-    } else if (warp > 0 && writes_dq) {
-      write_pair_share<Config>(params, shared, rank, index - params.dq_writing.lag);
+    if (lane == 0) {
+      switch (warp) {
+        case 0: BackwardPairProducer<Config>{params, shared, rank}.run(); break;
+        case 1: follow_pair_dq<true>(params, shared, rank); break;
+        case 2: follow_pair_dq<false>(params, shared, rank); break;
+        case 3: follow_preparation(params, shared, rank); break;
+      }
     }
   } else {
     register_budget_raise<Config::kConsumerRegisters>();

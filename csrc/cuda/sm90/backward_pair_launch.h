@@ -16,9 +16,9 @@ void launch_backward_pair_kernel(const BackwardKernelParams& params, int grid, c
   launch_dependent(kernel, dim3(grid), Config::kThreads, kSharedBytes, stream, params, "backward");
 }
 
-template <int kHeadDim, int kHeadDimV, bool kOrderedDq>
-constexpr BackwardVariant backward_pair_variant(const char* name, const BackwardVariant* ordered) {
-  using Config = BackwardPairConfig<__nv_bfloat16, kHeadDim, kHeadDimV, kOrderedDq>;
+template <int kHeadDim, int kHeadDimV>
+constexpr BackwardVariant backward_pair_variant(const char* name) {
+  using Config = BackwardPairConfig<__nv_bfloat16, kHeadDim, kHeadDimV>;
   BackwardVariant variant{};
   variant.name = name;
   variant.head_dim = kHeadDim;
@@ -28,9 +28,8 @@ constexpr BackwardVariant backward_pair_variant(const char* name, const Backward
   variant.block_n = Config::kBlockN;
   variant.map_rows = Config::kRowsN;
   variant.cluster = 2;
-  variant.ordered = ordered;
   variant.launch_bf16 = launch_backward_pair_kernel<Config>;
-  variant.launch_fp16 = launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV, kOrderedDq>>;
+  variant.launch_fp16 = launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV>>;
   return variant;
 }
 

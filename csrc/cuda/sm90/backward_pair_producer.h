@@ -1,5 +1,5 @@
 // The third warpgroup of backward_pair_kernel.h: one thread copies tiles to shared memory, two see to the order in
-// which tiles add to dQ, or three warps write dq, of which one first finishes the rows that the tile prepares.
+// which tiles bring their dQ, one counts the rows that the tile prepares.
 #pragma once
 
 #include "backward_pair_config.h"
@@ -11,6 +11,17 @@ namespace flash_attn::sm90 {
 /// Whether the sequence reaches the key rows of CTA `rank`, and a query row sees the tile at all.
 SM90_DEVICE bool has_rows(const BackwardTile& tile, int rank) {
   return tile.m_begin < tile.m_end && tile.n_begin + 64 * rank < tile.seqlen_k;
+}
+
+/// The CTAs of a pair share out the blocks that their tile prepares.
+SM90_DEVICE int first_prepared(const BackwardTile& tile, int rank) { return tile.prepared_begin + rank; }
+
+/// Of this CTA's: process(index, phase of barriers that complete once a block).
+template <typename Process>
+SM90_DEVICE void for_own_prepared(const BackwardTile& tile, int rank, Process process) {
+  uint32_t phase = 0;
+#pragma unroll 1
+  for (int index = first_prepared(tile, rank); index < tile.prepared_end; index += 2, phase ^= 1) process(index, phase);
 }
 
 template <typename Config>
@@ -85,17 +96,17 @@ struct BackwardPairProducer {
   }
 
   SM90_DEVICE void load_first_prepared_and_v() {
-    if (shared.tile.prepared_begin + rank < shared.tile.prepared_end) load_prepared(shared.tile.prepared_begin + rank);
+    const int first = first_prepared(shared.tile, rank);
+    if (first < shared.tile.prepared_end) load_prepared(first);
     load_v();
   }
 
   /// Until the consumers are through with all of them.
   SM90_DEVICE void load_other_prepared() {
-    int done = 0;
-    for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
-      if (done > 0) load_prepared(index);
-      mbarrier_wait(&shared.prepared_empty, done % 2);
-    }
+    for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) {
+      if (index != first_prepared(shared.tile, rank)) load_prepared(index);
+      mbarrier_wait(&shared.prepared_empty, phase);
+    });
   }
 
   SM90_DEVICE void run() {
@@ -104,11 +115,12 @@ struct BackwardPairProducer {
     if (tile.m_begin == tile.m_end) load_first_prepared_and_v();
     int step = 0;
     for (int head = 0; head < tile.num_heads; ++head) {
-      for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
+      int m_block = tile.m_first;
+      for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
         if (step == 1) load_other_prepared();
         load_q(step, head, m_block);
         if (step == 0) load_first_prepared_and_v();
-        if (m_block == tile.m_begin && params.preparation.enabled()) {
+        if (m_block == tile.m_first && params.preparation.enabled()) {
           await_prepared(params.preparation, tile, head);
           global_proxy_fence();
         }
@@ -117,106 +129,39 @@ struct BackwardPairProducer {
       }
     }
     if (step <= 1) load_other_prepared();
-    mbarrier_wait(&shared.dq_added, 0);
-    say_added<Config>(params, tile, rank);
   }
 };
 
 // ---- preparation of rows
 
-/// By a warp: zeros, and counts what consumers have prepared.
+/// By one thread: counts what consumers have prepared.
 template <typename Config>
 SM90_DEVICE void follow_preparation(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank) {
-  int done = 0;
-#pragma unroll 1
-  for (int index = shared.tile.prepared_begin + rank; index < shared.tile.prepared_end; index += 2, ++done) {
-    if (lane_id() == 0) mbarrier_arrive(&shared.prepared_empty);  // so that no block is missed
-    const PreparedPlace at = prepared_place(params, index);
-    if (params.preparation.zeroes_dq) zero_block<Config::kDqPanels * kDqTile / 4>(params, at.block);
-    __syncwarp();
-    mbarrier_wait(&shared.prepared_empty, done % 2);
-    if (lane_id() == 0) add_to_count(params.preparation.prepared + at.all_heads);
-  }
-}
-
-// ---- dq writer
-
-/// By several warps, each of which takes what is next: of the share of the tile at `index` in the order of tiles, the
-/// columns that the CTAs of this rank compute (see backward_dq.h; here from registers to memory, for shared memory is
-/// full).
-template <typename Config>
-SM90_DEVICE void write_pair_share(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank,
-                                  int index) {
-  constexpr int kUnits = 8;  // of a block: a warp's 16 rows of a panel
-  const BackwardTilePlace at = backward_tile_place(params, index);
-  await_share<Config>(params, at, rank);
-  DqShare& share = shared.shares[threadIdx.x / 32];  // there are few registers
-  if (lane_id() == 0) {
-    choose_share<Config>(params, at, share);
-    share.pieces = 0;
-  }
-  __syncwarp();
-  const auto next_unit = [&] {
-    int next = 0;
-    if (lane_id() == 0) next = atomicAdd(&shared.next_dq_unit, 1);
-    return __shfl_sync(~0u, next, 0);
-  };
-  const auto units = [&] { return (share.end - share.begin) * kUnits; };  // of a head
-  int taken = next_unit();
-#pragma unroll 1
-  for (int heads = params.group_size; heads > 0; --heads) {
-#pragma unroll 1
-    for (; taken - static_cast<int>(share.pieces) < units(); taken = next_unit()) {
-      const int unit = share.begin * kUnits + taken - static_cast<int>(share.pieces), lane = lane_id();
-      const int panel = 2 * rank + unit / 4 % 2, row = unit / kUnits * Config::kBlockM + unit % 4 * 16 + lane / 4;
-      const int columns = min(static_cast<int>(params.problem.head_dim) - 64 * panel, 64);
-      const int block = share.first_block + unit / kUnits;
-      const float4* from = reinterpret_cast<const float4*>(params.dq_accum) +
-                           int64_t{block * Config::kDqPanels + panel} * (kDqTile / 4) + unit % 4 * (kDqTile / 16) +
-                           lane;
-      uint16_t* to = static_cast<uint16_t*>(params.dq.data) + share.batch * params.dq.batch + row * params.dq.row +
-                     share.q_head * params.dq.head + 64 * panel + 2 * (lane % 4);
-#pragma unroll 1
-      for (int left = columns; left > 0; left -= 16, from += 64, to += 16) {
-        const float4 x[2] = {__ldcg(from), __ldcg(from + 32)};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t upper =
-              pack<typename Config::Element>(x[i].x * params.softmax_scale, x[i].y * params.softmax_scale);
-          const uint32_t lower =
-              pack<typename Config::Element>(x[i].z * params.softmax_scale, x[i].w * params.softmax_scale);
-          if (8 * i < left && row < params.seqlen_q) *reinterpret_cast<uint32_t*>(to + 8 * i) = upper;
-          if (8 * i < left && row + 8 < params.seqlen_q) {
-            *reinterpret_cast<uint32_t*>(to + 8 * params.dq.row + 8 * i) = lower;
-          }
-        }
-      }
-    }
-    __syncwarp();
-    if (lane_id() == 0) {
-      share.pieces += units();
-      share.first_block += params.num_blocks;
-      ++share.q_head;
-    }
-    __syncwarp();
-  }
+  for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) {
+    mbarrier_arrive(&shared.prepared_empty);  // so that no block is missed
+    mbarrier_wait(&shared.prepared_empty, phase);
+    add_to_count(params.preparation.prepared + prepared_place(params, index).all_heads);
+  });
 }
 
 // ---- order of dQ
 
-/// For consumer 0 (scores) or 1 (gradients).
-template <typename Config>
-SM90_DEVICE void order_pair_dq(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank,
-                               int consumer) {
+/// By a thread that begins turns and one that ends them: neither has to wait for the other's messages to L2.
+template <bool kBegins, typename Config>
+SM90_DEVICE void follow_pair_dq(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank) {
   const BackwardTile& tile = shared.tile;
-  const int panel = 2 * rank + consumer;
-  if (panel >= Config::kPanels) return;
   uint32_t step = 0;
   for (int head = 0; head < tile.num_heads; ++head) {
-    for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
-      const int64_t block = tile.block + head * params.num_blocks + m_block;
-      take_turn(params.dq_turns + block * kDqTurns + panel,
-                dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns[consumer], step);
+    int* const counts = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns + rank;
+    int m_block = tile.m_first;
+#pragma unroll 1
+    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
+      int* const count = counts + m_block * kDqTurns;
+      if constexpr (kBegins) {
+        begin_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block, count, shared.dq_turns, step);
+      } else {
+        end_turn(params, count, shared.dq_turns, step);
+      }
     }
   }
 }

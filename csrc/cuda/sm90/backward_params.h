@@ -14,11 +14,12 @@ struct BackwardSchedule {
     kRowsFirst,     // all tiles of a head, then the next head: neighbours share Q and dO
     kLongestFirst,  // for causal attention: the first columns of all heads of a group, which most rows see, then the
                     // next
-    // For dq_turns, in which a tile waits for others of its head: so that few of these run at once, or that all can
-    // begin at once. The first or the last columns of all heads of a group, then their neighbours.
+    // The first or the last columns of all heads of a group, then their neighbours. For dq_turns, in which a tile waits
+    // for others of its head; kColumnsLast for causal attention, where each tile begins with the block whose other
+    // tiles wait for it.
     kColumnsFirst,
-    kColumnsLast,  // for causal attention: each tile begins with the block whose other tiles wait for it
-    kWholeHead,    // a CTA takes all tiles of a head, one after the other
+    kColumnsLast,
+    kWholeHead,  // a CTA takes all tiles of a head, one after the other
   };
   Order order;
   int num_batch_heads;  // of k, each counted key_parts times
@@ -26,7 +27,7 @@ struct BackwardSchedule {
   int num_tiles;
   int heads_per_group;  // heads worked on together, so that their Q, dO and dQ stay in L2
   int grouped_blocks;   // tiles of a head in a group's turn; the others come at the very end, see place_in_group
-  int* next_tile;       // 0 when the kernel starts; null: CTA i takes i, i + gridDim.x, ... (kWholeHead: of the heads)
+  int* next_tile;       // or next head with kWholeHead, 0 when the kernel starts; null: CTA i takes tile i alone
 };
 
 /// Division of 0 <= n < 2^31 by a divisor that the host knows (Granlund and Montgomery, 1994, figure 4.1).
@@ -47,7 +48,7 @@ struct FastDivision {
 
 /// How the main kernel itself turns dq_accum to dq, see backward_dq.h.
 struct DqWriting {
-  // (num_tiles, CTAs of a tile), 0 at first: which have added all their dQ. Null: store_dq turns dq_accum afterwards.
+  // (num_tiles), 0 at first: which have added all their dQ. Null: store_dq turns dq_accum afterwards.
   int* added;
   int lag;             // who takes tile i, in the order of tiles, writes the share of tile i - lag
   bool by_last_block;  // how a head's query blocks are shared out, see share_begin
@@ -111,7 +112,7 @@ constexpr int kDqTile = 64 * 64;
 /// Half a tile of kDqTile, the unit in which the main kernel turns dq_accum to dq.
 constexpr int kDqPieceRows = 32, kDqPiece = kDqPieceRows * 64;
 
-/// Tiles of dq_accum in a block whose order is kept apart: one for each consumer that adds to it.
-constexpr int kDqTurns = 4;
+/// Parts of a block of dq_accum whose order is kept apart: one for each CTA that has a tile.
+constexpr int kDqTurns = 2;
 
 }  // namespace flash_attn::sm90

@@ -27,7 +27,7 @@ struct Workspace {
     dq_accum_bytes = aligned(dq_blocks * plan.variant->block_m * plan.variant->dq_columns * 4);
     statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
     dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
-    dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * plan.variant->cluster * 4) : 0;
+    dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * 4) : 0;
     prepared_bytes = plan.prepared_per_tile > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
@@ -41,20 +41,18 @@ struct Workspace {
   int64_t cleared_bytes() const { return next_tile_bytes + dq_turns_bytes + dq_flags_bytes + prepared_bytes; }
 };
 
-/// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
-int heads_per_group(const ForwardParams& p, int key_parts, int64_t l2_bytes) {
-  const int64_t bytes = std::min(l2_bytes / 2, p.seqlen_q << 14);
-  const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
-  return static_cast<int>(clamp<int64_t>(bytes / bytes_per_head, 1, p.batch * p.num_heads_k * key_parts));
-}
+bool is_causal(const ForwardParams& p) { return p.window_right >= 0 && p.window_left < 0; }
+
+/// Tiles that are worked on at once.
+int places(const BackwardPlan& plan, int num_sms) { return std::max(1, num_sms / plan.variant->cluster); }
 
 /// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
 /// different lengths, the longest may be a quarter of what an SM has to do: H200, causal, 4096 rows, head dim 128: with
 /// one, a half, a quarter of it 392, 501, 559 TFLOP/s.
 bool is_balanced(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   const int64_t tiles = p.batch * p.num_heads_k * plan.key_parts * plan.num_n_blocks;
-  const int64_t places = std::max(1, num_sms / plan.variant->cluster);
-  if (p.window_right < 0 || p.window_left >= 0) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
+  const int64_t places = sm90::places(plan, num_sms);
+  if (!is_causal(p)) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
   return tiles >= 8 * places;  // on average half as long as the longest
 }
 
@@ -66,6 +64,31 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
     if (group % tried.key_parts == 0 && is_balanced(tried, p, num_sms)) break;
   }
   return tried.key_parts;
+}
+
+/// Query blocks of 128 rows come at the pace of the key blocks: a tile has no time between its neighbour's turn and its
+/// own.
+bool steps_in_pace(const BackwardPlan& plan) { return plan.variant->block_m == plan.variant->block_n; }
+
+/// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
+/// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
+void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& device) {
+  const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
+  const int64_t heads_at_once = std::max(1, places(plan, device.num_sms) / plan.num_n_blocks);
+  int64_t group = 1;
+  if (is_causal(p)) {
+    // The first columns last, their tiles each a step behind the neighbour. [H200, d128: +3 to +9% up to 2048 rows; -2
+    // to -6% from 4096 on, where the longest tiles at the end leave SMs idle.]
+    const bool many_heads = heads_at_once >= 8;
+    plan.order = plan.ordered_dq || many_heads ? BackwardSchedule::kColumnsLast : BackwardSchedule::kLongestFirst;
+    const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+    // [d64, four heads against one: 0 to +2%]
+    if (steps_in_pace(plan)) group = clamp<int64_t>(device.l2_bytes / 2 / bytes_per_head, 1, 4);
+  } else if (plan.ordered_dq) {
+    plan.order = BackwardSchedule::kColumnsFirst;
+    group = heads_at_once;
+  }
+  plan.heads_per_group = static_cast<int>(std::min(group, heads));
 }
 
 /// Tiles of a head in a group's turn, see BackwardSchedule.
@@ -85,15 +108,9 @@ bool takes_fused_dq(const BackwardParams& params) {
   return params.dq.data != nullptr && is_dense(p) && first_key_seen;
 }
 
-/// Whether the kernel has a warp to write dq, and whether that pays.
-bool has_dq_writer(const BackwardPlan& plan, const ForwardParams& p) {
-  const bool causal = p.window_right >= 0;
-  // The three warps of a pair work from registers, slowly: tiles with few steps wait for them.
-  if (plan.variant->cluster > 1) return !plan.ordered_dq && !causal;
-  const bool dq_in_order_takes_the_warp = plan.variant->dq_warp && plan.ordered_dq;
-  // H200, head dim 128, causal: -0.5% at 512 and 1024, 0 at 2048, -0.3% at 4096 rows.
-  const bool contends = plan.variant->head_dim == 128 && causal;
-  return !dq_in_order_takes_the_warp && !contends;
+/// Whether the kernel has a warp to write dq: adding dQ in order may take it.
+bool has_dq_writer(const BackwardPlan& plan) {
+  return plan.variant->cluster == 1 && !(plan.variant->dq_warp && plan.ordered_dq);
 }
 
 /// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
@@ -103,11 +120,10 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
   const ForwardParams& p = params.forward;
   const int n_blocks = plan.num_n_blocks;
   DqWritingPlan writing;
-  writing.by_last_block = p.window_right >= 0 && !plan.ordered_dq;
+  writing.by_last_block = p.window_right >= 0 && !plan.ordered_dq && plan.order != BackwardSchedule::kColumnsLast;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
-  const bool grouped = plan.order != BackwardSchedule::kRowsFirst;
-  const int64_t later = writing.by_last_block ? 0 : int64_t{n_blocks} * (grouped ? plan.heads_per_group : 1);
-  const int round = num_sms / plan.variant->cluster;
+  const int64_t later = writing.by_last_block ? 0 : int64_t{n_blocks} * plan.heads_per_group;
+  const int round = places(plan, num_sms);
   const int64_t lag = later + round;
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
@@ -115,7 +131,7 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
       int64_t{n_blocks + 1} * plan.num_m_blocks < INT32_MAX && int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
   const bool several_rounds = plan.num_tiles >= 3 * round && lag <= plan.num_tiles / 2;
   writing.enabled = params.dq.data != nullptr && is_dense(p) && even && in_32_bits && n_blocks >= 4 && several_rounds &&
-                    has_dq_writer(plan, p);
+                    has_dq_writer(plan);
   return writing;
 }
 
@@ -127,17 +143,17 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   if (!is_dense(p) || !out_fits_q) return;
   const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
   const int64_t per_tile = ceil_div(blocks_of_key_head, grouped_blocks(plan));
-  const int64_t ahead = num_sms / plan.variant->cluster * 5 / 4;
-  const int64_t first = ceil_div(plan.heads_per_group * blocks_of_key_head + ahead * per_tile, blocks);
+  const int64_t ahead = places(plan, num_sms) * 5 / 4;  // tiles, or heads of a CTA each
+  const bool whole_heads = plan.order == BackwardSchedule::kWholeHead;
+  const int64_t at_once = whole_heads ? ahead : plan.heads_per_group;
+  const int64_t first = ceil_div(at_once * blocks_of_key_head + (whole_heads ? 0 : ahead * per_tile), blocks);
   const bool in_32_bits = first * blocks + plan.num_tiles * per_tile < INT32_MAX;
   if (per_tile * plan.variant->block_m > kMaxPreparedRows || 2 * first > plan.prepared_heads || !in_32_bits) return;
   plan.prepared_heads = first;
   plan.prepared_per_tile = static_cast<int>(per_tile);
 }
 
-bool zeroes_dq(const BackwardPlan& plan) {
-  return !plan.variant->fused_dq && !(plan.variant->dq_warp && (plan.ordered_dq || plan.claims_dq));
-}
+bool zeroes_dq(const BackwardPlan& plan) { return !plan.variant->fused_dq && !plan.ordered_dq && !plan.claims_dq; }
 
 }  // namespace
 
@@ -150,9 +166,9 @@ const BackwardVariant& backward_variant_for(const ForwardParams& p) {
   return kBackwardD256;
 }
 
-/// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and loses the balance
-/// between CTAs. H200, 16384 rows of 2048 columns: at 512 rows it takes 0.83 of the other's time when causal, 1.07
-/// else; longer sequences lose.
+/// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order and loses the
+/// balance between CTAs. H200, 16384 rows of 2048 columns, time over the other's at 128, 256, 384, 512 rows: causal
+/// 0.82, 0.99, 0.90, 1.00, else 0.71, 0.83, 1.00, 1.07.
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const BackwardVariant& variant = backward_variant_for(p);
@@ -160,9 +176,6 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const bool enough_heads = p.batch * p.num_heads_k >= 3 * device.num_sms;
   if (&variant == &kBackwardD64 && takes_fused_dq(params) && few_tiles && enough_heads) {
     return plan_backward(params, device, kBackwardD64Fused);
-  }
-  if (p.deterministic && variant.ordered != nullptr && params.dq.data != nullptr) {
-    return plan_backward(params, device, *variant.ordered);
   }
   return plan_backward(params, device, variant);
 }
@@ -181,30 +194,25 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
-  const bool causal = p.window_right >= 0 && p.window_left < 0;
-  plan.claims_dq = variant.dq_warp && !plan.ordered_dq;
-  plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.fused_dq) {
     plan.order = BackwardSchedule::kWholeHead;
+    plan.dynamic = true;
     plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
+    plan_preparation(plan, p, device.num_sms);
     return plan;
   }
-  if (plan.ordered_dq) {
-    plan.order = causal ? BackwardSchedule::kColumnsLast : BackwardSchedule::kColumnsFirst;
-    plan.heads_per_group = heads_per_group(p, plan.key_parts, device.l2_bytes);
-  } else if (causal) {
-    plan.order = BackwardSchedule::kLongestFirst;
-    // Head dim 256, H200: one head at a time is 1% faster up to 2048, the same beyond.
-    plan.heads_per_group = variant.cluster > 1 ? 1 : heads_per_group(p, plan.key_parts, device.l2_bytes);
-  }
+  plan_order(plan, p, device);
+  // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on 0
+  // to +1%, shorter -2%.
+  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || plan.order == BackwardSchedule::kColumnsLast;
+  plan.claims_dq = claims_pay && !plan.ordered_dq;
+  plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
     plan.grid = device.num_sms;
   }
   plan_preparation(plan, p, device.num_sms);
   plan.dq_writing = plan_dq_writing(plan, params, device.num_sms);
-  // CTAs without a tile write the last shares.
-  if (plan.dq_writing.enabled && variant.cluster > 1) plan.grid += plan.dq_writing.lag * variant.cluster;
   return plan;
 }
 
@@ -317,7 +325,6 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
                                 dq_accum,
                                 zeroes_dq(plan),
                                 statistics,
-                                dq_turns,
                                 plan.prepared_heads,
                                 reinterpret_cast<uint4*>(next_tile),
                                 sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4))};

@@ -15,19 +15,17 @@ struct BackwardVariant {
   int head_dim, head_dim_v;  // the largest it takes
   int dq_columns;            // of dq_accum: whole panels of 64
   int block_m, block_n;
-  int map_rows;                    // rows of a box of K or V: of a CTA's share of a tile
-  int cluster;                     // CTAs that share a tile
-  const BackwardVariant* ordered;  // adds to dq in a fixed order; null: this one does when asked to, see dq_turn
-  bool dq_warp;                    // see BackwardShape
-  bool fused_dq;                   // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
+  int map_rows;   // rows of a box of K or V: of a CTA's share of a tile
+  int cluster;    // CTAs that share a tile
+  bool dq_warp;   // see BackwardShape
+  bool fused_dq;  // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
   void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
 };
 
 // Each in its own .cu file, see plan_backward() for the choice.
-extern const BackwardVariant kBackwardD64, kBackwardD64Ordered, kBackwardD64Fused, kBackwardD96, kBackwardD128,
-    kBackwardD192V128, kBackwardD192V128Ordered, kBackwardD192, kBackwardD192Ordered, kBackwardD256,
-    kBackwardD256Ordered;
+extern const BackwardVariant kBackwardD64, kBackwardD64Fused, kBackwardD96, kBackwardD128, kBackwardD192V128,
+    kBackwardD192, kBackwardD256;
 
 /// See DqWriting.
 struct DqWritingPlan {

@@ -17,7 +17,7 @@
 #include "backward_params.h"
 #include "backward_ptx.h"
 #include "backward_statistics.h"
-#include "backward_tile.h"
+#include "backward_turns.h"
 
 namespace flash_attn::sm90 {
 

@@ -9,14 +9,17 @@ namespace flash_attn::sm90 {
 
 // ---- scheduler
 
-SM90_DEVICE int first_tile(const BackwardSchedule& schedule) {
-  return schedule.order == BackwardSchedule::kWholeHead ? blockIdx.x * schedule.num_n_blocks : blockIdx.x;
+/// In their order, and none before a CTA that works on it is running: tiles wait for tiles before them.
+SM90_DEVICE int take_tile(const BackwardSchedule& schedule) {
+  if (schedule.next_tile == nullptr) return blockIdx.x;
+  const int ticket = atomicAdd(schedule.next_tile, 1);
+  return schedule.order == BackwardSchedule::kWholeHead ? ticket * schedule.num_n_blocks : ticket;
 }
 
 SM90_DEVICE int next_tile(const BackwardSchedule& schedule, int index) {
-  if (schedule.next_tile != nullptr) return gridDim.x + atomicAdd(schedule.next_tile, 1);
-  if (schedule.order != BackwardSchedule::kWholeHead) return index + gridDim.x;
-  return (index + 1) % schedule.num_n_blocks != 0 ? index + 1 : index + 1 + (gridDim.x - 1) * schedule.num_n_blocks;
+  if (schedule.next_tile == nullptr) return schedule.num_tiles;
+  const bool head_goes_on = schedule.order == BackwardSchedule::kWholeHead && (index + 1) % schedule.num_n_blocks != 0;
+  return head_goes_on ? index + 1 : take_tile(schedule);
 }
 
 /// Works out a tile while the last steps of the one before are worked on; not sooner, because a CTA with a long tile
@@ -48,12 +51,12 @@ struct BackwardScheduler {
 
   /// By a warp: between tiles it has the time for what is left to do for the rows that a tile prepares.
   SM90_DEVICE void run() {
-    int index = first_tile(params.schedule);
+    int index = lane_id() == 0 ? take_tile(params.schedule) : 0;
     for (;; ++tiles.count) {
       const bool found = lane_id() == 0 && publish_tile(index);
       if (!__any_sync(~0u, found)) break;
       __syncwarp();
-      if (!Config::kFusedDq && params.preparation.enabled()) {
+      if (params.preparation.enabled()) {
         RowPreparer<Config>{params, shared}.prepare_rows(shared.tiles[tiles.slot()], tiles.count & 1);
       }
       if (lane_id() == 0) {
@@ -161,6 +164,30 @@ struct BackwardProducer {
 
 // ---- dQ warp
 
+/// Where the order is fixed: query blocks for which a tile has one turn. Messages to L2 and back take longer than a
+/// step of 64 rows.
+constexpr int kTurnBlocks = 2;
+
+/// A tile's turn at a query block, and at its neighbour.
+template <typename Config>
+struct FixedTurn {
+  const BackwardKernelParams& params;
+  const BackwardTile& tile;
+  const int m_block;
+
+  SM90_DEVICE int place() const { return m_block % kTurnBlocks; }
+  SM90_DEVICE bool begins() const { return place() == 0 || m_block == tile.m_begin; }
+  SM90_DEVICE bool ends() const { return place() == kTurnBlocks - 1 || m_block + 1 == tile.m_end; }
+  SM90_DEVICE int tiles_before_blocks(int begin, int count) const {
+    constexpr int kBlockM = Config::kBlockM;
+    return tiles_before<Config::kBlockN>(params, tile, begin * kBlockM, (begin + count) * kBlockM);
+  }
+  SM90_DEVICE void wait(const int* count) const {
+    if (begins()) wait_for_count(count, tiles_before_blocks(m_block - place(), kTurnBlocks));
+  }
+  SM90_DEVICE bool stores() const { return tiles_before_blocks(m_block, 1) == 0; }
+};
+
 /// Adds dQ of kCount consumers from shared to global memory. In a fixed order each consumer has a warp, so that none
 /// waits for the other's turn.
 template <typename Config, int kCount>
@@ -175,15 +202,16 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
       int m_block = tile.m_first;
       do {
         const int block = tile.block + head * params.num_blocks + m_block;
-        int* const turns = params.dq_turns + int64_t{block} * kDqTurns + first_consumer;
+        const FixedTurn<Config> turn{params, tile, m_block};
+        const int counted = kCount == 1 ? block - turn.place() : block;
+        int* const count = params.dq_turns + int64_t{counted} * kDqTurns + first_consumer;
         bool first = false, stored = false;  // by this tile, by another
         if (elected()) {                     // while dQ is being computed
           if constexpr (kCount == 1) {
-            const int turn = dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block);
-            wait_for_count(turns, turn);
-            first = turn == 0;
+            turn.wait(count);
+            first = turn.stores();
           } else {
-            stored = params.dq_turns == nullptr || load_acquire(turns) == kStored;
+            stored = load_acquire(count) == kStored;
           }
           global_proxy_fence();
         }
@@ -195,7 +223,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           named_barrier_sync(kDqReady + consumer, 160);
           if (elected()) {
             if (kCount > 1 && i == 0 && !stored) {
-              first = claim_block(turns);
+              first = claim_block(count);
               global_proxy_fence();
             }
             if (first) {
@@ -213,9 +241,9 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           }
           tma_store_wait_read();
           mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
-          if (kCount == 1 || first) {
+          if (kCount == 1 ? turn.ends() : first) {
             tma_store_wait();     // the sum has arrived
-            add_to_count(turns);  // from claimed to stored
+            add_to_count(count);  // the next turn has come; or from claimed to stored
           }
         }
         __syncwarp();
@@ -242,13 +270,13 @@ SM90_DEVICE void follow_dq(const BackwardKernelParams& params, BackwardStorage<C
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const BackwardTile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    if constexpr (Config::kOrderedDq) {
-      for (int head = 0; head < tile.num_heads; ++head) {
-        for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block, ++step) {
-          const int64_t block = tile.block + head * params.num_blocks + m_block;
-          take_turn(params.dq_turns + block * kDqTurns,
-                    dq_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block), shared.dq_turns, step);
-        }
+    for (int head = 0; head < tile.num_heads && params.dq_turns != nullptr; ++head) {
+      int* const counts = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
+      int m_block = tile.m_first;
+      for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
+        int* const count = counts + m_block * kDqTurns;
+        begin_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block, count, shared.dq_turns, step);
+        end_turn(params, count, shared.dq_turns, step);
       }
     }
     mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());

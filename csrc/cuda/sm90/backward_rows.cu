@@ -120,8 +120,10 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
   const float4* const accum = reinterpret_cast<const float4*>(
       params.dq_accum + (block * tiles_per_block + first_tile + tile) * kDqTile + warp * (kDqTile / 4));
   const float scale = static_cast<float>(p.softmax_scale);
-  // Where no tile has stored anything dq_accum is undefined.
-  const bool defined = params.zeroes_dq || block_row >= info.seqlen_q || params.dq_turns[block * kDqTurns] != 0;
+  // Where no tile has stored anything, because no row sees a key, dq_accum is undefined.
+  const int64_t block_end = block_row + params.block_m < info.seqlen_q ? block_row + params.block_m : info.seqlen_q;
+  const Range seen = visible_columns(p, info, block_row, block_end);
+  const bool defined = block_row < block_end && seen.begin < seen.end;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float4 x = defined ? __ldcs(accum + j * 32 + lane) : float4{0.f, 0.f, 0.f, 0.f};

@@ -12,9 +12,8 @@ struct BackwardRowsParams {
   int block_m, dq_columns;       // of the main kernel's tiles
   int num_blocks, num_m_blocks;  // see BackwardKernelParams
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
-  bool zeroes_dq;                // whether dq_accum is zero at first; else dq_turns says which blocks hold anything
+  bool zeroes_dq;                // whether dq_accum has to be zero at first
   uint4* statistics;             // (num_heads * num_blocks, block_m)
-  int* dq_turns;                 // (num_heads * num_blocks, kDqTurns); may be null
   int64_t prepared_heads;        // of batch * num_heads; of the others the main kernel prepares the rows itself
   uint4* cleared;                // (num_cleared), counters of the main kernel
   int64_t num_cleared;

@@ -135,67 +135,6 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   return true;
 }
 
-/// How many tiles add to dq of the query block before this one, so that the sum has one order: by n_begin, rising, or
-/// falling with kColumnsLast. In either case the tiles before it have been taken before it, so waiting for them ends.
-template <int kBlockM, int kBlockN>
-SM90_DEVICE int dq_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block) {
-  const int n_block = tile.n_begin / kBlockN;
-  if (params.schedule.order != BackwardSchedule::kColumnsLast) {
-    return n_block - max(0, m_block * kBlockM + tile.left_bound) / kBlockN;
-  }
-  const int last_seen = min((m_block + 1) * kBlockM, tile.seqlen_q) - 1 + tile.right_bound;
-  return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
-}
-
-SM90_DEVICE int load_acquire(const int* from) {
-  int x;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-  return x;
-}
-
-/// Waits until `count` have counted; what they had written before is then visible.
-SM90_DEVICE void wait_for_count(const int* counter, int count) {
-  while (load_acquire(counter) < count) {
-  }
-}
-
-/// What this thread knows to be written is visible to whoever sees the count.
-SM90_DEVICE void add_to_count(int* counter) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-// Without a fixed order the first tile that has dQ of a query block stores it, and dq_accum need not be zero before.
-constexpr int kClaimed = 1, kStored = 2;  // states of a block
-
-/// Whether this tile is the first; if not, waits until the first has stored its dQ. That one has nothing to wait for.
-SM90_DEVICE bool claim_block(int* state) {
-  int found;
-  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, %2;" : "=r"(found) : "l"(state), "r"(kClaimed) : "memory");
-  if (found == 0) return true;
-  while (found != kStored) found = load_acquire(state);
-  return false;
-}
-
-/// Barriers between consumers that add dQ to global memory from their registers and the thread that waits for their
-/// turn and ends it, so that they need not wait for messages to L2 and back.
-struct DqTurnBarriers {
-  uint64_t begun;  // the turn has come
-  uint64_t added;  // all their threads have added theirs
-};
-
-SM90_DEVICE void init_turn_barriers(DqTurnBarriers& barriers, int adders) {
-  mbarrier_init(&barriers.begun, 1);
-  mbarrier_init(&barriers.added, adders);
-}
-
-/// The turn of one step, `step` counted over all tiles.
-SM90_DEVICE void take_turn(int* turns, int turn, DqTurnBarriers& barriers, uint32_t step) {
-  wait_for_count(turns, turn);
-  mbarrier_arrive(&barriers.begun);
-  mbarrier_wait(&barriers.added, step & 1);
-  add_to_count(turns);
-}
-
 /// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.
 /// Sets P to 0 where the query row does not see the key row.
 template <int kSize>

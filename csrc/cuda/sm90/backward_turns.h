@@ -1,0 +1,118 @@
+// The order in which tiles bring their dQ of a query block to dq_accum: with ordered_dq a fixed one, so that the sum is
+// the same every time, else as they come. Either way the first stores and the others add, so dq_accum need not be zero
+// before.
+#pragma once
+
+#include "backward_tile.h"
+
+namespace flash_attn::sm90 {
+
+// ---- counters in global memory
+
+SM90_DEVICE int load_acquire(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
+/// Waits until `count` have counted; what they had written before is then visible.
+SM90_DEVICE void wait_for_count(const int* counter, int count) {
+  while (load_acquire(counter) < count) {
+  }
+}
+
+/// What this thread knows to be written is visible to whoever sees the count.
+SM90_DEVICE void add_to_count(int* counter) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// ---- a fixed order
+
+/// How many tiles add to dq of query rows [row_begin, row_end) before this one: by n_begin, rising, or falling with
+/// kColumnsLast. In either case the tiles before it have been taken before it, so waiting for them ends.
+template <int kBlockN>
+SM90_DEVICE int tiles_before(const BackwardKernelParams& params, const BackwardTile& tile, int row_begin, int row_end) {
+  const int n_block = tile.n_begin / kBlockN;
+  if (params.schedule.order != BackwardSchedule::kColumnsLast) {
+    return n_block - max(0, row_begin + tile.left_bound) / kBlockN;
+  }
+  const int last_seen = min(row_end, tile.seqlen_q) - 1 + tile.right_bound;
+  return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
+}
+
+// ---- as they come
+
+constexpr int kClaimed = 1, kStored = 2;  // states of a block
+
+/// Whether this tile is the first; if not, waits until the first has stored its dQ. That one has nothing to wait for.
+SM90_DEVICE bool claim_block(int* state) {
+  int found;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, %2;" : "=r"(found) : "l"(state), "r"(kClaimed) : "memory");
+  if (found == 0) return true;
+  while (found != kStored) found = load_acquire(state);
+  return false;
+}
+
+// ---- dQ from the registers of consumers
+
+/// Between consumers and the threads that see to their turns, so that they need not wait for messages to L2 and back.
+/// Of a step, and of the next.
+struct DqTurns {
+  uint64_t begun[2];     // the turn of the step's block has come
+  uint64_t added[2];     // all threads of consumers have stored or added
+  uint64_t released[2];  // `first` has been read for the last time
+  int first[2];          // the consumers store
+};
+
+SM90_DEVICE void init_turns(DqTurns& turns, int consumer_threads) {
+  for (int i = 0; i < 2; ++i) {
+    mbarrier_init(&turns.begun[i], 1);
+    mbarrier_init(&turns.added[i], consumer_threads);
+    mbarrier_init(&turns.released[i], 1);
+  }
+}
+
+/// By a thread: waits for the turn of a step, `step` counted over all tiles; `count` is the block's of dq_turns.
+template <int kBlockM, int kBlockN>
+SM90_DEVICE void begin_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block, int* count,
+                            DqTurns& turns, uint32_t step) {
+  bool first;
+  if (params.ordered_dq) {
+    const int before = tiles_before<kBlockN>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
+    wait_for_count(count, before);
+    first = before == 0;
+  } else {
+    first = claim_block(count);
+  }
+  mbarrier_wait(&turns.released[step % 2], step / 2 % 2 ^ 1);
+  turns.first[step % 2] = first;
+  mbarrier_arrive(&turns.begun[step % 2]);
+}
+
+/// By the same thread or another.
+SM90_DEVICE void end_turn(const BackwardKernelParams& params, int* count, DqTurns& turns, uint32_t step) {
+  mbarrier_wait(&turns.added[step % 2], step / 2 % 2);
+  const bool first = turns.first[step % 2];
+  mbarrier_arrive(&turns.released[step % 2]);
+  if (params.ordered_dq || first) add_to_count(count);  // the next turn has come; or from claimed to stored
+}
+
+// By a thread of a consumer:
+
+/// Waits for the turn; whether it is the first of the step's block.
+SM90_DEVICE bool await_turn(const BackwardKernelParams& params, DqTurns& turns, uint32_t step) {
+  if (params.dq_turns == nullptr) return false;
+  mbarrier_wait(&turns.begun[step % 2], step / 2 % 2);
+  return turns.first[step % 2];
+}
+
+/// Its part of dQ of the step goes to float4s 128 floats apart.
+template <int kSize>
+SM90_DEVICE void take_turn(const BackwardKernelParams& params, DqTurns& turns, uint32_t step, bool first, float* to,
+                           const float (&dq)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; i += 4) global_store_or_add(first, to + i / 4 * 128, dq + i);
+  if (params.dq_turns != nullptr) mbarrier_arrive(&turns.added[step % 2]);
+}
+
+}  // namespace flash_attn::sm90
