@@ -258,17 +258,20 @@ __global__ void __launch_bounds__(128) vote_kernel(int rounds, const int* votes,
   }
 }
 
-/// In round i the first CTA to come writes a number to values[i], and the others say what they see there.
+/// In round i the first tile of kCtas CTAs to come writes numbers to values[i], and the others say what they see there.
+template <int kCtas>
 __global__ void claim_kernel(int rounds, int* states, int* values, int* seen) {
   if (threadIdx.x != 0) return;
+  const int tile = blockIdx.x / kCtas, rank = blockIdx.x % kCtas;
   for (int i = 0; i < rounds; ++i) {
     int* const answer = seen + i * gridDim.x + blockIdx.x;
-    if (claim_block(states + i)) {
-      values[i] = 7 * i + 1;
+    int* const value = values + i * kCtas;
+    if (claim_block<kCtas>(states + i, tile, rank == 0)) {
+      value[rank] = 7 * i + 1;
       add_to_count(states + i);
       *answer = -1;
     } else {
-      *answer = *static_cast<volatile int*>(values + i);
+      *answer = *static_cast<volatile int*>(value + kCtas - 1 - rank);
     }
   }
 }
@@ -354,8 +357,8 @@ EXPORT int test_ring(int count, int* seen) { return launch(ring_kernel, 1, 128, 
 EXPORT int test_votes(int rounds, const int* votes, int* heard, int* order) {
   return launch(vote_kernel, 1, 128, 0, rounds, votes, heard, order);
 }
-EXPORT int test_claims(int ctas, int rounds, int* states, int* values, int* seen) {
-  return launch(claim_kernel, ctas, 32, 0, rounds, states, values, seen);
+EXPORT int test_claims(int ctas_of_tile, int ctas, int rounds, int* states, int* values, int* seen) {
+  return launch(ctas_of_tile == 1 ? claim_kernel<1> : claim_kernel<2>, ctas, 32, 0, rounds, states, values, seen);
 }
 EXPORT int test_dependent_launch(int* number, int* out) {
   first_kernel<<<1, 1>>>(number);

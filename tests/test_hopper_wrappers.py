@@ -149,14 +149,17 @@ def test_named_barriers(library: ctypes.CDLL) -> None:
 
 @pytest.mark.gpu
 @on_hopper
-def test_one_cta_is_the_first_and_the_others_see_what_it_wrote(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("ctas_of_tile", (1, 2))
+def test_one_tile_is_the_first_and_the_others_see_what_it_wrote(library: ctypes.CDLL, ctas_of_tile: int) -> None:
     ctas, rounds = 500, 300
-    states, values = (torch.zeros(rounds, dtype=torch.int32, device="cuda") for _ in range(2))
+    states = torch.zeros(rounds, dtype=torch.int32, device="cuda")
+    values = torch.zeros(rounds, ctas_of_tile, dtype=torch.int32, device="cuda")
     seen = torch.zeros(rounds, ctas, dtype=torch.int32, device="cuda")
-    run(library.test_claims, ctas, rounds, states, values, seen)
+    run(library.test_claims, ctas_of_tile, ctas, rounds, states, values, seen)
     written = 7 * torch.arange(rounds, dtype=torch.int32, device="cuda")[:, None] + 1
     first = seen == -1
-    assert (first.sum(1) == 1).all()
+    tiles = first.view(rounds, -1, ctas_of_tile)
+    assert (tiles.all(2).sum(1) == 1).all() and (tiles.any(2).sum(1) == 1).all()
     assert torch.equal(torch.where(first, written, seen), written.expand_as(seen))
 
 

@@ -22,6 +22,7 @@ struct BackwardShape {
 template <typename Element_, typename Shape>
 struct BackwardConfig : Shape {
   using Element = Element_;
+  static constexpr int kCtas = 1;       // that share a tile
   static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
   static constexpr int kBlockN = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);

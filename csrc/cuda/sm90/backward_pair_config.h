@@ -9,6 +9,7 @@ template <typename Element_, int kHeadDim_, int kHeadDimV_>
 struct BackwardPairConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
+  static constexpr int kCtas = 2;
   static constexpr int kBlockM = 64;
   static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
   static constexpr int kThreads = 384;

@@ -315,6 +315,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<BackwardPairStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+  // Clusters start in the order of their tiles, so the tiles that this one waits for have started.
   const int rank = cluster_rank(), lane = threadIdx.x % 32, index = blockIdx.x / 2;
   if (threadIdx.x == 0) {
     mbarrier_init(&shared.k_full, 1);

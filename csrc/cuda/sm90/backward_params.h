@@ -63,7 +63,7 @@ struct RowPreparation {
   FastDivision num_heads, num_m_blocks;
   int first_head;                   // all blocks of the heads before it are prepared by another launch
   int num_blocks, blocks_per_tile;  // tile i prepares blocks_per_tile blocks from first + i * blocks_per_tile on
-  bool zeroes_dq;                   // in dq_accum
+  bool zeroes_dq;                   // dq_accum, where dq_turns is null
   FLASH_ATTN_HOST_DEVICE bool enabled() const { return prepared != nullptr; }
 };
 
@@ -83,8 +83,8 @@ struct BackwardKernelParams {
   RowPreparation preparation;
   bool spread_starts;  // tiles of a head begin with different query blocks, see first_block_of_tile
   bool ordered_dq;     // tiles add to dq_accum one by one in a fixed order, so that the sum is the same every time
-  // (num_heads * num_blocks, kDqTurns), 0 at first: with ordered_dq how many tiles have added; else a state of
-  // claim_block(), or null where dq_accum is 0 at first.
+  // (num_heads * num_blocks, kDqTurns), 0 at first, see backward_turns.h: with ordered_dq how many tiles have added,
+  // else a state of claim_block(). Null where dq_accum is 0 at first.
   int* dq_turns;
   const uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
   // Of problem, in 32 bits.

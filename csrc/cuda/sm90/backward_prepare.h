@@ -1,7 +1,7 @@
-// The products need two things of every query row: its statistics (backward_statistics.h), for which out and dO are
-// read, and zeros in dq_accum. A launch of its own for that takes up to a fifth of the whole at short sequences: it is
-// bound by memory, which the products leave idle. So it prepares only the first heads; every tile prepares some blocks
-// of later heads:
+// The products need its statistics (backward_statistics.h) of every query row, for which out and dO are read, and at
+// head dimension 64 zeros in dq_accum. A launch of its own for that takes up to a fifth of the whole at short
+// sequences: it is bound by memory, which the products leave idle. So it prepares only the first heads; every tile
+// prepares some blocks of later heads:
 //
 //   producer   out and dO of a block to the next stage of Q and dO
 //   consumers  delta, before the tile's own steps, while K and V are on their way
@@ -9,7 +9,7 @@
 //              of its heads are counted
 //
 // In the kernels of two CTAs (backward_pair_kernel.h) these share out the blocks, consumers write the statistics, a
-// spare warp zeros and counts, and the producer waits for the blocks of a head.
+// spare thread counts, and the producer waits for the blocks of a head.
 //
 // Blocks are shared out in the order of tiles, so far ahead that a tile waits for tiles before it alone: waiting ends.
 #pragma once

@@ -211,7 +211,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
             turn.wait(count);
             first = turn.stores();
           } else {
-            stored = load_acquire(count) == kStored;
+            stored = is_stored<1>(load_acquire(count));
           }
           global_proxy_fence();
         }
@@ -223,7 +223,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           named_barrier_sync(kDqReady + consumer, 160);
           if (elected()) {
             if (kCount > 1 && i == 0 && !stored) {
-              first = claim_block(count);
+              first = claim_block(count, tile.index);
               global_proxy_fence();
             }
             if (first) {
@@ -243,7 +243,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
           if (kCount == 1 ? turn.ends() : first) {
             tma_store_wait();     // the sum has arrived
-            add_to_count(count);  // the next turn has come; or from claimed to stored
+            add_to_count(count);  // the next turn has come; or stored
           }
         }
         __syncwarp();
@@ -271,12 +271,12 @@ SM90_DEVICE void follow_dq(const BackwardKernelParams& params, BackwardStorage<C
     const BackwardTile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
     for (int head = 0; head < tile.num_heads && params.dq_turns != nullptr; ++head) {
-      int* const counts = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
+      int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
       int m_block = tile.m_first;
       for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
-        int* const count = counts + m_block * kDqTurns;
-        begin_turn<Config::kBlockM, Config::kBlockN>(params, tile, m_block, count, shared.dq_turns, step);
-        end_turn(params, count, shared.dq_turns, step);
+        int* const block = head_turns + m_block * kDqTurns;
+        begin_turn<Config>(params, tile, m_block, block, shared.dq_turns, step);
+        end_turn(params, block, shared.dq_turns, step);
       }
     }
     mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());

@@ -42,14 +42,32 @@ SM90_DEVICE int tiles_before(const BackwardKernelParams& params, const BackwardT
 
 // ---- as they come
 
-constexpr int kClaimed = 1, kStored = 2;  // states of a block
+/// A block's state: 0; then 4 times the number from 1 on of the tile that has claimed it, plus 1 for each of this
+/// tile's CTAs that has stored its dQ.
+template <int kCtas>
+SM90_DEVICE bool is_stored(int state) {
+  return state % 4 == kCtas;
+}
 
-/// Whether this tile is the first; if not, waits until the first has stored its dQ. That one has nothing to wait for.
-SM90_DEVICE bool claim_block(int* state) {
+/// Whether this tile is the first; if not, waits until the first has stored its dQ. `claims`: this CTA does that for
+/// all of the tile's. Then no tile holds a block that it cannot store before it is granted another.
+template <int kCtas = 1>
+SM90_DEVICE bool claim_block(int* state, int tile, bool claims = true) {
+  const int claimed = 4 * (tile + 1);
   int found;
-  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, %2;" : "=r"(found) : "l"(state), "r"(kClaimed) : "memory");
-  if (found == 0) return true;
-  while (found != kStored) found = load_acquire(state);
+  if (claims) {
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, %2;"
+                 : "=r"(found)
+                 : "l"(state), "r"(claimed)
+                 : "memory");
+    if (found == 0) return true;
+  } else {
+    do {
+      found = load_acquire(state);
+    } while (found == 0);
+    if (found / 4 == claimed / 4) return true;
+  }
+  while (!is_stored<kCtas>(found)) found = load_acquire(state);
   return false;
 }
 
@@ -72,17 +90,24 @@ SM90_DEVICE void init_turns(DqTurns& turns, int consumer_threads) {
   }
 }
 
-/// By a thread: waits for the turn of a step, `step` counted over all tiles; `count` is the block's of dq_turns.
-template <int kBlockM, int kBlockN>
-SM90_DEVICE void begin_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block, int* count,
-                            DqTurns& turns, uint32_t step) {
+/// What a block of dq_turns has for a CTA of this rank in its cluster. In a fixed order each rank has its own.
+SM90_DEVICE int* turn_count(const BackwardKernelParams& params, int* block, int rank) {
+  return block + (params.ordered_dq ? rank : 0);
+}
+
+/// By a thread: waits for the turn of a step, `step` counted over all tiles; `block` is the step's of dq_turns.
+template <typename Config>
+SM90_DEVICE void begin_turn(const BackwardKernelParams& params, const BackwardTile& tile, int m_block, int* block,
+                            DqTurns& turns, uint32_t step, int rank = 0) {
+  constexpr int kBlockM = Config::kBlockM;
+  int* const count = turn_count(params, block, rank);
   bool first;
   if (params.ordered_dq) {
-    const int before = tiles_before<kBlockN>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
+    const int before = tiles_before<Config::kBlockN>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
     wait_for_count(count, before);
     first = before == 0;
   } else {
-    first = claim_block(count);
+    first = claim_block<Config::kCtas>(count, tile.index, rank == 0);
   }
   mbarrier_wait(&turns.released[step % 2], step / 2 % 2 ^ 1);
   turns.first[step % 2] = first;
@@ -90,11 +115,11 @@ SM90_DEVICE void begin_turn(const BackwardKernelParams& params, const BackwardTi
 }
 
 /// By the same thread or another.
-SM90_DEVICE void end_turn(const BackwardKernelParams& params, int* count, DqTurns& turns, uint32_t step) {
+SM90_DEVICE void end_turn(const BackwardKernelParams& params, int* block, DqTurns& turns, uint32_t step, int rank = 0) {
   mbarrier_wait(&turns.added[step % 2], step / 2 % 2);
   const bool first = turns.first[step % 2];
   mbarrier_arrive(&turns.released[step % 2]);
-  if (params.ordered_dq || first) add_to_count(count);  // the next turn has come; or from claimed to stored
+  if (params.ordered_dq || first) add_to_count(turn_count(params, block, rank));  // the next turn has come; or stored
 }
 
 // By a thread of a consumer:
