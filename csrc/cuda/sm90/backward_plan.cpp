@@ -70,6 +70,12 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
 /// own.
 bool steps_in_pace(const BackwardPlan& plan) { return plan.variant->block_m == plan.variant->block_n; }
 
+/// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
+int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2_bytes) {
+  const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+  return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
+}
+
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
 /// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
 void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& device) {
@@ -78,12 +84,15 @@ void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& de
   int64_t group = 1;
   if (is_causal(p)) {
     // The first columns last, their tiles each a step behind the neighbour. [H200, d128: +3 to +9% up to 2048 rows; -2
-    // to -6% from 4096 on, where the longest tiles at the end leave SMs idle.]
-    const bool many_heads = heads_at_once >= 8;
-    plan.order = plan.ordered_dq || many_heads ? BackwardSchedule::kColumnsLast : BackwardSchedule::kLongestFirst;
-    const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
-    // [d64, four heads against one: 0 to +2%]
-    if (steps_in_pace(plan)) group = clamp<int64_t>(device.l2_bytes / 2 / bytes_per_head, 1, 4);
+    // to -6% from 4096 on, where the longest tiles at the end leave SMs idle; -7 to -24% where an SM has one to six.]
+    const bool many_tiles = plan.num_tiles >= 12 * places(plan, device.num_sms);
+    const bool short_tiles = heads_at_once >= 8;
+    const bool longest_last = plan.ordered_dq || (many_tiles && short_tiles);
+    plan.order = longest_last ? BackwardSchedule::kColumnsLast : BackwardSchedule::kLongestFirst;
+    // Few tiles come out even only if the longest of all heads are the first. [d64, four heads against one: 0 to +2%.]
+    const bool in_pace = steps_in_pace(plan), evens_out = longest_last || many_tiles || plan.variant->cluster > 1;
+    const int64_t most = evens_out ? (in_pace ? 4 : 1) : heads;
+    group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, most);
   } else if (plan.ordered_dq) {
     plan.order = BackwardSchedule::kColumnsFirst;
     group = heads_at_once;
