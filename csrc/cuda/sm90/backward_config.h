@@ -12,7 +12,7 @@ struct BackwardShape {
   static constexpr int kBlockM = 64;    // query rows of a step
   static constexpr int kStages = 2;     // of Q and dO
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
-  // dQ leaves through shared memory and a warp that adds it up in bulk; else by reductions from registers.
+  // dQ leaves through shared memory and a warp that stores and adds it in bulk; else from registers (backward_turns.h).
   static constexpr bool kDqWarp = true;
   // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
   // for dense problems in which every query row sees the first key.
@@ -38,7 +38,7 @@ struct BackwardConfig : Shape {
   // Threads that read a tile, each of which says when it is through: the producer, the consumers, the dq writer's or
   // a second dQ warp, and the first dQ warp or follow_dq's one thread.
   static constexpr int kTileReaders = 1 + 128 * kConsumers + (Shape::kFusedDq ? 0 : 32 + (Shape::kDqWarp ? 32 : 1));
-  static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // added to dq_accum by the consumers
+  static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // brought to dq_accum by the consumers
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 

@@ -8,8 +8,8 @@
 //   dP^T = V dO^T  dS^T = P^T (dP^T - delta)  dK += dS^T Q      dQ += dS K, over all CTAs, in fp32 in global memory
 //
 // Two consumer warpgroups own 64 rows of K each; for dQ they share dS through shared memory and each takes half of the
-// result. Of the third warpgroup a warp schedules, one thread is the producer (TMA), a warp adds dQ to dq_accum in
-// global memory, and a warp writes dq from that.
+// result. Of the third warpgroup a warp schedules, one thread is the producer (TMA), a warp brings dQ to dq_accum in
+// global memory or sees to the order in which consumers do (backward_turns.h), and a warp writes dq from that.
 //
 // Before its own steps a tile prepares query rows for later ones (backward_prepare.h).
 //
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
-  grid_dependency_wait();  // for what was prepared or zeroed
+  grid_dependency_wait();  // for what was prepared, zeroed or cleared
   if (warpgroup == Config::kConsumers) {
     register_budget_lower<Config::kProducerRegisters>();
     if (warp == 0) {

@@ -12,7 +12,7 @@ struct BackwardRowsParams {
   int block_m, dq_columns;       // of the main kernel's tiles
   int num_blocks, num_m_blocks;  // see BackwardKernelParams
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
-  bool zeroes_dq;                // whether dq_accum has to be zero at first
+  bool zeroes_dq;                // dq_accum, which is undefined else
   uint4* statistics;             // (num_heads * num_blocks, block_m)
   int64_t prepared_heads;        // of batch * num_heads; of the others the main kernel prepares the rows itself
   uint4* cleared;                // (num_cleared), counters of the main kernel
