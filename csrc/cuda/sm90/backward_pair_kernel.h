@@ -256,7 +256,7 @@ struct BackwardPairConsumer {
     const float delta = Rows::delta(shared.q[1] + panel * Config::kPanelBytes, prepared_dout(shared, panel), thread,
                                     panel < params.panels_v);
     if (writes) {
-      const_cast<uint4*>(params.statistics)[at.block * Config::kBlockM + row_in_block] =
+      params.statistics[at.block * Config::kBlockM + row_in_block] =
           row_statistics<Element>(lse, delta - dlse, params.inverse_scale);
     }
     mbarrier_arrive(&shared.prepared_empty);
@@ -356,10 +356,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 2) {
     register_budget_lower<Config::kProducerRegisters>();
     if (lane == 0) {
+      uint32_t step = 0;
       switch (warp) {
         case 0: BackwardPairProducer<Config>{params, shared, rank}.run(); break;
-        case 1: follow_pair_dq<true>(params, shared, rank); break;
-        case 2: follow_pair_dq<false>(params, shared, rank); break;
+        // Neither has to wait for the other's messages to L2.
+        case 1: follow_turns<TurnPart::kBegin, Config>(params, shared.tile, shared.dq_turns, step, rank); break;
+        case 2: follow_turns<TurnPart::kEnd, Config>(params, shared.tile, shared.dq_turns, step, rank); break;
         case 3: follow_preparation(params, shared, rank); break;
       }
     }

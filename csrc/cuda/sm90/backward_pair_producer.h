@@ -144,26 +144,4 @@ SM90_DEVICE void follow_preparation(const BackwardKernelParams& params, Backward
   });
 }
 
-// ---- order of dQ
-
-/// By a thread that begins turns and one that ends them: neither has to wait for the other's messages to L2.
-template <bool kBegins, typename Config>
-SM90_DEVICE void follow_pair_dq(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank) {
-  const BackwardTile& tile = shared.tile;
-  uint32_t step = 0;
-  for (int head = 0; head < tile.num_heads; ++head) {
-    int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
-    int m_block = tile.m_first;
-#pragma unroll 1
-    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
-      int* const block = head_turns + m_block * kDqTurns;
-      if constexpr (kBegins) {
-        begin_turn<Config>(params, tile, m_block, block, shared.dq_turns, step, rank);
-      } else {
-        end_turn(params, block, shared.dq_turns, step, rank);
-      }
-    }
-  }
-}
-
 }  // namespace flash_attn::sm90

@@ -86,7 +86,7 @@ struct BackwardKernelParams {
   // (num_heads * num_blocks, kDqTurns), 0 at first, see backward_turns.h: with ordered_dq how many tiles have added,
   // else a state of claim_block(). Null where dq_accum is 0 at first.
   int* dq_turns;
-  const uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
+  uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
   // Of problem, in 32 bits.
   int window_left, window_right, seqlen_q, seqlen_k;
   int group_size;  // query heads of a tile: those of a key head over key_parts
@@ -112,7 +112,7 @@ constexpr int kDqTile = 64 * 64;
 /// Half a tile of kDqTile, the unit in which the main kernel turns dq_accum to dq.
 constexpr int kDqPieceRows = 32, kDqPiece = kDqPieceRows * 64;
 
-/// Parts of a block of dq_accum whose order is kept apart: one for each CTA that has a tile.
+/// Parts of a block of dq_accum whose fixed order is kept apart: one for each CTA of a tile, or each dQ warp.
 constexpr int kDqTurns = 2;
 
 }  // namespace flash_attn::sm90

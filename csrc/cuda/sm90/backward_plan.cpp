@@ -43,15 +43,19 @@ struct Workspace {
 
 bool is_causal(const ForwardParams& p) { return p.window_right >= 0 && p.window_left < 0; }
 
-/// Tiles that are worked on at once.
-int places(const BackwardPlan& plan, int num_sms) { return std::max(1, num_sms / plan.variant->cluster); }
+/// Heads of k over all batches, each counted key_parts times.
+int64_t num_batch_heads(const BackwardPlan& plan, const ForwardParams& p) {
+  return p.batch * p.num_heads_k * plan.key_parts;
+}
+
+/// How many tiles are worked on at once.
+int num_places(const BackwardPlan& plan, int num_sms) { return std::max(1, num_sms / plan.variant->cluster); }
 
 /// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
 /// different lengths, the longest may be a quarter of what an SM has to do: H200, causal, 4096 rows, head dim 128: with
 /// one, a half, a quarter of it 392, 501, 559 TFLOP/s.
 bool is_balanced(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
-  const int64_t tiles = p.batch * p.num_heads_k * plan.key_parts * plan.num_n_blocks;
-  const int64_t places = sm90::places(plan, num_sms);
+  const int64_t tiles = num_batch_heads(plan, p) * plan.num_n_blocks, places = num_places(plan, num_sms);
   if (!is_causal(p)) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
   return tiles >= 8 * places;  // on average half as long as the longest
 }
@@ -66,10 +70,6 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   return tried.key_parts;
 }
 
-/// Query blocks of 128 rows come at the pace of the key blocks: a tile has no time between its neighbour's turn and its
-/// own.
-bool steps_in_pace(const BackwardPlan& plan) { return plan.variant->block_m == plan.variant->block_n; }
-
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
 int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2_bytes) {
   const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
@@ -79,19 +79,21 @@ int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
 /// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
 void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& device) {
-  const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
-  const int64_t heads_at_once = std::max(1, places(plan, device.num_sms) / plan.num_n_blocks);
+  const int64_t heads = num_batch_heads(plan, p);
+  const int places = num_places(plan, device.num_sms);
+  const int heads_at_once = std::max(1, places / plan.num_n_blocks);
   int64_t group = 1;
   if (is_causal(p)) {
     // The first columns last, their tiles each a step behind the neighbour. [H200, d128: +3 to +9% up to 2048 rows; -2
     // to -6% from 4096 on, where the longest tiles at the end leave SMs idle; -7 to -24% where an SM has one to six.]
-    const bool many_tiles = plan.num_tiles >= 12 * places(plan, device.num_sms);
-    const bool short_tiles = heads_at_once >= 8;
-    const bool longest_last = plan.ordered_dq || (many_tiles && short_tiles);
+    const bool many_tiles = plan.num_tiles >= 12 * places;
+    const bool longest_last = plan.ordered_dq || (many_tiles && heads_at_once >= 8);
     plan.order = longest_last ? BackwardSchedule::kColumnsLast : BackwardSchedule::kLongestFirst;
-    // Few tiles come out even only if the longest of all heads are the first. [d64, four heads against one: 0 to +2%.]
-    const bool in_pace = steps_in_pace(plan), evens_out = longest_last || many_tiles || plan.variant->cluster > 1;
-    const int64_t most = evens_out ? (in_pace ? 4 : 1) : heads;
+    // Steps of as many query rows as a tile has keys leave it no time between its neighbour's turn and its own, if they
+    // are of one head. [d64: 0 to +2%.]
+    int64_t most = plan.variant->block_m == plan.variant->block_n ? 4 : 1;
+    // Few tiles come out even only if the longest of all heads are the first. (Pairs have not been tried.)
+    if (!longest_last && !many_tiles && plan.variant->cluster == 1) most = heads;
     group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, most);
   } else if (plan.ordered_dq) {
     plan.order = BackwardSchedule::kColumnsFirst;
@@ -132,7 +134,7 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
   writing.by_last_block = p.window_right >= 0 && !plan.ordered_dq && plan.order != BackwardSchedule::kColumnsLast;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
   const int64_t later = writing.by_last_block ? 0 : int64_t{n_blocks} * plan.heads_per_group;
-  const int round = places(plan, num_sms);
+  const int round = num_places(plan, num_sms);
   const int64_t lag = later + round;
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
@@ -152,7 +154,7 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p, int num_sms) {
   if (!is_dense(p) || !out_fits_q) return;
   const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
   const int64_t per_tile = ceil_div(blocks_of_key_head, grouped_blocks(plan));
-  const int64_t ahead = places(plan, num_sms) * 5 / 4;  // tiles, or heads of a CTA each
+  const int64_t ahead = num_places(plan, num_sms) * 5 / 4;  // tiles, or heads of a CTA each
   const bool whole_heads = plan.order == BackwardSchedule::kWholeHead;
   const int64_t at_once = whole_heads ? ahead : plan.heads_per_group;
   const int64_t first = ceil_div(at_once * blocks_of_key_head + (whole_heads ? 0 : ahead * per_tile), blocks);
@@ -181,9 +183,9 @@ const BackwardVariant& backward_variant_for(const ForwardParams& p) {
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const BackwardVariant& variant = backward_variant_for(p);
-  const bool few_tiles = p.seqlen_k <= (p.window_right >= 0 ? 512 : 384);
+  const bool is_short = p.seqlen_k <= (p.window_right >= 0 ? 512 : 384);
   const bool enough_heads = p.batch * p.num_heads_k >= 3 * device.num_sms;
-  if (&variant == &kBackwardD64 && takes_fused_dq(params) && few_tiles && enough_heads) {
+  if (&variant == &kBackwardD64 && takes_fused_dq(params) && is_short && enough_heads) {
     return plan_backward(params, device, kBackwardD64Fused);
   }
   return plan_backward(params, device, variant);
@@ -199,7 +201,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
   plan.prepared_heads = p.batch * p.num_heads;
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p, device.num_sms);
-  const int64_t heads = p.batch * p.num_heads_k * plan.key_parts;
+  const int64_t heads = num_batch_heads(plan, p);
   plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;

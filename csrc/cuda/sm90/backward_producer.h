@@ -270,15 +270,7 @@ SM90_DEVICE void follow_dq(const BackwardKernelParams& params, BackwardStorage<C
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const BackwardTile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    for (int head = 0; head < tile.num_heads && params.dq_turns != nullptr; ++head) {
-      int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
-      int m_block = tile.m_first;
-      for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
-        int* const block = head_turns + m_block * kDqTurns;
-        begin_turn<Config>(params, tile, m_block, block, shared.dq_turns, step);
-        end_turn(params, block, shared.dq_turns, step);
-      }
-    }
+    if (params.dq_turns != nullptr) follow_turns<TurnPart::kBoth, Config>(params, tile, shared.dq_turns, step);
     mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());
     say_added<Config>(params, tile);
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);

@@ -46,7 +46,7 @@ struct RowPreparer {
       for (int i = 0; i < 2; ++i) lse[i] = load(shared.prepared.lse, params.problem.lse.row, row + 32 * i, -INFINITY);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const_cast<uint4*>(params.statistics)[shared.prepared.first_row + row + 32 * i] =
+        params.statistics[shared.prepared.first_row + row + 32 * i] =
             row_statistics<Element>(lse[i], deltas[row + 32 * i], params.inverse_scale);
       }
     }

@@ -1,6 +1,6 @@
 // The order in which tiles bring their dQ of a query block to dq_accum: with ordered_dq a fixed one, so that the sum is
 // the same every time, else as they come. Either way the first stores and the others add, so dq_accum need not be zero
-// before.
+// before. (Where it is, at head dimension 64, dq_turns is null, and all tiles add without waiting.)
 #pragma once
 
 #include "backward_tile.h"
@@ -49,8 +49,9 @@ SM90_DEVICE bool is_stored(int state) {
   return state % 4 == kCtas;
 }
 
-/// Whether this tile is the first; if not, waits until the first has stored its dQ. `claims`: this CTA does that for
-/// all of the tile's. Then no tile holds a block that it cannot store before it is granted another.
+/// Whether this tile is the first; if not, waits until the first has stored its dQ. One CTA of a tile claims for all of
+/// them (`claims`), in the order of the tile's steps: so a tile that holds a block can store it, for it has been
+/// granted all that come before.
 template <int kCtas = 1>
 SM90_DEVICE bool claim_block(int* state, int tile, bool claims = true) {
   const int claimed = 4 * (tile + 1);
@@ -120,6 +121,25 @@ SM90_DEVICE void end_turn(const BackwardKernelParams& params, int* block, DqTurn
   const bool first = turns.first[step % 2];
   mbarrier_arrive(&turns.released[step % 2]);
   if (params.ordered_dq || first) add_to_count(turn_count(params, block, rank));  // the next turn has come; or stored
+}
+
+/// Which of the two a thread does at each step of a tile.
+enum class TurnPart { kBegin, kEnd, kBoth };
+
+/// By a thread: all steps of a tile; `step` counts them over all tiles.
+template <TurnPart kPart, typename Config>
+SM90_DEVICE void follow_turns(const BackwardKernelParams& params, const BackwardTile& tile, DqTurns& turns,
+                              uint32_t& step, int rank = 0) {
+  for (int head = 0; head < tile.num_heads; ++head) {
+    int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
+    int m_block = tile.m_first;
+#pragma unroll 1
+    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
+      int* const block = head_turns + m_block * kDqTurns;
+      if constexpr (kPart != TurnPart::kEnd) begin_turn<Config>(params, tile, m_block, block, turns, step, rank);
+      if constexpr (kPart != TurnPart::kBegin) end_turn(params, block, turns, step, rank);
+    }
+  }
 }
 
 // By a thread of a consumer:
