@@ -164,13 +164,11 @@ def test_backward_writes_dq_itself_when_ctas_take_many_tiles(head_dim: int, dete
         - batch * 16 * per_head
         for batch in (1, 16)
     )
-    # 8 bytes a query block, in a fixed order or where the first tile stores: at head dim 64 only where many causal
-    # tiles come in the order that suits it
-    turns = 16 * (1024 // (128 if head_dim == 64 else 64)) * 8
-    few_has_turns = deterministic or head_dim > 64
-    assert few - turns * few_has_turns <= 512
-    assert many - 16 * turns * (few_has_turns or causal) >= 16 * 16 * 8 * 4
-    assert head_dim > 64 or deterministic or causal or many < 16 * turns
+    # 8 bytes a query block, in a fixed order or where the first tile stores: at head dim 64 only in causal attention
+    turns = (deterministic or head_dim > 64 or causal) * 16 * (1024 // (128 if head_dim == 64 else 64)) * 8
+    assert few - turns <= 512
+    assert many - 16 * turns >= 16 * 16 * 8 * 4
+    assert turns or many < 16 * 16 * 8 * 8
 
 
 @needs_sm90

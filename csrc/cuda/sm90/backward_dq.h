@@ -78,7 +78,7 @@ struct DqWriter {
 
   /// The share of the tile at `index` in the order of tiles, when all have added to it.
   SM90_DEVICE void begin_share(int index) {
-    const BackwardTilePlace at = backward_tile_place(params, index);
+    const BackwardTilePlace at = place_in_group(params, index);
     __syncwarp();
     if (lane == 0) choose_share<Config>(params, at, shared.share);
     await_share(params, at);

@@ -2,7 +2,7 @@
 // two CTAs, a cluster, share a tile of 128 key rows, and the warpgroups have different parts. See backward_kernel.h for
 // the formulas.
 //
-//   scores      S^T = K Q^T, P (16-bit, to the other through shared memory), dV += P^T dO
+//   scores      S^T = K Q^T, P (in fp16 to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
 //   producer    one thread, TMA; two more see to the order in which tiles bring their dQ (backward_turns.h), one counts
@@ -132,17 +132,22 @@ struct BackwardPairConsumer {
     const int stage = step % 2;
     release(&shared.q_empty[stage]);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
+    for (int i = 0; i < 32; ++i) s[i] = fast_exp2(fmaf(s[i], params.scale_log2, Config::kProbabilityExponent));
     if (mask) {
       mask_probabilities(s, shared.tile, shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
                          m_block * Config::kBlockM + 2 * (lane % 4));
     }
-    pack_operand();
     mbarrier_wait(&shared.p_empty[stage], step / 2 % 2 ^ 1);
     const uint32_t to = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_shared(to + i * 2048, operand + 4 * i);
+    for (int i = 0; i < 4; ++i) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = pack<__half>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+      store_shared(to + i * 2048, x);
+    }
     mbarrier_arrive(&shared.p_full[stage]);
+    pack_operand();
     mbarrier_wait(&shared.dout_full, step % 2);
     issue_accumulate(shared.dout);
   }
@@ -163,7 +168,7 @@ struct BackwardPairConsumer {
     release(&shared.dout_empty);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float2 p = unpack<Element>(operand[i]);
+      const float2 p = __half22float2(reinterpret_cast<const __half2&>(operand[i]));
       s[2 * i] *= p.x;
       s[2 * i + 1] *= p.y;
     }
@@ -302,8 +307,10 @@ struct BackwardPairConsumer {
     steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
     if (steps > 0) process_tile();
     named_barrier_sync(kPairBoth, 256);
-    if (kScores && params.wants_dv) store_rows(1.f, shared.v, params.dv);
-    if (!kScores && params.wants_dk) store_rows(params.softmax_scale, shared.k, params.dk);
+    if (kScores && params.wants_dv) store_rows(1.f / Config::kProbabilityFactor, shared.v, params.dv);
+    if (!kScores && params.wants_dk) {
+      store_rows(params.softmax_scale / Config::kProbabilityFactor, shared.k, params.dk);
+    }
   }
 };
 
@@ -336,9 +343,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     }
     mbarrier_init_fence();
     for (int i = 0; i < 2; ++i) mbarrier_arrive_expect(&shared.ds_peer_full[i], Config::kPanelBytes);
-    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) {
-      shared.tile.num_heads = 0;
-    }
+  }
+  if (threadIdx.x == 32) {
+    if (params.schedule.packed_blocks != nullptr) grid_dependency_wait();  // for them
+    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) shared.tile.num_heads = 0;
     shared.tile.prepared_begin = shared.tile.prepared_end = 0;
     if (params.preparation.enabled()) choose_prepared(params.preparation, shared.tile);
   }

@@ -28,6 +28,7 @@ constexpr BackwardVariant backward_pair_variant(const char* name) {
   variant.block_n = Config::kBlockN;
   variant.map_rows = Config::kRowsN;
   variant.cluster = 2;
+  variant.accum_factor_bf16 = Config::kProbabilityFactor;
   variant.launch_bf16 = launch_backward_pair_kernel<Config>;
   variant.launch_fp16 = launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV>>;
   return variant;

@@ -8,26 +8,27 @@
 
 namespace flash_attn::sm90 {
 
-/// The order of tiles.
+/// A block of keys of packed sequences, which lie one behind the other.
+struct alignas(16) PackedBlock {
+  int sequence;      // -1: there are no more
+  int first, count;  // blocks before those of its sequence, and of it
+  int last;          // few tiles come after those of its sequence
+};
+
+/// The order of tiles: groups of heads, one after the other; within a group the first columns of all its heads, then
+/// their neighbours. BackwardShape::kFusedDq: all tiles of a head, then the next head.
 struct BackwardSchedule {
-  enum Order : int {
-    kRowsFirst,     // all tiles of a head, then the next head: neighbours share Q and dO
-    kLongestFirst,  // for causal attention: the first columns of all heads of a group, which most rows see, then the
-                    // next
-    // The first or the last columns of all heads of a group, then their neighbours. For dq_turns, in which a tile waits
-    // for others of its head; kColumnsLast for causal attention, where each tile begins with the block whose other
-    // tiles wait for it.
-    kColumnsFirst,
-    kColumnsLast,
-    kWholeHead,  // a CTA takes all tiles of a head, one after the other
-  };
-  Order order;
   int num_batch_heads;  // of k, each counted key_parts times
-  int num_n_blocks;     // tiles of a head
-  int num_tiles;
-  int heads_per_group;  // heads worked on together, so that their Q, dO and dQ stay in L2
-  int grouped_blocks;   // tiles of a head in a group's turn; the others come at the very end, see place_in_group
-  int* next_tile;       // or next head with kWholeHead, 0 when the kernel starts; null: CTA i takes tile i alone
+  int num_n_blocks;     // tiles of a head; of the longest sequence
+  int num_tiles;        // packed: no more than this
+  int heads_per_group;  // worked on together, so that their Q, dO and dQ stay in L2
+  int grouped_heads;    // the heads after these are one group, the last: its longest tiles come first in causal
+                        // attention, so that all CTAs finish together
+  bool falling;         // the last columns first, but not in the last group
+  int* next_tile;       // or next head with kFusedDq, 0 when the kernel starts; null: CTA i takes tile i alone
+  const PackedBlock* packed_blocks;  // with cu_seqlens_k: (num_tiles / heads). Groups are of one sequence's heads then
+  bool wide_groups;                  // packed: heads_per_group is as many as have tiles_at_once tiles
+  int tiles_at_once;                 // how many tiles the GPU works on
 };
 
 /// Division of 0 <= n < 2^31 by a divisor that the host knows (Granlund and Montgomery, 1994, figure 4.1).

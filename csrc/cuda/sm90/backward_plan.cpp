@@ -15,11 +15,16 @@ constexpr int64_t kAlignment = 256;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
+/// Blocks of keys of packed sequences: no more than these.
+int64_t packed_blocks(const BackwardPlan& plan, const ForwardParams& p) {
+  return p.total_k / plan.variant->block_n + p.batch;
+}
+
 /// Its parts, in this order.
 struct Workspace {
   int64_t dq_accum_bytes, statistics_bytes;
   int64_t next_tile_bytes = kAlignment, dq_turns_bytes, dq_flags_bytes, prepared_bytes;  // 0 at first
-  int64_t dk_parts_bytes = 0, dv_parts_bytes = 0;
+  int64_t dk_parts_bytes = 0, dv_parts_bytes = 0, packed_blocks_bytes = 0;
   Workspace(const BackwardPlan& plan, const BackwardParams& params) {
     const ForwardParams& p = params.forward;
     const int64_t blocks = p.num_heads * plan.num_blocks;
@@ -29,6 +34,7 @@ struct Workspace {
     dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
     dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * 4) : 0;
     prepared_bytes = plan.prepared_per_tile > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
+    packed_blocks_bytes = p.is_varlen_k() ? aligned(packed_blocks(plan, p) * int64_t{sizeof(PackedBlock)}) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
       dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
@@ -36,7 +42,7 @@ struct Workspace {
     }
   }
   int64_t bytes() const {
-    return dq_accum_bytes + statistics_bytes + cleared_bytes() + dk_parts_bytes + dv_parts_bytes;
+    return dq_accum_bytes + statistics_bytes + cleared_bytes() + dk_parts_bytes + dv_parts_bytes + packed_blocks_bytes;
   }
   int64_t cleared_bytes() const { return next_tile_bytes + dq_turns_bytes + dq_flags_bytes + prepared_bytes; }
 };
@@ -48,24 +54,30 @@ int64_t num_batch_heads(const BackwardPlan& plan, const ForwardParams& p) {
   return p.batch * p.num_heads_k * plan.key_parts;
 }
 
-/// How many tiles are worked on at once.
-int num_places(const BackwardPlan& plan, int num_sms) { return std::max(1, num_sms / plan.variant->cluster); }
+/// Of packed sequences no more than these.
+int64_t num_tiles(const BackwardPlan& plan, const ForwardParams& p) {
+  const int64_t blocks = p.is_varlen_k() ? packed_blocks(plan, p) : p.batch * plan.num_n_blocks;
+  return p.num_heads_k * plan.key_parts * blocks;
+}
 
 /// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
-/// different lengths, the longest may be a quarter of what an SM has to do: H200, causal, 4096 rows, head dim 128: with
-/// one, a half, a quarter of it 392, 501, 559 TFLOP/s.
-bool is_balanced(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
-  const int64_t tiles = num_batch_heads(plan, p) * plan.num_n_blocks, places = num_places(plan, num_sms);
+/// different lengths there have to be several an SM: eight, or half as many in pairs, which lose more by parts of dk
+/// and dv that have to be added up, unless each waits for its turn. [H200, causal, head dim 256, 8 heads on 2, one part
+/// and four: 0.508, 0.572 ms at 1k, 1.360, 1.395 at 4k, 5.02, 5.03 at 16k; in turns, one part: 1.6 ms at 4k, 6.0 at
+/// 16k.]
+bool is_balanced(const BackwardPlan& plan, const ForwardParams& p) {
+  const int64_t tiles = num_tiles(plan, p), places = plan.places;
   if (!is_causal(p)) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
-  return tiles >= 8 * places;  // on average half as long as the longest
+  const bool few_do = plan.variant->cluster > 1 && !p.deterministic;
+  return 2 * tiles >= (few_do ? 7 : 16) * places;
 }
 
 /// The fewest parts of the query heads of a key head that make the work even; all of them if none does.
-int key_parts(const BackwardPlan& plan, const ForwardParams& p, int num_sms) {
+int key_parts(const BackwardPlan& plan, const ForwardParams& p) {
   BackwardPlan tried = plan;
   const int group = static_cast<int>(p.group_size());
   for (tried.key_parts = 1; tried.key_parts < group; ++tried.key_parts) {
-    if (group % tried.key_parts == 0 && is_balanced(tried, p, num_sms)) break;
+    if (group % tried.key_parts == 0 && is_balanced(tried, p)) break;
   }
   return tried.key_parts;
 }
@@ -76,35 +88,40 @@ int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2
   return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
 }
 
+/// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
+/// have to be prepared before (plan_preparation), which short sequences pay for. [H200, ratio to cuDNN with 0, 1, 2, 4
+/// times as many tiles as SMs, and all. 16 tiles an SM: d128 512 1.267, 1.267, 1.255, 1.196; 4k 1.189, 1.245, 1.248,
+/// 1.237, 1.010; d256 4k 1.305, -, 1.370, 1.359, 1.237. Four tiles: d128 1k 1.165, 1.205, 1.184, 1.186, 1.200; 4k
+/// 1.168, 1.325, 1.348, 1.376, 1.382; d256 4k 1.252, 1.455, 1.490, 1.515, 1.514. Two tiles: d64 1k 1.352, 1.399, 1.336,
+/// 1.451, 1.483.]
+int64_t heads_of_last_group(const BackwardPlan& plan, int64_t heads) {
+  const int tiles = plan.num_tiles / plan.places, n_blocks = plan.num_n_blocks;
+  if (tiles < (n_blocks < 32 ? 3 : 6)) return heads;
+  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.places, n_blocks));
+}
+
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
 /// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
 void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = num_batch_heads(plan, p);
-  const int places = num_places(plan, device.num_sms);
-  const int heads_at_once = std::max(1, places / plan.num_n_blocks);
-  int64_t group = 1;
+  const int heads_at_once = std::max(1, plan.places / plan.num_n_blocks);
+  int64_t group = 1, last = 0;
   if (is_causal(p)) {
-    // The first columns last, their tiles each a step behind the neighbour. [H200, d128: +3 to +9% up to 2048 rows; -2
-    // to -6% from 4096 on, where the longest tiles at the end leave SMs idle; -7 to -24% where an SM has one to six.]
-    const bool many_tiles = plan.num_tiles >= 12 * places;
-    const bool longest_last = plan.ordered_dq || (many_tiles && heads_at_once >= 8);
-    plan.order = longest_last ? BackwardSchedule::kColumnsLast : BackwardSchedule::kLongestFirst;
-    // Steps of as many query rows as a tile has keys leave it no time between its neighbour's turn and its own, if they
-    // are of one head. [d64: 0 to +2%.]
-    int64_t most = plan.variant->block_m == plan.variant->block_n ? 4 : 1;
-    // Few tiles come out even only if the longest of all heads are the first. (Pairs have not been tried.)
-    if (!longest_last && !many_tiles && plan.variant->cluster == 1) most = heads;
-    group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, most);
+    // Steps of as many query rows as a tile has keys (d64) leave it no time between its neighbour's turn and its own,
+    // if they are of one head. [0 to +2%.]
+    const bool square = plan.variant->block_m == plan.variant->block_n;
+    group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, square ? 4 : 1);
+    // The last columns first, each tile a step behind the neighbour. [H200: d128 0 to +2%, d256 0 to +3%, d64 +5% at
+    // 1k, -1% at 8k, -2% at 16k. Packed sequences of different lengths: d128 -1 to -3%.]
+    plan.falling = plan.ordered_dq || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
+    last = heads_of_last_group(plan, heads);
   } else if (plan.ordered_dq) {
-    plan.order = BackwardSchedule::kColumnsFirst;
     group = heads_at_once;
+    plan.wide_groups = true;
   }
-  plan.heads_per_group = static_cast<int>(std::min(group, heads));
-}
-
-/// Tiles of a head in a group's turn, see BackwardSchedule.
-int grouped_blocks(const BackwardPlan& plan) {
-  return plan.num_n_blocks - (plan.order == BackwardSchedule::kLongestFirst ? plan.num_n_blocks / 4 : 0);
+  group = std::min(group, heads);
+  plan.heads_per_group = static_cast<int>(group);
+  plan.grouped_heads = static_cast<int>((heads - last) / group * group);
 }
 
 bool is_dense(const ForwardParams& p) {
@@ -126,40 +143,51 @@ bool has_dq_writer(const BackwardPlan& plan) {
 
 /// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
 /// over one or two steps, so a tile has to have several times as many steps as its share has blocks. The shares of the
-/// last round of tiles are written at the end, so there have to be several rounds.
-DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& params, int num_sms) {
+/// last round of tiles are written at the end, so there have to be several rounds, and where a warp stores dQ, the more
+/// the fewer steps a tile has. [H200, d128 causal, four tiles an SM, time without over time with: 512 0.87, 1k 0.91, 2k
+/// 1.02; eight: 0.92, 0.99, 1.04; full, four: 1.01, 1.03, 1.01; eight: 1.04, 1.04, 1.02. d64 causal, four: 1.01, 1.05,
+/// 1.04.]
+DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const int n_blocks = plan.num_n_blocks;
+  const int n_blocks = plan.num_n_blocks, round = plan.places;
   DqWritingPlan writing;
-  writing.by_last_block = p.window_right >= 0 && !plan.ordered_dq && plan.order != BackwardSchedule::kColumnsLast;
+  writing.by_last_block = p.window_right >= 0;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
-  const int64_t later = writing.by_last_block ? 0 : int64_t{n_blocks} * plan.heads_per_group;
-  const int round = num_places(plan, num_sms);
+  const int64_t later = writing.by_last_block && !plan.falling ? 0 : int64_t{n_blocks} * plan.heads_per_group;
   const int64_t lag = later + round;
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
   const bool in_32_bits =
       int64_t{n_blocks + 1} * plan.num_m_blocks < INT32_MAX && int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
+  const int64_t steps_over_share = writing.by_last_block ? n_blocks / 2 : n_blocks;
+  const bool enough_steps = !plan.variant->dq_warp || plan.num_tiles * steps_over_share >= 30 * round;
   const bool several_rounds = plan.num_tiles >= 3 * round && lag <= plan.num_tiles / 2;
   writing.enabled = params.dq.data != nullptr && is_dense(p) && even && in_32_bits && n_blocks >= 4 && several_rounds &&
-                    has_dq_writer(plan);
+                    enough_steps && has_dq_writer(plan);
   return writing;
 }
 
 /// Sets what tiles prepare (backward_prepare.h): enough for the blocks of all heads, so far ahead that a tile finds its
 /// own prepared by tiles more than a round before. It takes several rounds.
-void plan_preparation(BackwardPlan& plan, const ForwardParams& p, int num_sms) {
-  const int64_t blocks = plan.num_m_blocks;
+void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
+  const int64_t blocks = plan.num_m_blocks, n_blocks = plan.num_n_blocks;
   const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64);
   if (!is_dense(p) || !out_fits_q) return;
   const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
-  const int64_t per_tile = ceil_div(blocks_of_key_head, grouped_blocks(plan));
-  const int64_t ahead = num_places(plan, num_sms) * 5 / 4;  // tiles, or heads of a CTA each
-  const bool whole_heads = plan.order == BackwardSchedule::kWholeHead;
-  const int64_t at_once = whole_heads ? ahead : plan.heads_per_group;
-  const int64_t first = ceil_div(at_once * blocks_of_key_head + (whole_heads ? 0 : ahead * per_tile), blocks);
+  const int64_t per_tile = ceil_div(blocks_of_key_head, n_blocks);
+  const int64_t ahead = plan.places * 5 / 4;  // tiles, or heads of a CTA each
+  // What has to be there before any tile prepares some: for the groups, and for the last group, whose heads all begin
+  // at the same time.
+  int64_t first_blocks = ahead * blocks_of_key_head;
+  if (!plan.variant->fused_dq) {
+    const int64_t heads = num_batch_heads(plan, p), last_heads = heads - plan.grouped_heads;
+    const int64_t last_begins = plan.grouped_heads * n_blocks + std::max<int64_t>(0, last_heads - 1);
+    first_blocks = std::max(plan.heads_per_group * blocks_of_key_head + ahead * per_tile,
+                            heads * blocks_of_key_head - (last_begins - ahead) * per_tile);
+  }
+  const int64_t first = ceil_div(first_blocks, blocks);
   const bool in_32_bits = first * blocks + plan.num_tiles * per_tile < INT32_MAX;
-  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 2 * first > plan.prepared_heads || !in_32_bits) return;
+  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 4 * first > 3 * plan.prepared_heads || !in_32_bits) return;
   plan.prepared_heads = first;
   plan.prepared_per_tile = static_cast<int>(per_tile);
 }
@@ -195,35 +223,35 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const ForwardParams& p = params.forward;
   BackwardPlan plan;
   plan.variant = &variant;
+  plan.places = std::max(1, device.num_sms / variant.cluster);
   plan.num_m_blocks = static_cast<int>(ceil_div(p.seqlen_q, variant.block_m));
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
   plan.prepared_heads = p.batch * p.num_heads;
-  if (!variant.fused_dq) plan.key_parts = key_parts(plan, p, device.num_sms);
-  const int64_t heads = num_batch_heads(plan, p);
-  plan.num_tiles = static_cast<int>(heads * plan.num_n_blocks);
+  if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
+  plan.num_tiles = static_cast<int>(num_tiles(plan, p));
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
   if (variant.fused_dq) {
-    plan.order = BackwardSchedule::kWholeHead;
+    plan.grouped_heads = static_cast<int>(num_batch_heads(plan, p));
     plan.dynamic = true;
-    plan.grid = static_cast<int>(std::min<int64_t>(heads, device.num_sms));
-    plan_preparation(plan, p, device.num_sms);
+    plan.grid = static_cast<int>(std::min<int64_t>(p.batch * p.num_heads_k, device.num_sms));
+    plan_preparation(plan, p);
     return plan;
   }
   plan_order(plan, p, device);
   // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on 0
   // to +1%, shorter -2%.
-  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || plan.order == BackwardSchedule::kColumnsLast;
+  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || (is_causal(p) && plan.falling);
   plan.claims_dq = claims_pay && !plan.ordered_dq;
   plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
     plan.grid = device.num_sms;
   }
-  plan_preparation(plan, p, device.num_sms);
-  plan.dq_writing = plan_dq_writing(plan, params, device.num_sms);
+  plan_preparation(plan, p);
+  plan.dq_writing = plan_dq_writing(plan, params);
   return plan;
 }
 
@@ -294,19 +322,29 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   }
   kernel.problem = p;
   const int batch_heads = static_cast<int>(p.batch * key_heads);
-  const auto order = static_cast<BackwardSchedule::Order>(plan.order);
-  kernel.schedule = {order,
-                     batch_heads,
+  const int64_t packed_blocks_offset = dk_parts_offset + sizes.dk_parts_bytes + sizes.dv_parts_bytes;
+  PackedBlocksParams packed{};
+  if (packed_k) {
+    packed.blocks = reinterpret_cast<PackedBlock*>(workspace + packed_blocks_offset);
+    packed.num_blocks = static_cast<int>(packed_blocks(plan, p));
+    packed.block_n = variant.block_n;
+    packed.last_blocks = is_causal(p) ? static_cast<int>(ceil_div(plan.places, key_heads)) : 0;
+  }
+  kernel.schedule = {batch_heads,
                      plan.num_n_blocks,
                      plan.num_tiles,
                      plan.heads_per_group,
-                     grouped_blocks(plan),
-                     plan.dynamic ? next_tile : nullptr};
+                     plan.grouped_heads,
+                     plan.falling,
+                     plan.dynamic ? next_tile : nullptr,
+                     packed.blocks,
+                     plan.wide_groups,
+                     plan.places};
   kernel.heads_k = FastDivision(key_heads);
   kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);
   kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.group_tiles = FastDivision(plan.heads_per_group * grouped_blocks(plan));
+  kernel.group_tiles = FastDivision(plan.heads_per_group * plan.num_n_blocks);
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = dq_accum;
@@ -328,17 +366,20 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   kernel.inverse_scale = 1.f / kernel.softmax_scale;
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
 
+  const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
   const BackwardRowsParams rows{params,
                                 variant.block_m,
                                 variant.dq_columns,
                                 plan.num_blocks,
                                 plan.num_m_blocks,
                                 dq_accum,
+                                kernel.softmax_scale / accum_factor,
                                 zeroes_dq(plan),
                                 statistics,
                                 plan.prepared_heads,
                                 reinterpret_cast<uint4*>(next_tile),
-                                sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4))};
+                                sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4)),
+                                packed};
   launch_prepare_rows(rows, stream);
   (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && !variant.fused_dq && !writing.enabled) launch_store_dq(rows, stream);

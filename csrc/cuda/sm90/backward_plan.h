@@ -15,10 +15,11 @@ struct BackwardVariant {
   int head_dim, head_dim_v;  // the largest it takes
   int dq_columns;            // of dq_accum: whole panels of 64
   int block_m, block_n;
-  int map_rows;   // rows of a box of K or V: of a CTA's share of a tile
-  int cluster;    // CTAs that share a tile
-  bool dq_warp;   // see BackwardShape
-  bool fused_dq;  // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
+  int map_rows;                   // rows of a box of K or V: of a CTA's share of a tile
+  int cluster;                    // CTAs that share a tile
+  float accum_factor_bf16 = 1.f;  // what dq_accum holds over dQ, of bf16
+  bool dq_warp;                   // see BackwardShape
+  bool fused_dq;                  // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
   void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
 };
@@ -35,11 +36,13 @@ struct DqWritingPlan {
 
 struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
-  int order = 0;  // BackwardSchedule::Order
-  int num_n_blocks = 0, num_tiles = 0, heads_per_group = 1;
+  // See BackwardSchedule.
+  int num_n_blocks = 0, num_tiles = 0, heads_per_group = 1, grouped_heads = 0;
+  bool falling = false, wide_groups = false;
   int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
-  bool ordered_dq = false;               // see dq_turn
+  int places = 0;                        // tiles that are worked on at once
+  bool ordered_dq = false;               // see backward_turns.h
   bool claims_dq = false;                // see claim_block
   bool spread_starts = false;            // see first_block_of_tile
   bool dynamic = false;                  // CTAs take tiles from a common counter

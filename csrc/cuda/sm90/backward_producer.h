@@ -10,16 +10,18 @@ namespace flash_attn::sm90 {
 // ---- scheduler
 
 /// In their order, and none before a CTA that works on it is running: tiles wait for tiles before them.
+template <typename Config>
 SM90_DEVICE int take_tile(const BackwardSchedule& schedule) {
   if (schedule.next_tile == nullptr) return blockIdx.x;
   const int ticket = atomicAdd(schedule.next_tile, 1);
-  return schedule.order == BackwardSchedule::kWholeHead ? ticket * schedule.num_n_blocks : ticket;
+  return Config::kFusedDq ? ticket * schedule.num_n_blocks : ticket;
 }
 
+template <typename Config>
 SM90_DEVICE int next_tile(const BackwardSchedule& schedule, int index) {
   if (schedule.next_tile == nullptr) return schedule.num_tiles;
-  const bool head_goes_on = schedule.order == BackwardSchedule::kWholeHead && (index + 1) % schedule.num_n_blocks != 0;
-  return head_goes_on ? index + 1 : take_tile(schedule);
+  const bool head_goes_on = Config::kFusedDq && (index + 1) % schedule.num_n_blocks != 0;
+  return head_goes_on ? index + 1 : take_tile<Config>(schedule);
 }
 
 /// Works out a tile while the last steps of the one before are worked on; not sooner, because a CTA with a long tile
@@ -30,15 +32,11 @@ struct BackwardScheduler {
   BackwardStorage<Config>& shared;
   BackwardTileRing<Config> tiles;
 
-  /// By one thread: a tile, from that with this index on, or the end; false for that.
-  SM90_DEVICE bool publish_tile(int& index) {
+  /// By one thread: the tile, or the end; false for that.
+  SM90_DEVICE bool publish_tile(int index) {
     BackwardTile& tile = shared.tiles[tiles.slot()];
     mbarrier_wait(&shared.tile_empty[tiles.slot()], tiles.slot_phase() ^ 1);
-    bool found = false;
-    for (; index < params.schedule.num_tiles; index = next_tile(params.schedule, index)) {
-      found = make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, tile);
-      if (found) break;
-    }
+    const bool found = make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, tile);
     if (!found) tile.num_heads = -1;  // ends the other warps
     if (found && params.preparation.enabled()) {
       choose_prepared(params.preparation, tile);
@@ -51,7 +49,7 @@ struct BackwardScheduler {
 
   /// By a warp: between tiles it has the time for what is left to do for the rows that a tile prepares.
   SM90_DEVICE void run() {
-    int index = lane_id() == 0 ? take_tile(params.schedule) : 0;
+    int index = lane_id() == 0 ? take_tile<Config>(params.schedule) : 0;
     for (;; ++tiles.count) {
       const bool found = lane_id() == 0 && publish_tile(index);
       if (!__any_sync(~0u, found)) break;
@@ -61,7 +59,7 @@ struct BackwardScheduler {
       }
       if (lane_id() == 0) {
         mbarrier_wait(&shared.tile_wanted, tiles.count % 2);
-        index = next_tile(params.schedule, index);
+        index = next_tile<Config>(params.schedule, index);
       }
       __syncwarp();
     }
@@ -176,8 +174,12 @@ struct FixedTurn {
   const int m_block;
 
   SM90_DEVICE int place() const { return m_block % kTurnBlocks; }
-  SM90_DEVICE bool begins() const { return place() == 0 || m_block == tile.m_begin; }
-  SM90_DEVICE bool ends() const { return place() == kTurnBlocks - 1 || m_block + 1 == tile.m_end; }
+  /// Whether the neighbour in this direction has another turn, or none.
+  SM90_DEVICE bool is_outermost(int step) const {
+    return step < 0 ? place() == 0 || m_block == tile.m_begin : place() == kTurnBlocks - 1 || m_block + 1 == tile.m_end;
+  }
+  SM90_DEVICE bool begins() const { return is_outermost(-tile.m_step); }
+  SM90_DEVICE bool ends() const { return is_outermost(tile.m_step); }
   SM90_DEVICE int tiles_before_blocks(int begin, int count) const {
     constexpr int kBlockM = Config::kBlockM;
     return tiles_before<Config::kBlockN>(params, tile, begin * kBlockM, (begin + count) * kBlockM);

@@ -4,6 +4,7 @@
 #include "backward_statistics.h"
 #include "backward_tile.h"
 #include "launch.h"
+#include "packed_blocks.h"
 
 namespace flash_attn::sm90 {
 namespace {
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
       int64_t{head} * params.num_blocks + first_block(p, info, b, params.block_m, params.num_m_blocks) + m_block;
   const float4* const accum = reinterpret_cast<const float4*>(
       params.dq_accum + (block * tiles_per_block + first_tile + tile) * kDqTile + warp * (kDqTile / 4));
-  const float scale = static_cast<float>(p.softmax_scale);
+  const float scale = params.dq_scale;
   // Where no tile has stored anything, because no row sees a key, dq_accum is undefined.
   const int64_t block_end = block_row + params.block_m < info.seqlen_q ? block_row + params.block_m : info.seqlen_q;
   const Range seen = visible_columns(p, info, block_row, block_end);
@@ -197,9 +198,22 @@ __device__ void clear_rows(const TensorView& view, int64_t begin, int64_t end, i
   }
 }
 
-/// CTAs share out the gaps: before sequence b, and after the last.
-__global__ void __launch_bounds__(kThreads) clear_gaps_kernel(const __grid_constant__ BackwardParams params) {
+/// By one CTA.
+__device__ void list_blocks(const ForwardParams& p, const PackedBlocksParams& packed) {
+  const auto rows = [&](int b) { return sequence_info(p, b).seqlen_k_padded; };
+  const int all = count_blocks<kThreads>(p.batch, packed.block_n, rows, [&](int b, int first, int count, int all) {
+    const int last = all - first - count < packed.last_blocks;
+    const int end = min(first + count, packed.num_blocks);  // with wrong lengths there are more
+    for (int i = first; i < end; ++i) packed.blocks[i] = {b, first, count, last};
+  });
+  for (int i = all + threadIdx.x; i < packed.num_blocks; i += kThreads) packed.blocks[i] = {-1, 0, 0, 0};
+}
+
+/// CTAs share out the gaps: before sequence b, and after the last. The first lists the blocks of keys.
+__global__ void __launch_bounds__(kThreads)
+    clear_gaps_kernel(const __grid_constant__ BackwardParams params, const PackedBlocksParams packed) {
   const ForwardParams& p = params.forward;
+  if (blockIdx.x == 0 && packed.blocks != nullptr) list_blocks(p, packed);
   for (int64_t b = blockIdx.x; b <= p.batch; b += gridDim.x) {
     int64_t q_begin = 0, q_end = p.total_q, k_begin = 0, k_end = p.total_k;
     if (b > 0) {
@@ -236,7 +250,7 @@ void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream) 
   const ForwardParams& p = params.problem.forward;
   if (p.is_varlen_q() || p.is_varlen_k()) {
     clear_gaps_kernel<<<static_cast<unsigned>(std::min<int64_t>(p.batch + 1, 128)), kThreads, 0, stream>>>(
-        params.problem);
+        params.problem, params.packed_blocks);
     check(cudaGetLastError(), "clearing gradients");
   }
   p.dtype == DType::kBFloat16 ? launch_prepare<__nv_bfloat16>(params, stream) : launch_prepare<__half>(params, stream);

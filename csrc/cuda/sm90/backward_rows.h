@@ -7,21 +7,31 @@
 
 namespace flash_attn::sm90 {
 
+struct PackedBlock;
+
+struct PackedBlocksParams {
+  PackedBlock* blocks;  // (num_blocks), see BackwardSchedule; null without cu_seqlens_k
+  int num_blocks, block_n;
+  int last_blocks;  // PackedBlock::last: fewer than these come after the sequence
+};
+
 struct BackwardRowsParams {
   BackwardParams problem;
   int block_m, dq_columns;       // of the main kernel's tiles
   int num_blocks, num_m_blocks;  // see BackwardKernelParams
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
+  float dq_scale;                // dq over dq_accum
   bool zeroes_dq;                // dq_accum, which is undefined else
   uint4* statistics;             // (num_heads * num_blocks, block_m)
   int64_t prepared_heads;        // of batch * num_heads; of the others the main kernel prepares the rows itself
   uint4* cleared;                // (num_cleared), counters of the main kernel
   int64_t num_cleared;
+  PackedBlocksParams packed_blocks;
 };
 
 /// Of the first prepared_heads, writes statistics (backward_statistics.h) from out, dout, lse and dlse and, with
 /// zeroes_dq, 0 to dq_accum. Writes 0 to the counters.
-/// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence.
+/// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence, and lists the blocks of keys.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
 
 /// dk and dv of the parts of each key head's query heads, (rows of k, num_heads_k * key_parts, columns).
@@ -34,7 +44,7 @@ struct BackwardKeyPartsParams {
 /// Adds them up, in order.
 void launch_add_key_parts(const BackwardKeyPartsParams& params, cudaStream_t stream);
 
-/// dq = softmax_scale * dq_accum.
+/// dq = dq_scale * dq_accum.
 void launch_store_dq(const BackwardRowsParams& params, cudaStream_t stream);
 
 }  // namespace flash_attn::sm90

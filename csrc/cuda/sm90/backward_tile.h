@@ -16,6 +16,7 @@ struct BackwardTile {
   int batch_head;                    // of k, each counted key_parts times
   int m_begin, m_end;                // query blocks that see the tile; none: dk = dv = 0
   int m_first;                       // which of them comes first, see first_block_of_tile
+  int m_step;                        // and how far it is to the next: 1, or -1, see tiles_before
   int block;                         // index of the first head's block 0 in dq_accum and statistics
   int n_begin;                       // first row of k, in the sequence
   int prepared_begin, prepared_end;  // query blocks that the tile prepares for later ones, see RowPreparation
@@ -31,31 +32,36 @@ constexpr int kNoBound = 1 << 29;
 
 struct BackwardTilePlace {
   int n_block, batch_head;
+  bool in_last;  // in the last group
 };
 
-/// Groups of heads. With kLongestFirst the shortest quarter of all heads' tiles comes at the very end, where short
-/// tiles even out when the CTAs finish.
+/// Of dense sequences.
 SM90_DEVICE BackwardTilePlace place_in_group(const BackwardKernelParams& params, int index) {
   const BackwardSchedule& schedule = params.schedule;
-  const int heads_per_group = schedule.heads_per_group, batch_heads = schedule.num_batch_heads;
-  const int rest = index - batch_heads * schedule.grouped_blocks;
-  if (rest >= 0) return {schedule.grouped_blocks + rest / batch_heads, rest % batch_heads};
-  const int group = params.group_tiles.quotient(index);
-  const int in_group = index - group * heads_per_group * schedule.grouped_blocks;
-  const int group_heads = min(heads_per_group, batch_heads - group * heads_per_group);
-  const int n_block =
-      group_heads == heads_per_group ? params.heads_per_group.quotient(in_group) : in_group / group_heads;
-  return {schedule.order == BackwardSchedule::kColumnsLast ? schedule.num_n_blocks - 1 - n_block : n_block,
-          group * heads_per_group + in_group - n_block * group_heads};
+  int first_head = params.group_tiles.quotient(index) * schedule.heads_per_group;
+  const bool in_last = first_head >= schedule.grouped_heads;
+  if (in_last) first_head = schedule.grouped_heads;
+  const int in_group = index - first_head * schedule.num_n_blocks;
+  const int heads = in_last ? schedule.num_batch_heads - first_head : schedule.heads_per_group;
+  const int n_block = in_last ? in_group / heads : params.heads_per_group.quotient(in_group);
+  const bool falling = schedule.falling && !in_last;
+  return {falling ? schedule.num_n_blocks - 1 - n_block : n_block, first_head + in_group - n_block * heads, in_last};
 }
 
-SM90_DEVICE BackwardTilePlace backward_tile_place(const BackwardKernelParams& params, int index) {
-  const auto order = params.schedule.order;
-  if (order != BackwardSchedule::kRowsFirst && order != BackwardSchedule::kWholeHead) {
-    return place_in_group(params, index);
-  }
-  const int batch_head = params.n_blocks.quotient(index);
-  return {index - batch_head * params.schedule.num_n_blocks, batch_head};
+/// The same, sequence by sequence.
+SM90_DEVICE BackwardTilePlace place_packed(const BackwardKernelParams& params, const PackedBlock& block, int index) {
+  const BackwardSchedule& schedule = params.schedule;
+  const int all_heads = params.heads_k.divisor;
+  const bool in_last = block.last != 0;
+  const int wanted = in_last || schedule.wide_groups ? schedule.tiles_at_once / block.count : schedule.heads_per_group;
+  const int heads_per_group = min(max(wanted, 1), all_heads);
+  index -= block.first * all_heads;
+  const int first_head = index / (heads_per_group * block.count) * heads_per_group;
+  index -= first_head * block.count;
+  const int heads = min(heads_per_group, all_heads - first_head);
+  const int n_block = index / heads;
+  return {schedule.falling && !in_last ? block.count - 1 - n_block : n_block,
+          block.sequence * all_heads + first_head + index - n_block * heads, in_last};
 }
 
 /// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would
@@ -64,21 +70,35 @@ SM90_DEVICE int first_block_of_tile(int n_block, int n_blocks, int m_blocks) {
   return min(static_cast<int>(__fdividef(static_cast<float>(n_block) * m_blocks, n_blocks)), m_blocks - 1);
 }
 
-/// The block after this one: from m_first on, then from m_begin on.
+/// The block after this one: from m_first on, then, at the end of the tile's blocks, from the other end on.
 SM90_DEVICE int next_block(const BackwardTile& tile, int m_block) {
-  return m_block + 1 == tile.m_end ? tile.m_begin : m_block + 1;
+  m_block += tile.m_step;
+  return m_block == tile.m_end ? tile.m_begin : m_block < tile.m_begin ? tile.m_end - 1 : m_block;
 }
 
-/// False if there are no such rows. Writes field by field to shared memory: the scheduler has few registers. Without
-/// lengths on the device it reads 32-bit parameters alone, because a CTA's first tile waits for this.
+/// False if there are no more. Writes field by field to shared memory: the scheduler has few registers. Without lengths
+/// on the device it reads 32-bit parameters alone, because a CTA's first tile waits for this.
 template <int kBlockM, int kBlockN>
 SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int index, BackwardTile& tile) {
+  if (index >= params.schedule.num_tiles) return false;
   tile.index = index;
-  const BackwardTilePlace at = backward_tile_place(params, index);
-  tile.batch_head = at.batch_head;
-  const int b = params.heads_k.quotient(at.batch_head);
-  const int head_k = at.batch_head - b * static_cast<int>(params.heads_k.divisor);
-  const int n_begin = at.n_block * kBlockN;
+  {
+    BackwardTilePlace at;
+    if (params.schedule.packed_blocks != nullptr) {
+      const PackedBlock block = params.schedule.packed_blocks[params.heads_k.quotient(index)];
+      if (block.sequence < 0) return false;
+      at = place_packed(params, block, index);
+    } else {
+      at = place_in_group(params, index);
+    }
+    tile.batch_head = at.batch_head;
+    tile.n_begin = at.n_block * kBlockN;
+    tile.m_step = at.in_last && params.ordered_dq ? -1 : 1;
+  }
+  asm volatile("" ::: "memory");  // what led to them needs no registers any more
+  const int batch_head = tile.batch_head, n_begin = tile.n_begin;
+  const int b = params.heads_k.quotient(batch_head);
+  const int head_k = batch_head - b * static_cast<int>(params.heads_k.divisor);
 
   int seqlen_q = params.seqlen_q, seqlen_k = params.seqlen_k, diagonal;
   int block = head_k * params.group_size * params.num_blocks;
@@ -95,7 +115,6 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
     const SequenceInfo info = sequence_info(p, b);
     const int q_row = static_cast<int>(info.q_row), k_row = static_cast<int>(info.k_row);
     const int seqlen_k_padded = static_cast<int>(info.seqlen_k_padded);
-    if (n_begin >= seqlen_k_padded) return false;
     tile.dkv_x = seqlen_k - seqlen_k_padded + n_begin;
     tile.dkv_y = k_row + seqlen_k_padded;
     block += static_cast<int>(first_block(p, info, b, kBlockM, params.num_m_blocks));
@@ -118,15 +137,14 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   const bool seen = n_begin < seqlen_k && row_begin < row_end;
   tile.m_begin = seen ? row_begin / kBlockM : 0;
   tile.m_end = seen ? (row_end + kBlockM - 1) / kBlockM : 0;
-  tile.m_first = tile.m_begin;
+  tile.m_first = tile.m_step > 0 ? tile.m_begin : tile.m_end - 1;
   if (params.spread_starts && seen) {
-    tile.m_first = first_block_of_tile(at.n_block, (seqlen_k + kBlockN - 1) / kBlockN, tile.m_end);
+    tile.m_first = first_block_of_tile(n_begin / kBlockN, (seqlen_k + kBlockN - 1) / kBlockN, tile.m_end);
   }
   tile.right_bound = right_bound;
   tile.left_bound = left_bound;
   tile.seqlen_q = seqlen_q;
   tile.seqlen_k = seqlen_k;
-  tile.n_begin = n_begin;
   tile.block = block;
   tile.num_heads = params.group_size;
   tile.q_head = head_k * params.group_size;

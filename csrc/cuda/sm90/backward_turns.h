@@ -28,12 +28,15 @@ SM90_DEVICE void add_to_count(int* counter) {
 
 // ---- a fixed order
 
-/// How many tiles add to dq of query rows [row_begin, row_end) before this one: by n_begin, rising, or falling with
-/// kColumnsLast. In either case the tiles before it have been taken before it, so waiting for them ends.
+/// How many tiles add to dq of query rows [row_begin, row_end) before this one: by n_begin, in the order of columns
+/// that BackwardSchedule gives its group. So the tiles before it have been taken before it, and waiting for them ends.
+/// Where columns rise in causal attention, in the last group, a tile begins with the last block (m_step is -1): it is
+/// then one turn behind its neighbour. From the first on it would wait until that one has come to the block where its
+/// own keys are seen.
 template <int kBlockN>
 SM90_DEVICE int tiles_before(const BackwardKernelParams& params, const BackwardTile& tile, int row_begin, int row_end) {
   const int n_block = tile.n_begin / kBlockN;
-  if (params.schedule.order != BackwardSchedule::kColumnsLast) {
+  if (!params.schedule.falling || tile.m_step < 0) {
     return n_block - max(0, row_begin + tile.left_bound) / kBlockN;
   }
   const int last_seen = min(row_end, tile.seqlen_q) - 1 + tile.right_bound;

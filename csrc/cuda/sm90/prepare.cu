@@ -1,5 +1,6 @@
 #include "../../sequence.h"
 #include "launch.h"
+#include "packed_blocks.h"
 #include "prepare.h"
 #include "ptx.h"
 
@@ -7,33 +8,6 @@ namespace flash_attn::sm90 {
 namespace {
 
 constexpr int kThreads = 256;
-
-/// By one CTA: every thread counts a run of sequences, then the runs are summed up.
-__device__ void count_m_blocks(const ForwardParams& params, int block_m, int* first_m_block) {
-  __shared__ int before[kThreads];
-  const int batch = static_cast<int>(params.batch);
-  const int run = (batch + kThreads - 1) / kThreads;
-  const int begin = min(static_cast<int>(threadIdx.x) * run, batch), end = min(begin + run, batch);
-  const auto m_blocks = [&](int b) {
-    return static_cast<int>((sequence_info(params, b).seqlen_q_padded + block_m - 1) / block_m);
-  };
-  int count = 0;
-  for (int b = begin; b < end; ++b) count += m_blocks(b);
-  before[threadIdx.x] = count;
-  __syncthreads();
-  for (int distance = 1; distance < kThreads; distance *= 2) {
-    const int left = threadIdx.x >= distance ? before[threadIdx.x - distance] : 0;
-    __syncthreads();
-    before[threadIdx.x] += left;
-    __syncthreads();
-  }
-  int sum = before[threadIdx.x] - count;
-  for (int b = begin; b < end; ++b) {
-    first_m_block[b] = sum;
-    sum += m_blocks(b);
-  }
-  if (threadIdx.x == kThreads - 1) first_m_block[batch] = sum;
-}
 
 /// Rows [begin, end) of out (total_q, num_heads, head_dim_v) and lse.
 __device__ void clear_rows(const ForwardParams& params, int64_t begin, int64_t end) {
@@ -50,7 +24,12 @@ __device__ void clear_rows(const ForwardParams& params, int64_t begin, int64_t e
 
 __global__ void prepare_kernel(const __grid_constant__ ForwardParams params, int block_m, int* first_m_block) {
   grid_launch_dependents();
-  if (blockIdx.x == 0) count_m_blocks(params, block_m, first_m_block);
+  if (blockIdx.x == 0) {
+    const int all = count_blocks<kThreads>(
+        params.batch, block_m, [&](int b) { return sequence_info(params, b).seqlen_q_padded; },
+        [&](int b, int first, int, int) { first_m_block[b] = first; });
+    if (threadIdx.x == 0) first_m_block[params.batch] = all;
+  }
   for (int64_t b = blockIdx.x; b <= params.batch; b += gridDim.x) {  // the gap before sequence b
     int64_t begin = 0, end = params.total_q;
     if (b > 0) {
