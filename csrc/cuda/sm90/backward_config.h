@@ -34,6 +34,10 @@ struct BackwardConfig : Shape {
   // dK of a step stays in flight into the next one where registers allow dS to live that long.
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
+  // In a fixed order, tiles may go through their query blocks from the last to the first. Not at head dim 64, where it
+  // gains 1 to 5% [deterministic, causal] and the loop has no uniform register left for it.
+  static constexpr bool kDescends = Shape::kBlockM < kBlockN;
+
   static constexpr int kTileSlots = 2;
   // Threads that read a tile, each of which says when it is through: the producer, the consumers, the dq writer's or
   // a second dQ warp, and the first dQ warp or follow_dq's one thread.

@@ -243,15 +243,16 @@ struct BackwardConsumer {
     int previous_q = -1;  // stage that dK in flight still reads
     mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
     // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
-    const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end && tile.m_step > 0 &&
+    const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end && block_step<Config>(tile) > 0 &&
                         (tile.m_begin + 1) * kBlockM - 1 + tile.right_bound < tile.n_begin + 64 * warpgroup;
     // A head's blocks from m_first on, then those before it; or all of them, from the last to the first.
-    const int parted = tile.m_first > tile.m_begin && tile.m_step > 0;
+    const int parted = tile.m_first > tile.m_begin && block_step<Config>(tile) > 0;
     for (int part = 0; part < tile.num_heads << parted; ++part) {
       const bool starts = (part & parted) == 0;
       const int head = part >> parted;
       // Copies: behind a step's stores they would be read late.
-      const int m_step = tile.m_step, m_end = m_step < 0 ? tile.m_begin - 1 : starts ? tile.m_end : tile.m_first;
+      const int m_step = block_step<Config>(tile);
+      const int m_end = m_step < 0 ? tile.m_begin - 1 : starts ? tile.m_end : tile.m_first;
       int m_block = starts ? tile.m_first : tile.m_begin;
       if (unseen) {
         process_unseen_step(tile, head, m_block++, previous_q);

@@ -28,6 +28,7 @@ constexpr BackwardVariant backward_variant(const char* name) {
   variant.cluster = 1;
   variant.dq_warp = Config::kDqWarp;
   variant.fused_dq = Config::kFusedDq;
+  variant.descends = Config::kDescends;
   variant.launch_bf16 = launch_backward_kernel<Config>;
   variant.launch_fp16 = launch_backward_kernel<BackwardConfig<__half, Shape>>;
   return variant;

@@ -12,6 +12,7 @@ struct BackwardPairConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
   static constexpr int kCtas = 2;
+  static constexpr bool kDescends = true;  // as in BackwardConfig
   static constexpr int kBlockM = 64;
   static constexpr int kRowsN = 64, kBlockN = 2 * kRowsN;  // key rows of a CTA, of the cluster
   static constexpr int kThreads = 384;

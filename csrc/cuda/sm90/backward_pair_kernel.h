@@ -235,7 +235,7 @@ struct BackwardPairConsumer {
       }
       finish_step(block);
       block = tile.block + head * params.num_blocks + m_block;
-      m_block = next_block(tile, m_block);
+      m_block = next_block<Config>(tile, m_block);
       if (m_block == tile.m_first) ++head;
     }
     wait_ds(steps - 1);
@@ -346,7 +346,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   }
   if (threadIdx.x == 32) {
     if (params.schedule.packed_blocks != nullptr) grid_dependency_wait();  // for them
-    if (!make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, shared.tile)) shared.tile.num_heads = 0;
+    if (!make_backward_tile<Config>(params, index, shared.tile)) shared.tile.num_heads = 0;
     shared.tile.prepared_begin = shared.tile.prepared_end = 0;
     if (params.preparation.enabled()) choose_prepared(params.preparation, shared.tile);
   }

@@ -29,6 +29,7 @@ constexpr BackwardVariant backward_pair_variant(const char* name) {
   variant.map_rows = Config::kRowsN;
   variant.cluster = 2;
   variant.accum_factor_bf16 = Config::kProbabilityFactor;
+  variant.descends = Config::kDescends;
   variant.launch_bf16 = launch_backward_pair_kernel<Config>;
   variant.launch_fp16 = launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV>>;
   return variant;

@@ -116,7 +116,8 @@ struct BackwardPairProducer {
     int step = 0;
     for (int head = 0; head < tile.num_heads; ++head) {
       int m_block = tile.m_first;
-      for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
+      for (int left = tile.m_end - tile.m_begin; left > 0;
+           --left, ++step, m_block = next_block<Config>(tile, m_block)) {
         if (step == 1) load_other_prepared();
         load_q(step, head, m_block);
         if (step == 0) load_first_prepared_and_v();

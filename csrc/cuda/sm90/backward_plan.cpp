@@ -114,7 +114,7 @@ void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& de
     // The last columns first, each tile a step behind the neighbour. [H200: d128 0 to +2%, d256 0 to +3%, d64 +5% at
     // 1k, -1% at 8k, -2% at 16k. Packed sequences of different lengths: d128 -1 to -3%.]
     plan.falling = plan.ordered_dq || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
-    last = heads_of_last_group(plan, heads);
+    if (!plan.ordered_dq || plan.variant->descends) last = heads_of_last_group(plan, heads);
   } else if (plan.ordered_dq) {
     group = heads_at_once;
     plan.wide_groups = true;

@@ -18,7 +18,7 @@ struct BackwardVariant {
   int map_rows;                   // rows of a box of K or V: of a CTA's share of a tile
   int cluster;                    // CTAs that share a tile
   float accum_factor_bf16 = 1.f;  // what dq_accum holds over dQ, of bf16
-  bool dq_warp;                   // see BackwardShape
+  bool dq_warp, descends;         // see BackwardShape, BackwardConfig
   bool fused_dq;                  // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
   void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);

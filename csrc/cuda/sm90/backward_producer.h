@@ -36,7 +36,7 @@ struct BackwardScheduler {
   SM90_DEVICE bool publish_tile(int index) {
     BackwardTile& tile = shared.tiles[tiles.slot()];
     mbarrier_wait(&shared.tile_empty[tiles.slot()], tiles.slot_phase() ^ 1);
-    const bool found = make_backward_tile<Config::kBlockM, Config::kBlockN>(params, index, tile);
+    const bool found = make_backward_tile<Config>(params, index, tile);
     if (!found) tile.num_heads = -1;  // ends the other warps
     if (found && params.preparation.enabled()) {
       choose_prepared(params.preparation, tile);
@@ -134,7 +134,7 @@ struct BackwardProducer {
     load_kv(params.k, params.panels, shared.k[tiles.stage_kv()], &shared.k_full[tiles.stage_kv()], tile);
     for (int head = 0; head < tile.num_heads; ++head) {
       int m_block = tile.m_first;
-      for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, m_block = next_block(tile, m_block)) {
+      for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, m_block = next_block<Config>(tile, m_block)) {
         load_q(tile, head, m_block);
         if (head == 0 && m_block == tile.m_first) load_v(tile);  // wanted after the first Q
         load_dout(tile, head, m_block);
@@ -178,11 +178,11 @@ struct FixedTurn {
   SM90_DEVICE bool is_outermost(int step) const {
     return step < 0 ? place() == 0 || m_block == tile.m_begin : place() == kTurnBlocks - 1 || m_block + 1 == tile.m_end;
   }
-  SM90_DEVICE bool begins() const { return is_outermost(-tile.m_step); }
-  SM90_DEVICE bool ends() const { return is_outermost(tile.m_step); }
+  SM90_DEVICE bool begins() const { return is_outermost(-block_step<Config>(tile)); }
+  SM90_DEVICE bool ends() const { return is_outermost(block_step<Config>(tile)); }
   SM90_DEVICE int tiles_before_blocks(int begin, int count) const {
     constexpr int kBlockM = Config::kBlockM;
-    return tiles_before<Config::kBlockN>(params, tile, begin * kBlockM, (begin + count) * kBlockM);
+    return tiles_before<Config>(params, tile, begin * kBlockM, (begin + count) * kBlockM);
   }
   SM90_DEVICE void wait(const int* count) const {
     if (begins()) wait_for_count(count, tiles_before_blocks(m_block - place(), kTurnBlocks));
@@ -249,7 +249,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
           }
         }
         __syncwarp();
-        m_block = next_block(tile, m_block);
+        m_block = next_block<Config>(tile, m_block);
       } while (m_block != tile.m_first);
     }
     if (elected() && kCount > 1 && params.dq_writing.enabled()) {

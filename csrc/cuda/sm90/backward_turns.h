@@ -33,10 +33,11 @@ SM90_DEVICE void add_to_count(int* counter) {
 /// Where columns rise in causal attention, in the last group, a tile begins with the last block (m_step is -1): it is
 /// then one turn behind its neighbour. From the first on it would wait until that one has come to the block where its
 /// own keys are seen.
-template <int kBlockN>
+template <typename Config>
 SM90_DEVICE int tiles_before(const BackwardKernelParams& params, const BackwardTile& tile, int row_begin, int row_end) {
+  constexpr int kBlockN = Config::kBlockN;
   const int n_block = tile.n_begin / kBlockN;
-  if (!params.schedule.falling || tile.m_step < 0) {
+  if (!params.schedule.falling || block_step<Config>(tile) < 0) {
     return n_block - max(0, row_begin + tile.left_bound) / kBlockN;
   }
   const int last_seen = min(row_end, tile.seqlen_q) - 1 + tile.right_bound;
@@ -107,7 +108,7 @@ SM90_DEVICE void begin_turn(const BackwardKernelParams& params, const BackwardTi
   int* const count = turn_count(params, block, rank);
   bool first;
   if (params.ordered_dq) {
-    const int before = tiles_before<Config::kBlockN>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
+    const int before = tiles_before<Config>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
     wait_for_count(count, before);
     first = before == 0;
   } else {
@@ -137,7 +138,7 @@ SM90_DEVICE void follow_turns(const BackwardKernelParams& params, const Backward
     int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
     int m_block = tile.m_first;
 #pragma unroll 1
-    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block(tile, m_block)) {
+    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block<Config>(tile, m_block)) {
       int* const block = head_turns + m_block * kDqTurns;
       if constexpr (kPart != TurnPart::kEnd) begin_turn<Config>(params, tile, m_block, block, turns, step, rank);
       if constexpr (kPart != TurnPart::kBegin) end_turn(params, block, turns, step, rank);
