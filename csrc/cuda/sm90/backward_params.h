@@ -40,11 +40,13 @@ struct FastDivision {
     while ((uint64_t{1} << shift) < d) ++shift;
     multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d) + 1;
   }
-#ifdef __CUDACC__
-  __device__ __forceinline__ int quotient(int n) const {
+  FLASH_ATTN_HOST_DEVICE int quotient(int n) const {
+#ifdef __CUDA_ARCH__
     return static_cast<int>((__umulhi(n, multiplier) + n) >> shift);
-  }
+#else
+    return static_cast<int>(((uint64_t{static_cast<uint32_t>(n)} * multiplier >> 32) + n) >> shift);
 #endif
+  }
 };
 
 /// How the main kernel itself turns dq_accum to dq, see backward_dq.h.

@@ -1,10 +1,10 @@
-// Which tiles exist and in which order they are worked on. A tile is kBlockN rows of k and v of one key head, with the
-// query rows that see them, of the query heads that read this key head, or of a part of these heads: few key heads
-// would make too few tiles. Each part has its own dk and dv then, which are added up afterwards. The producer turns an
-// index into a BackwardTile, the other warps work on that alone.
+// A tile is kBlockN rows of k and v of one key head, with the query rows that see them, of the query heads that read
+// this key head, or of a part of these heads: few key heads would make too few tiles. Each part has its own dk and dv
+// then, which are added up afterwards. The producer turns an index in the order of tiles (backward_order.h) into a
+// BackwardTile, the other warps work on that alone.
 #pragma once
 
-#include "backward_params.h"
+#include "backward_order.h"
 #include "ptx.h"
 
 namespace flash_attn::sm90 {
@@ -32,40 +32,6 @@ struct BackwardTile {
 
 /// No bound. Lengths are below half of it, so that differences of rows and bounds stay in 32 bits.
 constexpr int kNoBound = 1 << 29;
-
-struct BackwardTilePlace {
-  int n_block, batch_head;
-  bool in_last;  // in the last group
-};
-
-/// Of dense sequences.
-SM90_DEVICE BackwardTilePlace place_in_group(const BackwardKernelParams& params, int index) {
-  const BackwardSchedule& schedule = params.schedule;
-  int first_head = params.group_tiles.quotient(index) * schedule.heads_per_group;
-  const bool in_last = first_head >= schedule.grouped_heads;
-  if (in_last) first_head = schedule.grouped_heads;
-  const int in_group = index - first_head * schedule.num_n_blocks;
-  const int heads = in_last ? schedule.num_batch_heads - first_head : schedule.heads_per_group;
-  const int n_block = in_last ? in_group / heads : params.heads_per_group.quotient(in_group);
-  const bool falling = schedule.falling && !in_last;
-  return {falling ? schedule.num_n_blocks - 1 - n_block : n_block, first_head + in_group - n_block * heads, in_last};
-}
-
-/// The same, sequence by sequence.
-SM90_DEVICE BackwardTilePlace place_packed(const BackwardKernelParams& params, const PackedBlock& block, int index) {
-  const BackwardSchedule& schedule = params.schedule;
-  const int all_heads = params.heads_k.divisor;
-  const bool in_last = block.last != 0;
-  const int wanted = in_last || schedule.wide_groups ? schedule.tiles_at_once / block.count : schedule.heads_per_group;
-  const int heads_per_group = min(max(wanted, 1), all_heads);
-  index -= block.first * all_heads;
-  const int first_head = index / (heads_per_group * block.count) * heads_per_group;
-  index -= first_head * block.count;
-  const int heads = min(heads_per_group, all_heads - first_head);
-  const int n_block = index / heads;
-  return {schedule.falling && !in_last ? block.count - 1 - n_block : n_block,
-          block.sequence * all_heads + first_head + index - n_block * heads, in_last};
-}
 
 /// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would
 /// come to each block at the same time and wait for the one that stores there, see claim_block.

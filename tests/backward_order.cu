@@ -1,0 +1,252 @@
+// The order of the Hopper backward kernels' tiles (csrc/cuda/sm90/backward_order.h) for random problems, on the host:
+// no tile waits for one that comes after it, or the kernel would hang. The planner is the real one; what it launches is
+// caught here.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../csrc/cuda/sm90/backward_order.h"
+#include "../csrc/cuda/sm90/backward_plan.h"
+#include "../csrc/cuda/sm90/backward_rows.h"
+#include "../csrc/cuda/sm90/tensor_map.h"
+
+namespace flash_attn::sm90 {
+namespace {
+
+struct Caught {
+  BackwardKernelParams kernel;
+  PackedBlocksParams packed;
+};
+Caught caught;
+
+void catch_kernel(const BackwardKernelParams& params, int, cudaStream_t) { caught.kernel = params; }
+
+constexpr BackwardVariant variant(const char* name, int head_dim, int head_dim_v, int block_m, int cluster) {
+  BackwardVariant v{};
+  v.name = name;
+  v.head_dim = head_dim;
+  v.head_dim_v = head_dim_v;
+  v.dq_columns = head_dim > 128 ? 256 : (head_dim + 63) / 64 * 64;
+  v.block_m = block_m;
+  v.block_n = 128;
+  v.map_rows = v.block_n / cluster;
+  v.cluster = cluster;
+  v.dq_warp = cluster == 1 && block_m < v.block_n;
+  v.descends = block_m < v.block_n;
+  v.launch_bf16 = v.launch_fp16 = catch_kernel;
+  return v;
+}
+
+constexpr BackwardVariant fused_variant() {
+  BackwardVariant v = variant("d64 fused", 64, 64, 128, 1);
+  v.fused_dq = true;
+  return v;
+}
+
+}  // namespace
+
+extern const BackwardVariant kBackwardD64 = variant("d64", 64, 64, 128, 1);
+extern const BackwardVariant kBackwardD64Fused = fused_variant();
+extern const BackwardVariant kBackwardD96 = variant("d96", 96, 96, 64, 1);
+extern const BackwardVariant kBackwardD128 = variant("d128", 128, 128, 64, 1);
+extern const BackwardVariant kBackwardD192V128 = variant("d192-128", 192, 128, 64, 2);
+extern const BackwardVariant kBackwardD192 = variant("d192", 192, 192, 64, 2);
+extern const BackwardVariant kBackwardD256 = variant("d256", 256, 256, 64, 2);
+
+void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
+void launch_store_dq(const BackwardRowsParams&, cudaStream_t) {}
+void launch_add_key_parts(const BackwardKeyPartsParams&, cudaStream_t) {}
+CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+/// Which paths the problems took, in this order in check_backward_order.
+struct Counts {
+  int turns, prepared, written, last_group, packed;
+};
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : generator_(seed) {}
+  int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator_); }
+  bool one_in(int n) { return between(1, n) == 1; }
+
+ private:
+  std::mt19937 generator_;
+};
+
+BackwardParams random_problem(Random& random) {
+  BackwardParams params{};
+  ForwardParams& p = params.forward;
+  const int64_t longest = int64_t{1} << random.between(6, 13);
+  p.seqlen_q = p.seqlen_k = random.between(1, longest);
+  if (random.one_in(3)) p.seqlen_k = random.between(1, longest);
+  constexpr int kHeadDims[] = {64, 96, 128, 192, 256};
+  p.head_dim = p.head_dim_v = kHeadDims[random.between(0, 4)];
+  if (p.head_dim == 192 && random.one_in(2)) p.head_dim_v = 128;
+  p.num_heads_k = random.between(1, 16);
+  p.num_heads = p.num_heads_k * (random.one_in(2) ? 1 : random.between(1, 8));
+  p.batch = random.between(1, 1 + 250000 / (p.seqlen_k * p.num_heads_k));
+  p.batch = std::min<int64_t>(p.batch, 64);
+  p.total_q = p.batch * p.seqlen_q;
+  p.total_k = p.batch * p.seqlen_k;
+  p.window_left = p.window_right = -1;
+  if (!random.one_in(3)) {
+    p.window_right = 0;
+    p.causal = random.one_in(2) ? Causal::kTopLeft : Causal::kBottomRight;
+    if (random.one_in(4)) {
+      p.window_left = random.one_in(2) ? -1 : random.between(0, 2000);
+      p.window_right = random.between(0, 2000);
+    }
+  }
+  p.deterministic = random.one_in(2);
+  p.dtype = DType::kBFloat16;
+  p.softmax_scale = 0.1;
+  static char somewhere[256];
+  p.workspace = somewhere;  // nothing is written
+  params.dq.data = params.dk.data = params.dv.data = somewhere;
+  return params;
+}
+
+/// Of a head's tiles in their order: in a fixed order a tile waits for its neighbours on one side.
+void check_turns(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles, int64_t heads) {
+  std::vector<int> last(heads, -1);
+  for (const BackwardTilePlace& at : tiles) {
+    const bool rising = !kernel.schedule.falling || at.in_last;
+    int& before = last[at.batch_head];
+    require(before < 0 || (rising ? at.n_block > before : at.n_block < before), "a tile waits for a later one's turn");
+    before = at.n_block;
+  }
+}
+
+void check_preparation(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles) {
+  const RowPreparation& preparation = kernel.preparation;
+  const int64_t first = int64_t{preparation.first_head} * kernel.num_m_blocks,
+                count = static_cast<int64_t>(tiles.size());
+  require(first + count * preparation.blocks_per_tile >= preparation.num_blocks, "rows that nobody prepares");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t end = (int64_t{tiles[i].batch_head} + 1) * kernel.group_size * kernel.num_m_blocks;
+    if (end > first) require((end - 1 - first) / preparation.blocks_per_tile < i, "rows prepared by a later tile");
+  }
+}
+
+void check_writing(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles,
+                   const std::vector<int>& index_of) {
+  const int n_blocks = kernel.schedule.num_n_blocks, lag = kernel.dq_writing.lag;
+  for (int64_t i = 0; i + lag < static_cast<int64_t>(tiles.size()); ++i) {
+    const int end = kernel.dq_writing.by_last_block ? tiles[i].n_block + 1 : n_blocks;
+    for (int n = 0; n < end; ++n) {
+      require(index_of[tiles[i].batch_head * n_blocks + n] <= i + lag, "a share to which a later tile adds");
+    }
+  }
+}
+
+void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
+  const BackwardKernelParams& kernel = caught.kernel;
+  const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
+  const int n_blocks = kernel.schedule.num_n_blocks;
+  require(kernel.schedule.num_tiles == heads * n_blocks, "so many tiles");
+  std::vector<BackwardTilePlace> tiles;
+  std::vector<int> index_of(kernel.schedule.num_tiles, -1);
+  for (int i = 0; i < kernel.schedule.num_tiles; ++i) {
+    const BackwardTilePlace at = place_in_group(kernel, i);
+    require(at.n_block >= 0 && at.n_block < n_blocks && at.batch_head >= 0 && at.batch_head < heads, "no such tile");
+    int& index = index_of[at.batch_head * n_blocks + at.n_block];
+    require(index < 0, "a tile twice");
+    index = i;
+    tiles.push_back(at);
+    counts.last_group += i > 0 && at.in_last && !tiles[i - 1].in_last;
+  }
+  if (plan.ordered_dq) check_turns(kernel, tiles, heads);
+  if (kernel.preparation.enabled() && !plan.variant->fused_dq) check_preparation(kernel, tiles);
+  if (kernel.dq_writing.enabled()) check_writing(kernel, tiles, index_of);
+  counts.turns += plan.ordered_dq;
+  counts.prepared += kernel.preparation.enabled();
+  counts.written += kernel.dq_writing.enabled();
+}
+
+/// As the device lists them.
+std::vector<PackedBlock> list_blocks(const std::vector<int>& lengths, const PackedBlocksParams& packed) {
+  const auto blocks = [&](int rows) { return (rows + packed.block_n - 1) / packed.block_n; };
+  int all = 0, first = 0;
+  for (int rows : lengths) all += blocks(rows);
+  std::vector<PackedBlock> list;
+  for (int b = 0; b < static_cast<int>(lengths.size()); ++b) {
+    const int count = blocks(lengths[b]);
+    list.insert(list.end(), count, {b, first, count, all - first - count < packed.last_blocks});
+    first += count;
+  }
+  return list;
+}
+
+void check_packed(Random& random, const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
+  const BackwardKernelParams& kernel = caught.kernel;
+  const ForwardParams& p = params.forward;
+  std::vector<int> lengths(p.batch);
+  for (int& rows : lengths) rows = static_cast<int>(random.one_in(4) ? 0 : random.between(1, p.seqlen_k));
+  const std::vector<PackedBlock> list = list_blocks(lengths, caught.packed);
+  require(static_cast<int64_t>(list.size()) <= caught.packed.num_blocks, "no room for the list");
+  const int all_heads = kernel.heads_k.divisor, n_blocks = kernel.schedule.num_n_blocks;
+  require(static_cast<int64_t>(list.size()) * all_heads <= kernel.schedule.num_tiles, "too few tickets");
+  std::vector<bool> seen(p.batch * all_heads * n_blocks);
+  std::vector<BackwardTilePlace> tiles;
+  for (int i = 0; i < static_cast<int>(list.size()) * all_heads; ++i) {
+    const BackwardTilePlace at = place_packed(kernel, list[kernel.heads_k.quotient(i)], i);
+    require(at.batch_head >= 0 && at.batch_head < p.batch * all_heads, "no such head");
+    require(at.n_block >= 0 && at.n_block * caught.packed.block_n < lengths[at.batch_head / all_heads], "no such tile");
+    require(!seen[at.batch_head * n_blocks + at.n_block], "a tile twice");
+    seen[at.batch_head * n_blocks + at.n_block] = true;
+    tiles.push_back(at);
+  }
+  if (plan.ordered_dq) check_turns(kernel, tiles, p.batch * all_heads);
+  ++counts.packed;
+}
+
+std::string describe(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "batch %d, heads %d on %d, %d x %d rows, head dim %d-%d, window (%d, %d), %s%s, %d SMs", int(p.batch),
+                int(p.num_heads), int(p.num_heads_k), int(p.seqlen_q), int(p.seqlen_k), int(p.head_dim),
+                int(p.head_dim_v), int(p.window_left), int(p.window_right), p.deterministic ? "deterministic" : "",
+                p.is_varlen_k() ? ", packed" : "", device.num_sms);
+  return text;
+}
+
+}  // namespace
+}  // namespace flash_attn::sm90
+
+/// What is wrong, and with which problem; empty if nothing. `counts` (5) as in Counts.
+extern "C" __attribute__((visibility("default"))) const char* check_backward_order(int problems, unsigned seed,
+                                                                                   int* counts) {
+  using namespace flash_attn;
+  using namespace flash_attn::sm90;
+  static std::string wrong;
+  Random random(seed);
+  Counts counted{};
+  for (int i = 0; i < problems; ++i) {
+    DeviceInfo device{90, random.one_in(3) ? int(random.between(1, 140)) : 132, 232448, 60 << 20};
+    BackwardParams params = random_problem(random);
+    static const int lengths = 0;  // planning looks at the pointer alone
+    if (random.one_in(4)) params.forward.cu_seqlens_q = params.forward.cu_seqlens_k = &lengths;
+    const BackwardPlan plan = plan_backward(params, device);
+    try {
+      launch_backward(plan, params, nullptr);
+      params.forward.is_varlen_k() ? check_packed(random, params, plan, counted) : check_dense(params, plan, counted);
+    } catch (const std::exception& error) {
+      wrong = std::string(error.what()) + ": " + describe(params, device);
+      return wrong.c_str();
+    }
+  }
+  const int all[] = {counted.turns, counted.prepared, counted.written, counted.last_group, counted.packed};
+  std::copy(std::begin(all), std::end(all), counts);
+  return "";
+}
