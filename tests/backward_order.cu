@@ -214,9 +214,9 @@ std::string describe(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   char text[256];
   std::snprintf(text, sizeof text,
-                "batch %d, heads %d on %d, %d x %d rows, head dim %d-%d, window (%d, %d), %s%s, %d SMs", int(p.batch),
+                "batch %d, heads %d on %d, %d x %d rows, head dim %d-%d, window (%d, %d)%s%s, %d SMs", int(p.batch),
                 int(p.num_heads), int(p.num_heads_k), int(p.seqlen_q), int(p.seqlen_k), int(p.head_dim),
-                int(p.head_dim_v), int(p.window_left), int(p.window_right), p.deterministic ? "deterministic" : "",
+                int(p.head_dim_v), int(p.window_left), int(p.window_right), p.deterministic ? ", deterministic" : "",
                 p.is_varlen_k() ? ", packed" : "", device.num_sms);
   return text;
 }
