@@ -88,6 +88,11 @@ int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2
   return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
 }
 
+/// Whether causal attention ends with several heads at a time. In a fixed order tiles have to descend for it.
+bool has_last_group(const BackwardPlan& plan, const ForwardParams& p) {
+  return is_causal(p) && (!plan.ordered_dq || plan.variant->descends);
+}
+
 /// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
 /// have to be prepared before (plan_preparation), which short sequences pay for. [H200, ratio to cuDNN with 0, 1, 2, 4
 /// times as many tiles as SMs, and all. 16 tiles an SM: d128 512 1.267, 1.267, 1.255, 1.196; 4k 1.189, 1.245, 1.248,
@@ -114,7 +119,11 @@ void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& de
     // The last columns first, each tile a step behind the neighbour. [H200: d128 0 to +2%, d256 0 to +3%, d64 +5% at
     // 1k, -1% at 8k, -2% at 16k. Packed sequences of different lengths: d128 -1 to -3%.]
     plan.falling = plan.ordered_dq || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
-    if (!plan.ordered_dq || plan.variant->descends) last = heads_of_last_group(plan, heads);
+    if (has_last_group(plan, p)) {
+      last = heads_of_last_group(plan, heads);
+    } else {
+      while (heads % group != 0) --group;  // no heads are left over for a last group
+    }
   } else if (plan.ordered_dq) {
     group = heads_at_once;
     plan.wide_groups = true;
@@ -328,7 +337,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
     packed.blocks = reinterpret_cast<PackedBlock*>(workspace + packed_blocks_offset);
     packed.num_blocks = static_cast<int>(packed_blocks(plan, p));
     packed.block_n = variant.block_n;
-    packed.last_blocks = is_causal(p) ? static_cast<int>(ceil_div(plan.places, key_heads)) : 0;
+    packed.last_blocks = has_last_group(plan, p) ? static_cast<int>(ceil_div(plan.places, key_heads)) : 0;
   }
   kernel.schedule = {batch_heads,
                      plan.num_n_blocks,
