@@ -25,6 +25,7 @@ Caught caught;
 
 void catch_kernel(const BackwardKernelParams& params, int, cudaStream_t) { caught.kernel = params; }
 
+/// As the kernels' own files describe them, where planning looks.
 constexpr BackwardVariant variant(const char* name, int head_dim, int head_dim_v, int block_m, int cluster) {
   BackwardVariant v{};
   v.name = name;

@@ -6,27 +6,17 @@ backward_order.cu is compiled here, for which `nvcc` must be there. It runs on t
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+from nvcc import compiled, needs_nvcc
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = needs_nvcc
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("order") / "libbackward_order.so"
-    sources = [ROOT / "tests/backward_order.cu", ROOT / "csrc/cuda/sm90/backward_plan.cpp"]
-    flags = ["-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    assert NVCC is not None
-    subprocess.run([NVCC, *flags, "-shared", "-cudart=static", *map(str, sources), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return compiled(tmp_path_factory.mktemp("order"), "tests/backward_order.cu", "csrc/cuda/sm90/backward_plan.cpp")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+from nvcc import compiled, needs_nvcc
+
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = needs_nvcc
 on_hopper = pytest.mark.skipif(not HOPPER, reason="there is no device of compute capability 9.0")
 
 DTYPES = {torch.bfloat16: True, torch.float16: False}
@@ -31,12 +27,7 @@ COLUMNS, ROWS = 0, 1  # enum Major
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("wrappers") / "libhopper_wrappers.so"
-    sources = [ROOT / "tests/hopper_wrappers.cu", ROOT / "csrc/cuda/sm90/tensor_map.cpp"]
-    flags = ["-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    assert NVCC is not None
-    subprocess.run([NVCC, *flags, "-shared", "-cudart=static", *map(str, sources), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return compiled(tmp_path_factory.mktemp("wrappers"), "tests/hopper_wrappers.cu", "csrc/cuda/sm90/tensor_map.cpp")
 
 
 def run(function: Callable[..., int], *arguments: Tensor | int | bool) -> None:

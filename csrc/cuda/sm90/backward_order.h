@@ -31,7 +31,7 @@ FLASH_ATTN_HOST_DEVICE BackwardTilePlace place_packed(const BackwardKernelParams
                                                       int index) {
   const BackwardSchedule& schedule = params.schedule;
   const int all_heads = params.heads_k.divisor;
-  const bool in_last = block.last != 0;
+  const bool in_last = block.in_last != 0;
   const int wanted = in_last || schedule.wide_groups ? schedule.tiles_at_once / block.count : schedule.heads_per_group;
   const int heads_per_group = min(max(wanted, 1), all_heads);
   index -= block.first * all_heads;

@@ -12,7 +12,7 @@ namespace flash_attn::sm90 {
 struct alignas(16) PackedBlock {
   int sequence;      // -1: there are no more
   int first, count;  // blocks before those of its sequence, and of it
-  int last;          // few tiles come after those of its sequence
+  int in_last;       // in the last group, for few tiles come after those of its sequence
 };
 
 /// The order of tiles: groups of heads, one after the other; within a group the first columns of all its heads, then

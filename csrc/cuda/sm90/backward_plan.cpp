@@ -16,7 +16,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 /// Blocks of keys of packed sequences: no more than these.
-int64_t packed_blocks(const BackwardPlan& plan, const ForwardParams& p) {
+int64_t max_packed_blocks(const BackwardPlan& plan, const ForwardParams& p) {
   return p.total_k / plan.variant->block_n + p.batch;
 }
 
@@ -34,7 +34,7 @@ struct Workspace {
     dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
     dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * 4) : 0;
     prepared_bytes = plan.prepared_per_tile > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
-    packed_blocks_bytes = p.is_varlen_k() ? aligned(packed_blocks(plan, p) * int64_t{sizeof(PackedBlock)}) : 0;
+    packed_blocks_bytes = p.is_varlen_k() ? aligned(max_packed_blocks(plan, p) * int64_t{sizeof(PackedBlock)}) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
       dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
@@ -56,7 +56,7 @@ int64_t num_batch_heads(const BackwardPlan& plan, const ForwardParams& p) {
 
 /// Of packed sequences no more than these.
 int64_t num_tiles(const BackwardPlan& plan, const ForwardParams& p) {
-  const int64_t blocks = p.is_varlen_k() ? packed_blocks(plan, p) : p.batch * plan.num_n_blocks;
+  const int64_t blocks = p.is_varlen_k() ? max_packed_blocks(plan, p) : p.batch * plan.num_n_blocks;
   return p.num_heads_k * plan.key_parts * blocks;
 }
 
@@ -66,10 +66,10 @@ int64_t num_tiles(const BackwardPlan& plan, const ForwardParams& p) {
 /// and four: 0.508, 0.572 ms at 1k, 1.360, 1.395 at 4k, 5.02, 5.03 at 16k; in turns, one part: 1.6 ms at 4k, 6.0 at
 /// 16k.]
 bool is_balanced(const BackwardPlan& plan, const ForwardParams& p) {
-  const int64_t tiles = num_tiles(plan, p), places = plan.places;
-  if (!is_causal(p)) return 10 * tiles >= 9 * places * ceil_div(tiles, places);
+  const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once;
+  if (!is_causal(p)) return 10 * tiles >= 9 * at_once * ceil_div(tiles, at_once);
   const bool few_do = plan.variant->cluster > 1 && !p.deterministic;
-  return 2 * tiles >= (few_do ? 7 : 16) * places;
+  return 2 * tiles >= (few_do ? 7 : 16) * at_once;
 }
 
 /// The fewest parts of the query heads of a key head that make the work even; all of them if none does.
@@ -100,16 +100,16 @@ bool has_last_group(const BackwardPlan& plan, const ForwardParams& p) {
 /// 1.168, 1.325, 1.348, 1.376, 1.382; d256 4k 1.252, 1.455, 1.490, 1.515, 1.514. Two tiles: d64 1k 1.352, 1.399, 1.336,
 /// 1.451, 1.483.]
 int64_t heads_of_last_group(const BackwardPlan& plan, int64_t heads) {
-  const int tiles = plan.num_tiles / plan.places, n_blocks = plan.num_n_blocks;
+  const int tiles = plan.num_tiles / plan.tiles_at_once, n_blocks = plan.num_n_blocks;
   if (tiles < (n_blocks < 32 ? 3 : 6)) return heads;
-  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.places, n_blocks));
+  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.tiles_at_once, n_blocks));
 }
 
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
 /// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
 void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = num_batch_heads(plan, p);
-  const int heads_at_once = std::max(1, plan.places / plan.num_n_blocks);
+  const int heads_at_once = std::max(1, plan.tiles_at_once / plan.num_n_blocks);
   int64_t group = 1, last = 0;
   if (is_causal(p)) {
     // Steps of as many query rows as a tile has keys (d64) leave it no time between its neighbour's turn and its own,
@@ -158,7 +158,7 @@ bool has_dq_writer(const BackwardPlan& plan) {
 /// 1.04.]
 DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const int n_blocks = plan.num_n_blocks, round = plan.places;
+  const int n_blocks = plan.num_n_blocks, round = plan.tiles_at_once;
   DqWritingPlan writing;
   writing.by_last_block = p.window_right >= 0;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
@@ -184,7 +184,7 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
   if (!is_dense(p) || !out_fits_q) return;
   const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
   const int64_t per_tile = ceil_div(blocks_of_key_head, n_blocks);
-  const int64_t ahead = plan.places * 5 / 4;  // tiles, or heads of a CTA each
+  const int64_t ahead = plan.tiles_at_once * 5 / 4;  // tiles, or heads of a CTA each
   // What has to be there before any tile prepares some: for the groups, and for the last group, whose heads all begin
   // at the same time.
   int64_t first_blocks = ahead * blocks_of_key_head;
@@ -232,7 +232,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const ForwardParams& p = params.forward;
   BackwardPlan plan;
   plan.variant = &variant;
-  plan.places = std::max(1, device.num_sms / variant.cluster);
+  plan.tiles_at_once = std::max(1, device.num_sms / variant.cluster);
   plan.num_m_blocks = static_cast<int>(ceil_div(p.seqlen_q, variant.block_m));
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
@@ -252,7 +252,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan_order(plan, p, device);
   // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on 0
   // to +1%, shorter -2%.
-  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || (is_causal(p) && plan.falling);
+  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || plan.falling;
   plan.claims_dq = claims_pay && !plan.ordered_dq;
   plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
@@ -335,9 +335,9 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   PackedBlocksParams packed{};
   if (packed_k) {
     packed.blocks = reinterpret_cast<PackedBlock*>(workspace + packed_blocks_offset);
-    packed.num_blocks = static_cast<int>(packed_blocks(plan, p));
+    packed.num_blocks = static_cast<int>(max_packed_blocks(plan, p));
     packed.block_n = variant.block_n;
-    packed.last_blocks = has_last_group(plan, p) ? static_cast<int>(ceil_div(plan.places, key_heads)) : 0;
+    packed.last_blocks = has_last_group(plan, p) ? static_cast<int>(ceil_div(plan.tiles_at_once, key_heads)) : 0;
   }
   kernel.schedule = {batch_heads,
                      plan.num_n_blocks,
@@ -348,7 +348,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
                      plan.dynamic ? next_tile : nullptr,
                      packed.blocks,
                      plan.wide_groups,
-                     plan.places};
+                     plan.tiles_at_once};
   kernel.heads_k = FastDivision(key_heads);
   kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);

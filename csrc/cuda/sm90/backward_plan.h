@@ -37,11 +37,10 @@ struct DqWritingPlan {
 struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
   // See BackwardSchedule.
-  int num_n_blocks = 0, num_tiles = 0, heads_per_group = 1, grouped_heads = 0;
+  int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
   bool falling = false, wide_groups = false;
   int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
-  int places = 0;                        // tiles that are worked on at once
   bool ordered_dq = false;               // see backward_turns.h
   bool claims_dq = false;                // see claim_block
   bool spread_starts = false;            // see first_block_of_tile

@@ -202,9 +202,9 @@ __device__ void clear_rows(const TensorView& view, int64_t begin, int64_t end, i
 __device__ void list_blocks(const ForwardParams& p, const PackedBlocksParams& packed) {
   const auto rows = [&](int b) { return sequence_info(p, b).seqlen_k_padded; };
   const int all = count_blocks<kThreads>(p.batch, packed.block_n, rows, [&](int b, int first, int count, int all) {
-    const int last = all - first - count < packed.last_blocks;
+    const int in_last = all - first - count < packed.last_blocks;
     const int end = min(first + count, packed.num_blocks);  // with wrong lengths there are more
-    for (int i = first; i < end; ++i) packed.blocks[i] = {b, first, count, last};
+    for (int i = first; i < end; ++i) packed.blocks[i] = {b, first, count, in_last};
   });
   for (int i = all + threadIdx.x; i < packed.num_blocks; i += kThreads) packed.blocks[i] = {-1, 0, 0, 0};
 }

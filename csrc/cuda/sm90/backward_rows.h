@@ -12,7 +12,7 @@ struct PackedBlock;
 struct PackedBlocksParams {
   PackedBlock* blocks;  // (num_blocks), see BackwardSchedule; null without cu_seqlens_k
   int num_blocks, block_n;
-  int last_blocks;  // PackedBlock::last: fewer than these come after the sequence
+  int last_blocks;  // PackedBlock::in_last: fewer than these come after the sequence
 };
 
 struct BackwardRowsParams {

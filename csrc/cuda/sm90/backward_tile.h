@@ -39,6 +39,7 @@ SM90_DEVICE int first_block_of_tile(int n_block, int n_blocks, int m_blocks) {
   return min(static_cast<int>(__fdividef(static_cast<float>(n_block) * m_blocks, n_blocks)), m_blocks - 1);
 }
 
+/// From a query block to the next.
 template <typename Config>
 SM90_DEVICE int block_step(const BackwardTile& tile) {
   return Config::kDescends ? tile.m_step : 1;
