@@ -47,12 +47,14 @@ def jagged_attention(
     if heads_k not in (heads, 1) and not enable_gqa:
         raise RuntimeError(f"key must have the heads of query, {heads}, or enable_gqa be True, but it has {heads_k}")
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)
+    starts_q = query.offsets().to(torch.int32)
+    same = key.offsets() is query.offsets()  # kernels see one tensor then, and that the lengths are equal
     out, _ = ops.attention(
         q,
         k,
         v,
-        cu_seqlens_q=query.offsets().to(torch.int32),
-        cu_seqlens_k=key.offsets().to(torch.int32),
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_q if same else key.offsets().to(torch.int32),
         seqused_q=_used(query),
         seqused_k=_used(key),
         max_seqlen_q=_longest(query),

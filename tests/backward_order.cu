@@ -71,7 +71,7 @@ void require(bool holds, const char* what) {
 
 /// Which paths the problems took, in this order in check_backward_order.
 struct Counts {
-  int turns, prepared, written, last_group, packed;
+  int turns, prepared, written, last_group, packed, packed_prepared, packed_written;
 };
 
 class Random {
@@ -129,40 +129,40 @@ void check_turns(const BackwardKernelParams& kernel, const std::vector<BackwardT
 }
 
 void check_preparation(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles) {
-  const RowPreparation& preparation = kernel.preparation;
-  const int64_t first = int64_t{preparation.first_head} * kernel.num_m_blocks,
-                count = static_cast<int64_t>(tiles.size());
-  require(first + count * preparation.blocks_per_tile >= preparation.num_blocks, "rows that nobody prepares");
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t end = (int64_t{tiles[i].batch_head} + 1) * kernel.group_size * kernel.num_m_blocks;
-    if (end > first) require((end - 1 - first) / preparation.blocks_per_tile < i, "rows prepared by a later tile");
+  const int ahead = kernel.preparation.ahead;
+  for (int i = 0; i < static_cast<int>(tiles.size()); ++i) {
+    const int end = tiles[i].first + tiles[i].count;
+    if (end > ahead) require(end - 1 - ahead < i, "rows prepared by a later tile");
   }
 }
 
 void check_writing(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles,
                    const std::vector<int>& index_of) {
-  const int n_blocks = kernel.schedule.num_n_blocks, lag = kernel.dq_writing.lag;
-  for (int64_t i = 0; i + lag < static_cast<int64_t>(tiles.size()); ++i) {
-    const int end = kernel.dq_writing.by_last_block ? tiles[i].n_block + 1 : n_blocks;
-    for (int n = 0; n < end; ++n) {
-      require(index_of[tiles[i].batch_head * n_blocks + n] <= i + lag, "a share to which a later tile adds");
+  const DqWriting& writing = kernel.dq_writing;
+  for (int64_t i = 0; i + writing.lag < static_cast<int64_t>(tiles.size()); ++i) {
+    const int end = writing.by_last_block ? tiles[i].number() + 1 : tiles[i].first + tiles[i].count;
+    for (int number = tiles[i].first; number < end; ++number) {
+      require(index_of[number] <= i + writing.lag, "a share to which a later tile adds");
     }
   }
 }
 
-void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
+/// `heads`: of k, over all sequences.
+void check_tiles(const BackwardPlan& plan, int64_t heads, Counts& counts) {
   const BackwardKernelParams& kernel = caught.kernel;
-  const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
-  const int n_blocks = kernel.schedule.num_n_blocks;
-  require(kernel.schedule.num_tiles == heads * n_blocks, "so many tiles");
+  const int count = count_tiles(kernel);
   std::vector<BackwardTilePlace> tiles;
-  std::vector<int> index_of(kernel.schedule.num_tiles, -1);
-  for (int i = 0; i < kernel.schedule.num_tiles; ++i) {
-    const BackwardTilePlace at = place_in_group(kernel, i);
-    require(at.n_block >= 0 && at.n_block < n_blocks && at.batch_head >= 0 && at.batch_head < heads, "no such tile");
-    int& index = index_of[at.batch_head * n_blocks + at.n_block];
-    require(index < 0, "a tile twice");
-    index = i;
+  std::vector<int> index_of(count, -1);
+  for (int i = 0; i < count; ++i) {
+    BackwardTilePlace at, same;
+    require(find_place(kernel, i, at), "so many tiles");
+    require(at.n_block >= 0 && at.n_block < at.count && at.batch_head >= 0 && at.batch_head < heads, "no such tile");
+    require(at.number() >= 0 && at.number() < count, "no such number");
+    require(index_of[at.number()] < 0, "a tile twice");
+    require(find_number(kernel, at.number(), same) && same.n_block == at.n_block && same.batch_head == at.batch_head &&
+                same.first == at.first && same.count == at.count,
+            "another tile has this number");
+    index_of[at.number()] = i;
     tiles.push_back(at);
     counts.last_group += i > 0 && at.in_last && !tiles[i - 1].in_last;
   }
@@ -172,6 +172,13 @@ void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts&
   counts.turns += plan.ordered_dq;
   counts.prepared += kernel.preparation.enabled();
   counts.written += kernel.dq_writing.enabled();
+}
+
+void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
+  const BackwardKernelParams& kernel = caught.kernel;
+  const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
+  require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
+  check_tiles(plan, heads, counts);
 }
 
 /// As the device lists them.
@@ -185,30 +192,26 @@ std::vector<PackedBlock> list_blocks(const std::vector<int>& lengths, const Pack
     list.insert(list.end(), count, {b, first, count, all - first - count < packed.last_blocks});
     first += count;
   }
+  require(all <= packed.num_blocks, "no room for the list");
+  list.resize(packed.num_blocks, {-1, 0, 0, 0});
+  list.push_back({-1, all, 0, 0});
   return list;
 }
 
 void check_packed(Random& random, const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
-  const BackwardKernelParams& kernel = caught.kernel;
   const ForwardParams& p = params.forward;
+  BackwardKernelParams& kernel = caught.kernel;
   std::vector<int> lengths(p.batch);
   for (int& rows : lengths) rows = static_cast<int>(random.one_in(4) ? 0 : random.between(1, p.seqlen_k));
   const std::vector<PackedBlock> list = list_blocks(lengths, caught.packed);
-  require(static_cast<int64_t>(list.size()) <= caught.packed.num_blocks, "no room for the list");
-  const int all_heads = kernel.heads_k.divisor, n_blocks = kernel.schedule.num_n_blocks;
-  require(static_cast<int64_t>(list.size()) * all_heads <= kernel.schedule.num_tiles, "too few tickets");
-  std::vector<bool> seen(p.batch * all_heads * n_blocks);
-  std::vector<BackwardTilePlace> tiles;
-  for (int i = 0; i < static_cast<int>(list.size()) * all_heads; ++i) {
-    const BackwardTilePlace at = place_packed(kernel, list[kernel.heads_k.quotient(i)], i);
-    require(at.batch_head >= 0 && at.batch_head < p.batch * all_heads, "no such head");
-    require(at.n_block >= 0 && at.n_block * caught.packed.block_n < lengths[at.batch_head / all_heads], "no such tile");
-    require(!seen[at.batch_head * n_blocks + at.n_block], "a tile twice");
-    seen[at.batch_head * n_blocks + at.n_block] = true;
-    tiles.push_back(at);
-  }
-  if (plan.ordered_dq) check_turns(kernel, tiles, p.batch * all_heads);
+  kernel.schedule.packed_blocks = list.data();
+  require(kernel.schedule.num_key_blocks == caught.packed.num_blocks, "so many blocks of keys");
+  require(count_tiles(kernel) <= kernel.schedule.num_tiles, "too few tickets");
+  const int prepared = counts.prepared, written = counts.written;
+  check_tiles(plan, p.batch * kernel.heads_k.divisor, counts);
   ++counts.packed;
+  counts.packed_prepared += counts.prepared - prepared;
+  counts.packed_written += counts.written - written;
 }
 
 std::string describe(const BackwardParams& params, const DeviceInfo& device) {
@@ -225,7 +228,7 @@ std::string describe(const BackwardParams& params, const DeviceInfo& device) {
 }  // namespace
 }  // namespace flash_attn::sm90
 
-/// What is wrong, and with which problem; empty if nothing. `counts` (5) as in Counts.
+/// What is wrong, and with which problem; empty if nothing. `counts` (7) as in Counts.
 extern "C" __attribute__((visibility("default"))) const char* check_backward_order(int problems, unsigned seed,
                                                                                    int* counts) {
   using namespace flash_attn;
@@ -237,7 +240,11 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
     DeviceInfo device{90, random.one_in(3) ? int(random.between(1, 140)) : 132, 232448, 60 << 20};
     BackwardParams params = random_problem(random);
     static const int lengths = 0;  // planning looks at the pointer alone
-    if (random.one_in(4)) params.forward.cu_seqlens_q = params.forward.cu_seqlens_k = &lengths;
+    if (random.one_in(3)) {
+      ForwardParams& p = params.forward;
+      p.cu_seqlens_q = p.cu_seqlens_k = &lengths;
+      if (random.one_in(2)) p.seqlen_q = p.seqlen_k, p.total_q = p.total_k;
+    }
     const BackwardPlan plan = plan_backward(params, device);
     try {
       launch_backward(plan, params, nullptr);
@@ -247,7 +254,8 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
       return wrong.c_str();
     }
   }
-  const int all[] = {counted.turns, counted.prepared, counted.written, counted.last_group, counted.packed};
+  const int all[] = {counted.turns,  counted.prepared,        counted.written,       counted.last_group,
+                     counted.packed, counted.packed_prepared, counted.packed_written};
   std::copy(std::begin(all), std::end(all), counts);
   return "";
 }

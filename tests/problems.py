@@ -67,6 +67,7 @@ class Problem:
     sinks: bool = False
     dropout: float = 0.0
     packed: bool = False
+    one_starts: bool = False  # packed, and one tensor of lengths for q and k
     used_q: bool = False
     used_k: bool = False
     layout: str = "dense"  # "heads_first", "qkv" (slices of one tensor), "strided" (last stride is not 1), "misaligned"
@@ -127,6 +128,7 @@ def random_problem(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, max_seql
         sinks=sometimes(0.25),
         dropout=rng.choice((0.1, 0.5, 0.9, 1.0)) if sometimes(0.25) else 0.0,
         packed=packed,
+        one_starts=packed and seqlen_q == seqlen_k,
         used_q=sometimes(0.2),
         used_k=sometimes(0.2),
         layout=rng.choice(
@@ -181,6 +183,8 @@ def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
     lengths_k = _lengths(lengths, p.batch, p.seqlen_k) if p.packed else [p.seqlen_k] * p.batch
     if p.packed:  # a few rows at the end belong to no sequence
         shape_q, shape_k = (sum(lengths_q) + lengths.choice((0, 3)),), (sum(lengths_k) + lengths.choice((0, 2)),)
+        if p.one_starts:
+            lengths_k, shape_k = lengths_q, shape_q
     else:
         shape_q, shape_k = (p.batch, p.seqlen_q), (p.batch, p.seqlen_k)
     leaves: dict[str, Tensor] = {}
@@ -223,7 +227,7 @@ def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
         add("sinks", "sinks", randn(p.heads), statistics)
     if p.packed:
         tensors["cu_seqlens_q"] = _starts(lengths_q).to(device)
-        tensors["cu_seqlens_k"] = _starts(lengths_k).to(device)
+        tensors["cu_seqlens_k"] = tensors["cu_seqlens_q"] if p.one_starts else _starts(lengths_k).to(device)
     for name, used, all_lengths in (("seqused_q", p.used_q, lengths_q), ("seqused_k", p.used_k, lengths_k)):
         if used:
             tensors[name] = torch.tensor([lengths.randint(0, n) for n in all_lengths], dtype=torch.int32).to(device)

@@ -52,12 +52,10 @@ struct BackwardConfig : Shape {
   static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
 };
 
-/// What the dq writer (backward_dq.h) is writing.
-struct DqShare {
-  int begin, end;   // query blocks; end < 0: no more shares
-  int first_block;  // index of the head's block 0
-  int q_head, batch;
-  uint32_t pieces;  // written before those of q_head
+/// What the dq writer (backward_dq.h) is writing: q_head and first_block are of the head at which it is.
+struct DqShare : QueryShare {     // end < 0: no more shares
+  int first_adding, last_adding;  // numbers of the tiles that add to it
+  uint32_t pieces;                // written before those of q_head
 };
 
 /// The small things come first: they fill a kilobyte or two before buffers that have to start on one, and what
@@ -80,6 +78,7 @@ struct BackwardStorage {
 
   // full: consumers have computed delta of all rows that a tile prepares. empty: the scheduler's warp has read them.
   uint64_t deltas_full, deltas_empty;
+  QueryShare prepared_share;  // that the tile prepares
   PreparedBlock prepared;
 
   uint64_t tile_full[Config::kTileSlots], tile_empty[Config::kTileSlots];

@@ -120,7 +120,7 @@ struct BackwardConsumer {
     } else if constexpr (Config::kFusedDq) {
       const int last_row = min((m_block + 1) * kBlockM, static_cast<int>(params.problem.seqlen_q)) - 1;
       if (tile.n_begin + kBlockN > min(tile.seqlen_k - 1, last_row + tile.right_bound)) {  // no later tile adds to it
-        dq_rows().store(dq, tile.q_batch, tile.q_head + head, m_block * kBlockM);
+        dq_rows().store(dq, tile.q_batch, tile.q_head + head, m_block * kBlockM, params.problem.seqlen_q);
       } else {
         float4* const sum = dq_sum(tile, head, m_block);
 #pragma unroll
@@ -146,7 +146,7 @@ struct BackwardConsumer {
 
   /// While K and V are on their way.
   SM90_DEVICE void prepare_rows(const BackwardTile& tile) {
-    const int blocks = tile.prepared_end - tile.prepared_begin;
+    const int blocks = tile.prepared_blocks;
     mbarrier_wait(&shared.deltas_empty, (tiles.count & 1) ^ 1);
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {

@@ -1,66 +1,28 @@
 // dq_accum, in which all tiles of a head add up dQ, is turned to dq when the last of them has added. A launch of its
 // own for that takes an eighth of the whole at short sequences, because dq_accum comes from memory again. So a warp of
 // each CTA, the dq writer, does it beside the products while L2 still holds it: a share for each tile that its CTA
-// takes, of a tile that lies so far back that all who add to the share are through.
+// takes (backward_shares.h), of a tile that lies so far back that all who add to the share are through.
 //
-// A share is some query blocks of each of a tile's heads. Flags in global memory say which tiles have added. The writer
-// waits for those of tiles that come earlier in the order of tiles, which have all been taken: so the waiting ends.
+// Flags in global memory say which tiles have added. The writer waits for those of tiles that come earlier in the order
+// of tiles, which have all been taken: so the waiting ends.
 #pragma once
 
 #include "backward_config.h"
 
 namespace flash_attn::sm90 {
 
-// ---- flags: one for each tile, counted head by head
+// ---- flags: one for each tile, by number
 
 /// By one thread that knows all dQ of the tile to be added.
-template <typename Config>
 SM90_DEVICE void say_added(const BackwardKernelParams& params, const BackwardTile& tile) {
-  if (!params.dq_writing.enabled()) return;
-  add_to_count(params.dq_writing.added + tile.batch_head * params.schedule.num_n_blocks +
-               tile.n_begin / Config::kBlockN);
+  if (params.dq_writing.enabled()) add_to_count(params.dq_writing.added + tile.number);
 }
 
-/// By a whole warp: until tiles [begin, end) have added.
-SM90_DEVICE void await_added(const BackwardKernelParams& params, int begin, int end) {
-  for (int i = begin + threadIdx.x % 32; i < end; i += 32) wait_for_count(params.dq_writing.added + i, 1);
+/// By a whole warp: until all have added to the share.
+SM90_DEVICE void await_added(const BackwardKernelParams& params, const DqShare& share) {
+  const int end = share.last_adding;
+  for (int i = share.first_adding + threadIdx.x % 32; i <= end; i += 32) wait_for_count(params.dq_writing.added + i, 1);
   __syncwarp();
-}
-
-// ---- shares
-
-/// The first query block whose last row sees the key block.
-template <typename Config>
-SM90_DEVICE int first_block_seeing(const BackwardKernelParams& params, int n_block) {
-  const int diagonal = params.problem.causal == Causal::kTopLeft ? 0 : params.seqlen_k - params.seqlen_q;
-  const int row = n_block * Config::kBlockN - diagonal - params.window_right;
-  if (n_block == 0 || row <= 0) return 0;
-  const bool none = n_block == params.schedule.num_n_blocks || row >= params.seqlen_q;
-  return none ? params.num_m_blocks : row / Config::kBlockM;
-}
-
-/// A share begins where the one before ends: it has the query blocks to which no later tile of the head adds, or, where
-/// all tiles add to all blocks, an equal part.
-template <typename Config>
-SM90_DEVICE int share_begin(const BackwardKernelParams& params, int n_block) {
-  if (params.dq_writing.by_last_block) return first_block_seeing<Config>(params, n_block);
-  return params.n_blocks.quotient(n_block * params.num_m_blocks);
-}
-
-template <typename Config>
-SM90_DEVICE void choose_share(const BackwardKernelParams& params, const BackwardTilePlace& at, DqShare& share) {
-  share.begin = share_begin<Config>(params, at.n_block);
-  share.end = share_begin<Config>(params, at.n_block + 1);
-  share.batch = params.heads_k.quotient(at.batch_head);
-  share.q_head = (at.batch_head - share.batch * static_cast<int>(params.heads_k.divisor)) * params.group_size;
-  share.first_block = share.q_head * params.num_blocks + share.batch * params.num_m_blocks;
-}
-
-/// By a whole warp: until all have added to the share of the tile at this place.
-SM90_DEVICE void await_share(const BackwardKernelParams& params, const BackwardTilePlace& at) {
-  const int first = at.batch_head * params.schedule.num_n_blocks;
-  const int last = params.dq_writing.by_last_block ? at.n_block : params.schedule.num_n_blocks - 1;
-  await_added(params, first, first + last + 1);
 }
 
 // ---- writer
@@ -74,14 +36,24 @@ struct DqWriter {
 
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
-  const int lane;
+  const uint32_t lane;
+
+  SM90_DEVICE void choose(int index) {
+    BackwardTilePlace at;
+    find_place(params, index, at);
+    DqShare& share = shared.share;
+    const bool by_last_block = params.dq_writing.by_last_block;
+    share.first_adding = at.first;
+    share.last_adding = by_last_block ? at.number() : at.first + at.count - 1;
+    choose_share<Config>(params, at, by_last_block, share);
+  }
 
   /// The share of the tile at `index` in the order of tiles, when all have added to it.
   SM90_DEVICE void begin_share(int index) {
-    const BackwardTilePlace at = place_in_group(params, index);
     __syncwarp();
-    if (lane == 0) choose_share<Config>(params, at, shared.share);
-    await_share(params, at);
+    if (lane == 0) choose(index);
+    __syncwarp();
+    await_added(params, shared.share);
   }
 
   // -- pieces: in as fragments of an accumulator (kDqTile), out as rows of 16-bit elements
@@ -112,8 +84,8 @@ struct DqWriter {
     constexpr bool kSideBySide = kBlockM == 64;  // a block's 64 x 64 tiles; else one below the other
     const int tile = piece % kPieces / 2 * 64, row = piece / kPieces * kBlockM + piece % 2 * kDqPieceRows;
     tma_store(&params.dq_rows, shared_address(shared.dq_rows[stage]),
-              {kSideBySide ? tile : 0, kSideBySide ? row : row + tile, params.seqlen_q, shared.share.q_head,
-               shared.share.batch});
+              {kSideBySide ? tile : 0, shared.share.q_x + (kSideBySide ? row : row + tile), shared.share.q_y,
+               shared.share.q_head, shared.share.q_batch});
     tma_store_commit();
   }
 
@@ -159,7 +131,7 @@ struct DqWriter {
   /// After the last tile the consumers write what is left, which takes a fraction of the time. All CTAs together have
   /// `lag` shares left.
   SM90_DEVICE void leave_rest_to_consumers() {
-    const int num_tiles = params.schedule.num_tiles;
+    const int num_tiles = count_tiles(params);
     uint32_t round = 0;
     for (int i = max(0, num_tiles - params.dq_writing.lag) + blockIdx.x; i < num_tiles; i += gridDim.x, ++round) {
       begin_share(i);

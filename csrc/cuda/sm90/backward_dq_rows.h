@@ -18,8 +18,8 @@ struct DqRows {
   BackwardStorage<Config>& shared;
   const int &warpgroup, &warp, &lane;
 
-  /// `x`: this warpgroup's 64 x 64 of a block of dQ.
-  SM90_DEVICE void store(const float (&x)[kDqSize], int batch, int head, int block_row) {
+  /// `x`: this warpgroup's 64 x 64 of a block of dQ, whose first row is block_row of `rows`.
+  SM90_DEVICE void store(const float (&x)[kDqSize], int batch, int head, int block_row, int64_t rows) {
     constexpr bool kHalfOfColumns = kBlockM == 64;
     const ForwardParams& p = params.problem;
     const float scale = params.softmax_scale;
@@ -29,7 +29,7 @@ struct DqRows {
                          head * params.dq.head + col + 2 * (lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= p.seqlen_q) continue;
+      if (row + 8 * r >= rows) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (8 * j >= cols) continue;
@@ -60,7 +60,8 @@ struct DqRows {
 #pragma unroll
     for (int b = 0; b < kShareBlocks; ++b) {
       if (m_block + b < share.end) {
-        store(x[b], share.batch, share.q_head + head, (m_block + b) * kBlockM);
+        store(x[b], share.q_batch, share.q_head + head, share.row + (m_block + b) * kBlockM,
+              share.row + share.seqlen_q);
       }
     }
   }

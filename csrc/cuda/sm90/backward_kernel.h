@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     } else if constexpr (!Config::kFusedDq) {
       const bool two_dq_warps = Config::kDqWarp && params.ordered_dq;
       if (warp == 2 && !two_dq_warps) {
-        DqWriter<Config>{params, shared, lane_id()}.run();
+        DqWriter<Config>{params, shared, static_cast<uint32_t>(lane_id())}.run();
       } else if constexpr (Config::kDqWarp) {
         two_dq_warps ? store_dq<Config, 1>(params, shared, warp - 1) : store_dq<Config, 2>(params, shared, 0);
       } else {

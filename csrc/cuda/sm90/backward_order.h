@@ -8,9 +8,12 @@
 
 namespace flash_attn::sm90 {
 
+/// Tiles are numbered head by head, those of a head by columns.
 struct BackwardTilePlace {
   int n_block, batch_head;
-  bool in_last;  // in the last group
+  int first, count;  // of the head's tiles: the first one's number, and how many there are
+  bool in_last;      // in the last group
+  FLASH_ATTN_HOST_DEVICE int number() const { return first + n_block; }
 };
 
 /// Of dense sequences.
@@ -23,7 +26,9 @@ FLASH_ATTN_HOST_DEVICE BackwardTilePlace place_in_group(const BackwardKernelPara
   const int heads = in_last ? schedule.num_batch_heads - first_head : schedule.heads_per_group;
   const int n_block = in_last ? in_group / heads : params.heads_per_group.quotient(in_group);
   const bool falling = schedule.falling && !in_last;
-  return {falling ? schedule.num_n_blocks - 1 - n_block : n_block, first_head + in_group - n_block * heads, in_last};
+  const int batch_head = first_head + in_group - n_block * heads;
+  return {falling ? schedule.num_n_blocks - 1 - n_block : n_block, batch_head, batch_head * schedule.num_n_blocks,
+          schedule.num_n_blocks, in_last};
 }
 
 /// The same, sequence by sequence.
@@ -38,9 +43,52 @@ FLASH_ATTN_HOST_DEVICE BackwardTilePlace place_packed(const BackwardKernelParams
   const int first_head = index / (heads_per_group * block.count) * heads_per_group;
   index -= first_head * block.count;
   const int heads = min(heads_per_group, all_heads - first_head);
-  const int n_block = index / heads;
-  return {schedule.falling && !in_last ? block.count - 1 - n_block : n_block,
-          block.sequence * all_heads + first_head + index - n_block * heads, in_last};
+  const int n_block = index / heads, head = first_head + index - n_block * heads;
+  return {schedule.falling && !in_last ? block.count - 1 - n_block : n_block, block.sequence * all_heads + head,
+          block.first * all_heads + head * block.count, block.count, in_last};
+}
+
+/// The place of the tile at this index, less than num_tiles. False: packed sequences have no such tile.
+FLASH_ATTN_HOST_DEVICE bool find_place(const BackwardKernelParams& params, int index, BackwardTilePlace& at) {
+  if (params.schedule.packed_blocks == nullptr) {
+    at = place_in_group(params, index);
+    return true;
+  }
+  const PackedBlock block = params.schedule.packed_blocks[params.heads_k.quotient(index)];
+  if (block.sequence < 0) return false;
+  at = place_packed(params, block, index);
+  return true;
+}
+
+/// The place, but for in_last, of the tile with this number; else like find_place().
+FLASH_ATTN_HOST_DEVICE bool find_number(const BackwardKernelParams& params, int number, BackwardTilePlace& at) {
+  const BackwardSchedule& schedule = params.schedule;
+  int all_heads = 0;
+  at.first = 0;
+  at.count = schedule.num_n_blocks;
+  at.in_last = false;
+  at.batch_head = 0;
+  if (schedule.packed_blocks != nullptr) {
+    const PackedBlock block = schedule.packed_blocks[params.heads_k.quotient(number)];
+    if (block.sequence < 0) return false;
+    all_heads = params.heads_k.divisor;
+    at.first = block.first * all_heads;
+    at.count = block.count;
+    at.batch_head = block.sequence * all_heads;
+  }
+  const int head =
+      schedule.packed_blocks == nullptr ? params.n_blocks.quotient(number) : (number - at.first) / at.count;
+  at.batch_head += head;
+  at.first += head * at.count;
+  at.n_block = number - at.first;
+  return true;
+}
+
+/// How many tiles there are.
+FLASH_ATTN_HOST_DEVICE int count_tiles(const BackwardKernelParams& params) {
+  const BackwardSchedule& schedule = params.schedule;
+  if (schedule.packed_blocks == nullptr) return schedule.num_tiles;
+  return schedule.packed_blocks[schedule.num_key_blocks].first * static_cast<int>(params.heads_k.divisor);
 }
 
 }  // namespace flash_attn::sm90

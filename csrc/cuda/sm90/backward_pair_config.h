@@ -49,6 +49,9 @@ struct BackwardPairStorage {
 
   alignas(128) StatisticOperand weights;
   alignas(128) uint8_t statistics[2][Config::kBytesStatistics];
+  uint64_t share_chosen;  // that the tile prepares
+  uint64_t all_prepared;  // consumers are through with it
+  QueryShare prepared_share;
 
   alignas(1024) uint8_t k[Config::kBytes], v[Config::kBytesV];  // [panel][64 key rows][64]
   alignas(1024) uint8_t k_peer[Config::kBytesPeer];             // the peer's key rows, this CTA's half of the columns

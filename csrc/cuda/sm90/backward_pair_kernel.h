@@ -5,7 +5,7 @@
 //   scores      S^T = K Q^T, P (in fp16 to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
-//   producer    one thread, TMA; two more see to the order in which tiles bring their dQ (backward_turns.h), one counts
+//   producer    one thread, TMA; two more see to the order in which tiles bring their dQ (backward_turns.h), one to
 //               the rows that the tile prepares (backward_prepare.h)
 //
 // So dQ leaves the pair once, and each CTA keeps only half of the peer's K.
@@ -247,21 +247,24 @@ struct BackwardPairConsumer {
 
   // -- rows of later tiles, see backward_prepare.h
 
-  SM90_DEVICE void prepare_block(int index, uint32_t phase) {
+  SM90_DEVICE void prepare_block(int i, uint32_t phase) {
     using Rows = PreparedRows<Element, 256, Config::kBlockM, Config::kPanelsV>;
-    const PreparedPlace at = prepared_place(params, index);
-    const int thread = (kScores ? 0 : 128) + 32 * warp + lane_id(), row_in_block = thread / Rows::kThreadsOfRow;
-    const int row = at.m_block * Config::kBlockM + row_in_block;
-    const bool writes = thread % Rows::kThreadsOfRow == 0, inside = writes && row < params.seqlen_q;
+    const QueryShare& share = shared.prepared_share;
+    const SharedBlock at = block_of_share(share, i);
+    const int thread = (kScores ? 0 : 128) + 32 * warp + lane_id(), row = thread / Rows::kThreadsOfRow;
+    const bool writes = thread % Rows::kThreadsOfRow == 0;
+    const bool inside = writes && at.m_block * Config::kBlockM + row < share.seqlen_q;
+    const auto load = [&](const RowView& view) { return first_of(view, share, at, Config::kBlockM)[row * view.row]; };
     float lse = -INFINITY, dlse = 0.f;
-    if (inside) lse = *first_of(params.problem.lse, at, row);
-    if (inside && params.preparation.dlse.data != nullptr) dlse = *first_of(params.preparation.dlse, at, row);
+    if (inside) lse = load(params.problem.lse);
+    if (inside && params.preparation.dlse.data != nullptr) dlse = load(params.preparation.dlse);
     mbarrier_wait(&shared.prepared_full, phase);
     const int panel = Rows::panel(thread);
     const float delta = Rows::delta(shared.q[1] + panel * Config::kPanelBytes, prepared_dout(shared, panel), thread,
                                     panel < params.panels_v);
     if (writes) {
-      params.statistics[at.block * Config::kBlockM + row_in_block] =
+      const int64_t block = share.first_block + at.head * params.num_blocks + at.m_block;
+      params.statistics[block * Config::kBlockM + row] =
           row_statistics<Element>(lse, delta - dlse, params.inverse_scale);
     }
     mbarrier_arrive(&shared.prepared_empty);
@@ -269,8 +272,10 @@ struct BackwardPairConsumer {
 
   /// While K is on its way.
   SM90_DEVICE void prepare_rows() {
-    for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) { prepare_block(index, phase); });
-    if (first_prepared(shared.tile, rank) < shared.tile.prepared_end) {
+    if (!params.preparation.enabled()) return;
+    mbarrier_wait(&shared.share_chosen, 0);
+    for_own_prepared(shared.tile, rank, [&](int i, uint32_t phase) { prepare_block(i, phase); });
+    if (rank < shared.tile.prepared_blocks) {
       named_barrier_sync(kPairBoth, 256);  // before P and dS come to where dO was
     }
   }
@@ -331,7 +336,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     mbarrier_init(&shared.dout_empty, 2);
     init_turns(shared.dq_turns, 128 * min(2, Config::kPanels - 2 * rank));
     mbarrier_init(&shared.prepared_full, 1);
-    mbarrier_init(&shared.prepared_empty, 256 + 1);
+    mbarrier_init(&shared.prepared_empty, 256);
+    mbarrier_init(&shared.share_chosen, 1);
+    mbarrier_init(&shared.all_prepared, 1);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.q_full[i], 1);
       mbarrier_init(&shared.q_empty[i], 2);
@@ -347,8 +354,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 32) {
     if (params.schedule.packed_blocks != nullptr) grid_dependency_wait();  // for them
     if (!make_backward_tile<Config>(params, index, shared.tile)) shared.tile.num_heads = 0;
-    shared.tile.prepared_begin = shared.tile.prepared_end = 0;
-    if (params.preparation.enabled()) choose_prepared(params.preparation, shared.tile);
+    if (params.preparation.enabled()) shared.tile.awaited_blocks = count_awaited<Config>(params, shared.tile);
   }
   shared.weights.template init<typename Config::Element>();
   __syncthreads();
@@ -370,7 +376,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
         // Neither has to wait for the other's messages to L2.
         case 1: follow_turns<TurnPart::kBegin, Config>(params, shared.tile, shared.dq_turns, step, rank); break;
         case 2: follow_turns<TurnPart::kEnd, Config>(params, shared.tile, shared.dq_turns, step, rank); break;
-        case 3: follow_preparation(params, shared, rank); break;
+        case 3: BackwardPairPreparer<Config>{params, shared, rank}.run(); break;
       }
     }
   } else {

@@ -1,5 +1,5 @@
 // The third warpgroup of backward_pair_kernel.h: one thread copies tiles to shared memory, two see to the order in
-// which tiles bring their dQ, one counts the rows that the tile prepares.
+// which tiles bring their dQ, one sees to the rows that the tile prepares.
 #pragma once
 
 #include "backward_pair_config.h"
@@ -13,15 +13,13 @@ SM90_DEVICE bool has_rows(const BackwardTile& tile, int rank) {
   return tile.m_begin < tile.m_end && tile.n_begin + 64 * rank < tile.seqlen_k;
 }
 
-/// The CTAs of a pair share out the blocks that their tile prepares.
-SM90_DEVICE int first_prepared(const BackwardTile& tile, int rank) { return tile.prepared_begin + rank; }
-
-/// Of this CTA's: process(index, phase of barriers that complete once a block).
+/// The CTAs of a pair share out the blocks that their tile prepares. Of this CTA's: process(index in the share, phase
+/// of barriers that complete once a block).
 template <typename Process>
 SM90_DEVICE void for_own_prepared(const BackwardTile& tile, int rank, Process process) {
   uint32_t phase = 0;
 #pragma unroll 1
-  for (int index = first_prepared(tile, rank); index < tile.prepared_end; index += 2, phase ^= 1) process(index, phase);
+  for (int i = rank; i < tile.prepared_blocks; i += 2, phase ^= 1) process(i, phase);
 }
 
 template <typename Config>
@@ -81,68 +79,73 @@ struct BackwardPairProducer {
                 tile.q_y, tile.q_head + head, tile.q_batch);
   }
 
-  // -- rows of later tiles, see backward_prepare.h
-
-  /// out and dO of a block, to buffers that the first step does not use at its start.
-  SM90_DEVICE void load_prepared(int index) {
-    const PreparedPlace at = prepared_place(params, index);
-    const int row = at.m_block * Config::kBlockM;
-    uint64_t* const full = &shared.prepared_full;
-    mbarrier_arrive_expect(full, 2 * params.panels_v * Config::kPanelBytes);
-    load_panels(shared.q[1], params.preparation.out, full, 0, params.panels_v, row, params.seqlen_q, at.head, at.batch);
-    for (int panel = 0; panel < params.panels_v; ++panel) {
-      tma_load(prepared_dout(shared, panel), &params.dout, full, {64 * panel, row, params.seqlen_q, at.head, at.batch});
-    }
-  }
-
-  SM90_DEVICE void load_first_prepared_and_v() {
-    const int first = first_prepared(shared.tile, rank);
-    if (first < shared.tile.prepared_end) load_prepared(first);
-    load_v();
-  }
-
-  /// Until the consumers are through with all of them.
-  SM90_DEVICE void load_other_prepared() {
-    for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) {
-      if (index != first_prepared(shared.tile, rank)) load_prepared(index);
-      mbarrier_wait(&shared.prepared_empty, phase);
-    });
-  }
-
   SM90_DEVICE void run() {
     const BackwardTile& tile = shared.tile;
     load_k();
-    if (tile.m_begin == tile.m_end) load_first_prepared_and_v();
+    if (tile.m_begin == tile.m_end) load_v();
     int step = 0;
     for (int head = 0; head < tile.num_heads; ++head) {
       int m_block = tile.m_first;
       for (int left = tile.m_end - tile.m_begin; left > 0;
            --left, ++step, m_block = next_block<Config>(tile, m_block)) {
-        if (step == 1) load_other_prepared();
+        if (step == 1) mbarrier_wait(&shared.all_prepared, 0);  // their out lies where this Q comes
         load_q(step, head, m_block);
-        if (step == 0) load_first_prepared_and_v();
+        if (step == 0) load_v();
         if (m_block == tile.m_first && params.preparation.enabled()) {
-          await_prepared(params.preparation, tile, head);
+          await_prepared(params, tile, head);
           global_proxy_fence();
         }
         load_statistics(step, head, m_block);
         load_dout(step, head, m_block);
       }
     }
-    if (step <= 1) load_other_prepared();
   }
 };
 
 // ---- preparation of rows
 
-/// By one thread: counts what consumers have prepared.
+/// One thread sees to the rows that the tile prepares: chooses them when the kernel has begun, copies out and dO of a
+/// block, and counts it when consumers are through with it.
 template <typename Config>
-SM90_DEVICE void follow_preparation(const BackwardKernelParams& params, BackwardPairStorage<Config>& shared, int rank) {
-  for_own_prepared(shared.tile, rank, [&](int index, uint32_t phase) {
-    mbarrier_arrive(&shared.prepared_empty);  // so that no block is missed
-    mbarrier_wait(&shared.prepared_empty, phase);
-    add_to_count(params.preparation.prepared + prepared_place(params, index).all_heads);
-  });
-}
+struct BackwardPairPreparer {
+  const BackwardKernelParams& params;
+  BackwardPairStorage<Config>& shared;
+  const int rank;
+
+  /// To buffers that the first step does not use at its start.
+  SM90_DEVICE void load_block(int i) {
+    const QueryShare& share = shared.prepared_share;
+    const SharedBlock at = block_of_share(share, i);
+    const int x = share.q_x + at.m_block * Config::kBlockM, head = share.q_head + at.head;
+    uint64_t* const full = &shared.prepared_full;
+    mbarrier_arrive_expect(full, 2 * params.panels_v * Config::kPanelBytes);
+    for (int panel = 0; panel < params.panels_v; ++panel) {
+      tma_load(shared.q[1] + panel * Config::kPanelBytes, &params.preparation.out, full,
+               {64 * panel, x, share.q_y, head, share.q_batch});
+      tma_load(prepared_dout(shared, panel), &params.dout, full, {64 * panel, x, share.q_y, head, share.q_batch});
+    }
+  }
+
+  SM90_DEVICE void count_block(int i) {
+    const QueryShare& share = shared.prepared_share;
+    add_to_count(prepared_count(params, share.batch_head, block_of_share(share, i).head));
+  }
+
+  SM90_DEVICE void run() {
+    if (!params.preparation.enabled()) {
+      mbarrier_arrive(&shared.all_prepared);
+      return;
+    }
+    const int blocks = choose_prepared<Config>(params, blockIdx.x / 2, shared.prepared_share);
+    shared.tile.prepared_blocks = blocks;
+    mbarrier_arrive(&shared.share_chosen);
+    rank < blocks ? load_block(rank) : mbarrier_arrive(&shared.all_prepared);
+    for_own_prepared(shared.tile, rank, [&](int i, uint32_t phase) {
+      mbarrier_wait(&shared.prepared_empty, phase);
+      i + 2 < blocks ? load_block(i + 2) : mbarrier_arrive(&shared.all_prepared);
+      count_block(i);  // takes a while
+    });
+  }
+};
 
 }  // namespace flash_attn::sm90

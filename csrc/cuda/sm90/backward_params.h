@@ -26,9 +26,12 @@ struct BackwardSchedule {
                         // attention, so that all CTAs finish together
   bool falling;         // the last columns first, but not in the last group
   int* next_tile;       // or next head with kFusedDq, 0 when the kernel starts; null: CTA i takes tile i alone
-  const PackedBlock* packed_blocks;  // with cu_seqlens_k: (num_tiles / heads). Groups are of one sequence's heads then
-  bool wide_groups;                  // packed: heads_per_group is as many as have tiles_at_once tiles
-  int tiles_at_once;                 // how many tiles the GPU works on
+  // With cu_seqlens_k: (num_key_blocks + 1), of which the last says in `first` how many there are. Groups are of one
+  // sequence's heads then.
+  const PackedBlock* packed_blocks;
+  int num_key_blocks;  // num_tiles / heads
+  bool wide_groups;    // packed: heads_per_group is as many as have tiles_at_once tiles
+  int tiles_at_once;   // how many tiles the GPU works on
 };
 
 /// Division of 0 <= n < 2^31 by a divisor that the host knows (Granlund and Montgomery, 1994, figure 4.1).
@@ -54,19 +57,17 @@ struct DqWriting {
   // (num_tiles), 0 at first: which have added all their dQ. Null: store_dq turns dq_accum afterwards.
   int* added;
   int lag;             // who takes tile i, in the order of tiles, writes the share of tile i - lag
-  bool by_last_block;  // how a head's query blocks are shared out, see share_begin
+  bool by_last_block;  // how a head's query blocks are shared out, see share_begin()
   FLASH_ATTN_HOST_DEVICE bool enabled() const { return added != nullptr; }
 };
 
-/// How the main kernel itself prepares query rows, see backward_prepare.h. Blocks are counted head by head.
+/// How the main kernel itself prepares query rows, see backward_prepare.h.
 struct RowPreparation {
   CUtensorMap out;  // boxes of a block's rows
   RowView dlse;     // data null: none
   int* prepared;    // (batch * num_heads), 0 at first: how many blocks of a head are done; null: all, by another launch
-  FastDivision num_heads, num_m_blocks;
-  int first_head;                   // all blocks of the heads before it are prepared by another launch
-  int num_blocks, blocks_per_tile;  // tile i prepares blocks_per_tile blocks from first + i * blocks_per_tile on
-  bool zeroes_dq;                   // dq_accum, where dq_turns is null
+  int ahead;        // tile i, in their order, prepares the share of tile number i + ahead; another launch those before
+  bool zeroes_dq;   // dq_accum, where dq_turns is null
   FLASH_ATTN_HOST_DEVICE bool enabled() const { return prepared != nullptr; }
 };
 

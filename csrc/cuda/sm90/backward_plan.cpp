@@ -33,8 +33,9 @@ struct Workspace {
     statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
     dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
     dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * 4) : 0;
-    prepared_bytes = plan.prepared_per_tile > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
-    packed_blocks_bytes = p.is_varlen_k() ? aligned(max_packed_blocks(plan, p) * int64_t{sizeof(PackedBlock)}) : 0;
+    prepared_bytes = plan.prepared_ahead > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
+    packed_blocks_bytes =
+        p.is_varlen_k() ? aligned((max_packed_blocks(plan, p) + 1) * int64_t{sizeof(PackedBlock)}) : 0;
     if (plan.key_parts > 1) {
       const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
       dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
@@ -137,6 +138,35 @@ bool is_dense(const ForwardParams& p) {
   return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
 }
 
+/// Whether packed sequences of queries and of keys have the same lengths: the host sees only that it is one tensor.
+bool has_same_lengths(const ForwardParams& p) {
+  return p.is_varlen_k() && p.cu_seqlens_q == p.cu_seqlens_k && p.seqlen_q == p.seqlen_k && p.total_q == p.total_k &&
+         p.seqused_q == nullptr && p.seqused_k == nullptr;
+}
+
+/// Tiles, and key blocks of a sequence; of packed sequences on average.
+struct ExpectedTiles {
+  int64_t all, n_blocks;
+  ExpectedTiles(const BackwardPlan& plan, const ForwardParams& p) : all(plan.num_tiles), n_blocks(plan.num_n_blocks) {
+    if (!p.is_varlen_k()) return;
+    all = p.total_k / plan.variant->block_n * p.num_heads_k * plan.key_parts;
+    n_blocks = p.total_k / p.batch / plan.variant->block_n;
+  }
+};
+
+/// Whether tiles have shares of the query rows (backward_shares.h).
+bool shares_rows(const BackwardPlan& plan, const ForwardParams& p) {
+  const bool in_32_bits = int64_t{plan.num_n_blocks + 1} * plan.num_m_blocks < INT32_MAX &&
+                          int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
+  return (is_dense(p) || has_same_lengths(p)) && in_32_bits;
+}
+
+/// Of a group of heads, but for the last group of a dense batch.
+int64_t max_group_tiles(const BackwardPlan& plan) {
+  const int64_t tiles = int64_t{plan.num_n_blocks} * plan.heads_per_group;
+  return plan.wide_groups || plan.packed ? std::max<int64_t>(tiles, plan.tiles_at_once) : tiles;
+}
+
 /// Whether BackwardShape::kFusedDq takes the problem.
 bool takes_fused_dq(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
@@ -158,47 +188,49 @@ bool has_dq_writer(const BackwardPlan& plan) {
 /// 1.04.]
 DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const int n_blocks = plan.num_n_blocks, round = plan.tiles_at_once;
+  const ExpectedTiles expected(plan, p);
+  const int64_t n_blocks = expected.n_blocks;
+  const int round = plan.tiles_at_once;
   DqWritingPlan writing;
   writing.by_last_block = p.window_right >= 0;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
-  const int64_t later = writing.by_last_block && !plan.falling ? 0 : int64_t{n_blocks} * plan.heads_per_group;
+  const int64_t later = writing.by_last_block && !plan.falling ? 0 : max_group_tiles(plan);
   const int64_t lag = later + round;
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
-  const bool in_32_bits =
-      int64_t{n_blocks + 1} * plan.num_m_blocks < INT32_MAX && int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
   const int64_t steps_over_share = writing.by_last_block ? n_blocks / 2 : n_blocks;
-  const bool enough_steps = !plan.variant->dq_warp || plan.num_tiles * steps_over_share >= 30 * round;
-  const bool several_rounds = plan.num_tiles >= 3 * round && lag <= plan.num_tiles / 2;
-  writing.enabled = params.dq.data != nullptr && is_dense(p) && even && in_32_bits && n_blocks >= 4 && several_rounds &&
+  const bool enough_steps = !plan.variant->dq_warp || expected.all * steps_over_share >= 30 * round;
+  const bool several_rounds = expected.all >= 3 * round && lag <= expected.all / 2;
+  writing.enabled = params.dq.data != nullptr && shares_rows(plan, p) && even && n_blocks >= 4 && several_rounds &&
                     enough_steps && has_dq_writer(plan);
   return writing;
 }
 
-/// Sets what tiles prepare (backward_prepare.h): enough for the blocks of all heads, so far ahead that a tile finds its
-/// own prepared by tiles more than a round before. It takes several rounds.
+/// Sets what tiles prepare (backward_prepare.h), and what another launch: so much that a tile finds its own rows
+/// prepared by tiles more than a round before, and all heads of the last group, which begin at the same time. It takes
+/// several rounds.
 void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
-  const int64_t blocks = plan.num_m_blocks, n_blocks = plan.num_n_blocks;
-  const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64);
-  if (!is_dense(p) || !out_fits_q) return;
-  const int64_t blocks_of_key_head = blocks * (p.group_size() / plan.key_parts);
-  const int64_t per_tile = ceil_div(blocks_of_key_head, n_blocks);
+  const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64), packed = p.is_varlen_k();
+  if (!shares_rows(plan, p)) return;
+  if (packed) plan.prepared_tiles = plan.num_tiles;
+  const int64_t n_blocks = plan.num_n_blocks, group_size = p.group_size() / plan.key_parts;
+  const int64_t rows_per_tile =
+      packed ? plan.variant->block_n : ceil_div(plan.num_m_blocks, n_blocks) * plan.variant->block_m;
+  if (!out_fits_q || rows_per_tile * group_size > kMaxPreparedRows) return;
+
   const int64_t ahead = plan.tiles_at_once * 5 / 4;  // tiles, or heads of a CTA each
-  // What has to be there before any tile prepares some: for the groups, and for the last group, whose heads all begin
-  // at the same time.
-  int64_t first_blocks = ahead * blocks_of_key_head;
-  if (!plan.variant->fused_dq) {
+  int64_t first = max_group_tiles(plan) + ahead;
+  if (plan.variant->fused_dq) {
+    first = ahead * n_blocks;
+  } else if (!packed) {
     const int64_t heads = num_batch_heads(plan, p), last_heads = heads - plan.grouped_heads;
     const int64_t last_begins = plan.grouped_heads * n_blocks + std::max<int64_t>(0, last_heads - 1);
-    first_blocks = std::max(plan.heads_per_group * blocks_of_key_head + ahead * per_tile,
-                            heads * blocks_of_key_head - (last_begins - ahead) * per_tile);
+    first = std::max(first, heads * n_blocks - last_begins + ahead);
   }
-  const int64_t first = ceil_div(first_blocks, blocks);
-  const bool in_32_bits = first * blocks + plan.num_tiles * per_tile < INT32_MAX;
-  if (per_tile * plan.variant->block_m > kMaxPreparedRows || 4 * first > 3 * plan.prepared_heads || !in_32_bits) return;
-  plan.prepared_heads = first;
-  plan.prepared_per_tile = static_cast<int>(per_tile);
+  if (!packed) first = ceil_div(first, n_blocks) * n_blocks;  // whole heads
+  if (4 * first > 3 * ExpectedTiles(plan, p).all) return;
+  plan.prepared_ahead = static_cast<int>(first);
+  packed ? plan.prepared_tiles = first : plan.prepared_heads = first / n_blocks * group_size;
 }
 
 bool zeroes_dq(const BackwardPlan& plan) { return !plan.variant->fused_dq && !plan.ordered_dq && !plan.claims_dq; }
@@ -238,6 +270,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
   plan.prepared_heads = p.batch * p.num_heads;
+  plan.packed = p.is_varlen_k();
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
   plan.num_tiles = static_cast<int>(num_tiles(plan, p));
   plan.grid = plan.num_tiles * variant.cluster;
@@ -278,10 +311,10 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   int* const next_tile = reinterpret_cast<int*>(workspace + sizes.dq_accum_bytes + sizes.statistics_bytes);
 
   const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
-  const auto q_map = [&](const TensorView& view, int64_t head_dim) {
+  const auto q_map = [&](const TensorView& view, int64_t head_dim, int box_rows) {
     return make_tensor_map(
         {view, p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim},
-        variant.block_m);
+        box_rows);
   };
   const auto k_map = [&](const TensorView& view, int64_t heads, int64_t head_dim, int box_rows) {
     return make_tensor_map(
@@ -289,8 +322,8 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
         box_rows);
   };
   BackwardKernelParams kernel{};
-  kernel.q = q_map(p.q, p.head_dim);
-  kernel.dout = q_map(params.dout, p.head_dim_v);
+  kernel.q = q_map(p.q, p.head_dim, variant.block_m);
+  kernel.dout = q_map(params.dout, p.head_dim_v, variant.block_m);
   kernel.k = k_map(p.k, p.num_heads_k, p.head_dim, variant.map_rows);
   kernel.v = k_map(p.v, p.num_heads_k, p.head_dim_v, variant.map_rows);
   kernel.wants_dk = params.dk.data != nullptr;
@@ -314,19 +347,14 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   int* const dq_flags = writing.enabled ? reinterpret_cast<int*>(workspace + dq_flags_offset) : nullptr;
   if (writing.enabled) {
     kernel.dq_writing = {dq_flags, writing.lag, writing.by_last_block};
-    kernel.dq_rows =
-        make_tensor_map({params.dq, p.dtype, p.batch, p.seqlen_q, p.seqlen_q, p.num_heads, p.head_dim}, kDqPieceRows);
+    kernel.dq_rows = q_map(params.dq, p.head_dim, kDqPieceRows);
   }
-  if (plan.prepared_per_tile > 0) {
+  if (plan.prepared_ahead > 0) {
     RowPreparation& preparation = kernel.preparation;
-    preparation.out = q_map(p.out, p.head_dim_v);
+    preparation.out = q_map(p.out, p.head_dim_v, variant.block_m);
     preparation.dlse = params.dlse;
     preparation.prepared = reinterpret_cast<int*>(workspace + prepared_offset);
-    preparation.num_heads = FastDivision(p.num_heads);
-    preparation.num_m_blocks = FastDivision(plan.num_m_blocks);
-    preparation.first_head = static_cast<int>(plan.prepared_heads);
-    preparation.num_blocks = static_cast<int>(p.batch * p.num_heads * plan.num_m_blocks);
-    preparation.blocks_per_tile = plan.prepared_per_tile;
+    preparation.ahead = plan.prepared_ahead;
     preparation.zeroes_dq = zeroes_dq(plan);
   }
   kernel.problem = p;
@@ -337,6 +365,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
     packed.blocks = reinterpret_cast<PackedBlock*>(workspace + packed_blocks_offset);
     packed.num_blocks = static_cast<int>(max_packed_blocks(plan, p));
     packed.block_n = variant.block_n;
+    packed.heads = static_cast<int>(key_heads);
     packed.last_blocks = has_last_group(plan, p) ? static_cast<int>(ceil_div(plan.tiles_at_once, key_heads)) : 0;
   }
   kernel.schedule = {batch_heads,
@@ -347,6 +376,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
                      plan.falling,
                      plan.dynamic ? next_tile : nullptr,
                      packed.blocks,
+                     packed.num_blocks,
                      plan.wide_groups,
                      plan.tiles_at_once};
   kernel.heads_k = FastDivision(key_heads);
@@ -386,6 +416,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
                                 zeroes_dq(plan),
                                 statistics,
                                 plan.prepared_heads,
+                                plan.prepared_tiles,
                                 reinterpret_cast<uint4*>(next_tile),
                                 sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4)),
                                 packed};

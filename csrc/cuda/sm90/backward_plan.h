@@ -38,7 +38,7 @@ struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
   // See BackwardSchedule.
   int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
-  bool falling = false, wide_groups = false;
+  bool falling = false, wide_groups = false, packed = false;
   int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see backward_turns.h
@@ -47,8 +47,9 @@ struct BackwardPlan {
   bool dynamic = false;                  // CTAs take tiles from a common counter
   int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
   DqWritingPlan dq_writing;
-  int64_t prepared_heads = 0;  // of batch * num_heads, by a launch of its own; the others see RowPreparation
-  int prepared_per_tile = 0;   // query blocks
+  // By a launch of their own, see BackwardRowsParams; the others see RowPreparation.
+  int64_t prepared_heads = 0, prepared_tiles = 0;
+  int prepared_ahead = 0;  // RowPreparation::ahead; 0: none
 };
 
 /// The kernel for the problem's head dimensions that takes every problem.

@@ -9,53 +9,55 @@
 //              of its heads are counted
 //
 // In the kernels of two CTAs (backward_pair_kernel.h) these share out the blocks, consumers write the statistics, a
-// spare thread counts, and the producer waits for the blocks of a head.
+// thread of its own chooses, copies and counts them, and the producer waits for the blocks of a head.
 //
-// Blocks are shared out in the order of tiles, so far ahead that a tile waits for tiles before it alone: waiting ends.
+// A tile prepares the share (backward_shares.h) of another one, so far ahead that a tile waits for tiles before it
+// alone: waiting ends.
 #pragma once
 
 #include "backward_params.h"
 #include "backward_ptx.h"
+#include "backward_shares.h"
 #include "backward_statistics.h"
 #include "backward_turns.h"
 
 namespace flash_attn::sm90 {
 
-/// Which blocks the tile prepares.
-SM90_DEVICE void choose_prepared(const RowPreparation& p, BackwardTile& tile) {
-  const int first = p.first_head * static_cast<int>(p.num_m_blocks.divisor) + tile.index * p.blocks_per_tile;
-  tile.prepared_begin = min(first, p.num_blocks);
-  tile.prepared_end = min(first + p.blocks_per_tile, p.num_blocks);
+/// Which share the tile at this index prepares. Its number of blocks, of all heads together.
+template <typename Config>
+SM90_DEVICE int choose_prepared(const BackwardKernelParams& params, int index, QueryShare& share) {
+  BackwardTilePlace at;
+  const int number = index + params.preparation.ahead;
+  if (number >= params.schedule.num_tiles || !find_number(params, number, at)) return 0;
+  choose_share<Config>(params, at, false, share);
+  return (share.end - share.begin) * params.group_size;
+}
+
+/// How many blocks of each of the tile's heads tiles before it prepare: of a head of the dense batch all or none.
+template <typename Config>
+SM90_DEVICE int count_awaited(const BackwardKernelParams& params, const BackwardTile& tile) {
+  constexpr int kBlockM = Config::kBlockM, kBlocksBeside = Config::kBlockN / kBlockM;
+  const int blocks = (tile.seqlen_q + kBlockM - 1) / kBlockM;
+  const int before =
+      max(0, params.preparation.ahead - tile.number + tile.n_begin / Config::kBlockN);  // tiles of the head
+  return params.dense ? (before == 0 ? blocks : 0) : max(0, blocks - before * kBlocksBeside);
+}
+
+/// Where the blocks of a query head are counted.
+SM90_DEVICE int* prepared_count(const BackwardKernelParams& params, int batch_head, int head) {
+  return params.preparation.prepared + batch_head * params.group_size + head;
 }
 
 /// Until all blocks of the tile's head are prepared.
-SM90_DEVICE void await_prepared(const RowPreparation& p, const BackwardTile& tile, int head) {
-  head += tile.q_batch * static_cast<int>(p.num_heads.divisor) + tile.q_head;
-  if (head < p.first_head) return;
-  wait_for_count(p.prepared + head, static_cast<int>(p.num_m_blocks.divisor));
+SM90_DEVICE void await_prepared(const BackwardKernelParams& params, const BackwardTile& tile, int head) {
+  if (tile.awaited_blocks > 0) wait_for_count(prepared_count(params, tile.batch_head, head), tile.awaited_blocks);
 }
 
-/// Where a block is that a tile prepares.
-struct PreparedPlace {
-  int all_heads;  // its head, counting all batches'
-  int batch, head;
-  int m_block;  // in the head
-  int block;    // of statistics and dq_accum
-};
-
-SM90_DEVICE PreparedPlace prepared_place(const BackwardKernelParams& params, int index) {
-  const RowPreparation& p = params.preparation;
-  PreparedPlace at;
-  at.all_heads = p.num_m_blocks.quotient(index);
-  at.m_block = index - at.all_heads * params.num_m_blocks;
-  at.batch = p.num_heads.quotient(at.all_heads);
-  at.head = at.all_heads - at.batch * static_cast<int>(p.num_heads.divisor);
-  at.block = at.head * params.num_blocks + at.batch * params.num_m_blocks + at.m_block;
-  return at;
-}
-
-SM90_DEVICE const float* first_of(const RowView& view, const PreparedPlace& at, int row) {
-  return static_cast<const float*>(view.data) + at.batch * view.batch + at.head * view.head + row * view.row;
+/// Of a block of a share: the first row's place in `view`.
+SM90_DEVICE const float* first_of(const RowView& view, const QueryShare& share, const SharedBlock& at, int block_m) {
+  const int64_t row = share.row + at.m_block * block_m;
+  return static_cast<const float*>(view.data) + share.q_batch * view.batch + (share.q_head + at.head) * view.head +
+         row * view.row;
 }
 
 /// By a warp: zeros in dq_accum for a block of `kFloat4s`.
@@ -100,9 +102,9 @@ struct PreparedRows {
 
 /// A block of query rows that the scheduler's warp is preparing.
 struct PreparedBlock {
-  int head;       // counting all batches'
-  int row;        // the first in the sequence
-  int first_row;  // of statistics and dq_accum
+  int* count;     // of its head
+  int rows_left;  // of the sequence, from its first on
+  int block;      // index in statistics and dq_accum
   const float *lse, *dlse;
 };
 

@@ -39,8 +39,9 @@ struct BackwardScheduler {
     const bool found = make_backward_tile<Config>(params, index, tile);
     if (!found) tile.num_heads = -1;  // ends the other warps
     if (found && params.preparation.enabled()) {
-      choose_prepared(params.preparation, tile);
-      for (int head = 0; head < tile.num_heads; ++head) await_prepared(params.preparation, tile, head);
+      tile.awaited_blocks = count_awaited<Config>(params, tile);
+      tile.prepared_blocks = choose_prepared<Config>(params, index, shared.prepared_share);
+      for (int head = 0; head < tile.num_heads; ++head) await_prepared(params, tile, head);
     }
     forget_derived(tiles.count);
     mbarrier_arrive(&shared.tile_full[tiles.slot()]);
@@ -116,13 +117,14 @@ struct BackwardProducer {
 
   /// out and dO of the blocks that the tile prepares, in place of Q and dO.
   SM90_DEVICE void load_prepared(const BackwardTile& tile) {
-    for (int index = tile.prepared_begin; index < tile.prepared_end; ++index) {
-      const PreparedPlace at = prepared_place(params, index);
+    const QueryShare& share = shared.prepared_share;
+    for (int i = 0; i < tile.prepared_blocks; ++i) {
+      const SharedBlock at = block_of_share(share, i);
       const auto load_block = [&](const CUtensorMap& map, uint8_t* buffer, uint64_t* full, uint64_t* empty) {
         mbarrier_wait(empty, q.phase ^ 1);
         mbarrier_arrive_expect(full, params.panels_v * Config::kPanelBytesQ);
-        load<Config::kPanelBytesQ>(map, params.panels_v, buffer, full, at.m_block * Config::kBlockM, params.seqlen_q,
-                                   at.head, at.batch);
+        load<Config::kPanelBytesQ>(map, params.panels_v, buffer, full, share.q_x + at.m_block * Config::kBlockM,
+                                   share.q_y, share.q_head + at.head, share.q_batch);
       };
       load_block(params.preparation.out, shared.q[q.stage], &shared.q_full[q.stage], &shared.q_empty[q.stage]);
       load_block(params.dout, shared.dout[q.stage], &shared.dout_full[q.stage], &shared.dout_empty[q.stage]);
@@ -254,7 +256,7 @@ SM90_DEVICE void store_dq(const BackwardKernelParams& params, BackwardStorage<Co
     }
     if (elected() && kCount > 1 && params.dq_writing.enabled()) {
       tma_store_wait();
-      say_added<Config>(params, tile);
+      say_added(params, tile);
     }
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
     __syncwarp();
@@ -274,7 +276,7 @@ SM90_DEVICE void follow_dq(const BackwardKernelParams& params, BackwardStorage<C
     if (tile.num_heads < 0) break;
     if (params.dq_turns != nullptr) follow_turns<TurnPart::kBoth, Config>(params, tile, shared.dq_turns, step);
     mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());
-    say_added<Config>(params, tile);
+    say_added(params, tile);
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
   }
 }

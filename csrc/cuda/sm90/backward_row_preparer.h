@@ -16,18 +16,20 @@ struct RowPreparer {
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
 
-  SM90_DEVICE void begin_block(int index) {
-    const PreparedPlace at = prepared_place(params, index);
+  SM90_DEVICE void begin_block(int i) {
+    const QueryShare& share = shared.prepared_share;
+    const SharedBlock at = block_of_share(share, i);
     PreparedBlock& block = shared.prepared;
-    block.head = at.all_heads;
-    block.row = at.m_block * kBlockM;
-    block.first_row = at.block * kBlockM;
-    block.lse = first_of(params.problem.lse, at, block.row);
-    block.dlse = params.preparation.dlse.data != nullptr ? first_of(params.preparation.dlse, at, block.row) : nullptr;
+    block.count = prepared_count(params, share.batch_head, at.head);
+    block.rows_left = share.seqlen_q - at.m_block * kBlockM;
+    block.block = share.first_block + at.head * params.num_blocks + at.m_block;
+    block.lse = first_of(params.problem.lse, share, at, kBlockM);
+    block.dlse =
+        params.preparation.dlse.data != nullptr ? first_of(params.preparation.dlse, share, at, kBlockM) : nullptr;
   }
 
   SM90_DEVICE float load(const float* first, int64_t stride, int row, float outside) const {
-    return shared.prepared.row + row < params.seqlen_q ? first[row * stride] : outside;
+    return row < shared.prepared.rows_left ? first[row * stride] : outside;
   }
 
   SM90_DEVICE void subtract_dlse(float* deltas) {
@@ -46,7 +48,7 @@ struct RowPreparer {
       for (int i = 0; i < 2; ++i) lse[i] = load(shared.prepared.lse, params.problem.lse.row, row + 32 * i, -INFINITY);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        params.statistics[shared.prepared.first_row + row + 32 * i] =
+        params.statistics[int64_t{shared.prepared.block} * kBlockM + row + 32 * i] =
             row_statistics<Element>(lse[i], deltas[row + 32 * i], params.inverse_scale);
       }
     }
@@ -55,16 +57,16 @@ struct RowPreparer {
   SM90_DEVICE void prepare_rows(const BackwardTile& tile, uint32_t phase) {
     mbarrier_wait(&shared.deltas_full, phase);
 #pragma unroll 1
-    for (int i = 0; i < tile.prepared_end - tile.prepared_begin; ++i) {
-      if (lane_id() == 0) begin_block(tile.prepared_begin + i);
+    for (int i = 0; i < tile.prepared_blocks; ++i) {
+      if (lane_id() == 0) begin_block(i);
       __syncwarp();
       if (shared.prepared.dlse != nullptr) subtract_dlse(shared.deltas + i * kBlockM);
       write_statistics(shared.deltas + i * kBlockM);
       if (params.preparation.zeroes_dq) {
-        zero_block<kBlockM * 64 * Config::kPanels / 4>(params, shared.prepared.first_row / kBlockM);
+        zero_block<kBlockM * 64 * Config::kPanels / 4>(params, shared.prepared.block);
       }
       __syncwarp();
-      if (lane_id() == 0) add_to_count(params.preparation.prepared + shared.prepared.head);
+      if (lane_id() == 0) add_to_count(shared.prepared.count);
     }
     mbarrier_arrive(&shared.deltas_empty);
   }

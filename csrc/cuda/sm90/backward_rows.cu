@@ -32,6 +32,31 @@ __device__ const uint16_t* row_pointer(const TensorView& view, int64_t b, int64_
   return static_cast<const uint16_t*>(view.data) + b * view.batch + row * view.row + head * view.head;
 }
 
+/// The rows of this CTA, of the first prepared_heads.
+__device__ bool find_rows(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
+  const uint32_t heads = params.prepared_heads, num_heads = params.problem.forward.num_heads;
+  const uint32_t group = blockIdx.x / heads, all_heads = blockIdx.x - group * heads;
+  b = all_heads / num_heads;
+  info = sequence_info(params.problem.forward, b);
+  at = row_group(params, info, b, all_heads - b * num_heads, group);
+  return true;
+}
+
+/// The same of the first prepared_tiles: those beside the keys of a tile, of each of its heads.
+__device__ bool find_rows_beside(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
+  const PackedBlocksParams& packed = params.packed_blocks;
+  const uint32_t groups = packed.block_n / kRows, heads_of_tile = params.problem.forward.num_heads / packed.heads;
+  const uint32_t tile = blockIdx.x / (groups * heads_of_tile), in_tile = blockIdx.x - tile * groups * heads_of_tile;
+  const PackedBlock block = packed.blocks[tile / packed.heads];
+  if (block.sequence < 0) return false;
+  const uint32_t in_sequence = tile - block.first * packed.heads, head = in_sequence / block.count;
+  const uint32_t n_block = in_sequence - head * block.count, group = in_tile / heads_of_tile;
+  b = block.sequence;
+  info = sequence_info(params.problem.forward, b);
+  at = row_group(params, info, b, head * heads_of_tile + in_tile - group * heads_of_tile, n_block * groups + group);
+  return true;
+}
+
 /// All threads of the launch.
 __device__ void clear(const BackwardRowsParams& params) {
   const int64_t threads = int64_t{gridDim.x} * kThreads;
@@ -48,10 +73,10 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
   grid_launch_dependents();
   clear(params);
   const ForwardParams& p = params.problem.forward;
-  const uint32_t heads = params.prepared_heads, num_heads = p.num_heads;
-  const uint32_t group = blockIdx.x / heads, all_heads = blockIdx.x - group * heads, b = all_heads / num_heads;
-  const SequenceInfo info = sequence_info(p, b);
-  const RowGroup at = row_group(params, info, b, all_heads - b * num_heads, group);
+  SequenceInfo info;
+  RowGroup at;
+  uint32_t b;
+  if (!(params.prepared_tiles > 0 ? find_rows_beside(params, info, b, at) : find_rows(params, info, b, at))) return;
   if (at.row - at.row_in_block >= info.seqlen_q) return;  // a block that no tile visits
 
   const int64_t accum_row = at.block * params.block_m + at.row_in_block;
@@ -198,15 +223,18 @@ __device__ void clear_rows(const TensorView& view, int64_t begin, int64_t end, i
   }
 }
 
-/// By one CTA.
+/// By one CTA. With wrong lengths there may be more than there is room for: then the last sequences are left out.
 __device__ void list_blocks(const ForwardParams& p, const PackedBlocksParams& packed) {
   const auto rows = [&](int b) { return sequence_info(p, b).seqlen_k_padded; };
+  const auto say_count = [&](int count) { packed.blocks[packed.num_blocks] = {-1, count, 0, 0}; };
   const int all = count_blocks<kThreads>(p.batch, packed.block_n, rows, [&](int b, int first, int count, int all) {
-    const int in_last = all - first - count < packed.last_blocks;
-    const int end = min(first + count, packed.num_blocks);  // with wrong lengths there are more
-    for (int i = first; i < end; ++i) packed.blocks[i] = {b, first, count, in_last};
+    const int end = first + count, in_last = all - end < packed.last_blocks;
+    const bool fits = end <= packed.num_blocks;
+    if (!fits && first <= packed.num_blocks) say_count(first);
+    for (int i = first; i < min(end, packed.num_blocks); ++i) packed.blocks[i] = {fits ? b : -1, first, count, in_last};
   });
   for (int i = all + threadIdx.x; i < packed.num_blocks; i += kThreads) packed.blocks[i] = {-1, 0, 0, 0};
+  if (threadIdx.x == 0 && all <= packed.num_blocks) say_count(all);
 }
 
 /// CTAs share out the gaps: before sequence b, and after the last. The first lists the blocks of keys.
@@ -236,7 +264,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Element>
 void launch_prepare(const BackwardRowsParams& params, cudaStream_t stream) {
-  const int64_t groups = params.prepared_heads * params.num_m_blocks * (params.block_m / kRows);
+  const ForwardParams& p = params.problem.forward;
+  const PackedBlocksParams& packed = params.packed_blocks;
+  const int64_t groups = params.prepared_tiles > 0
+                             ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
+                             : params.prepared_heads * params.num_m_blocks * (params.block_m / kRows);
   const auto kernel = params.dq_columns == 64    ? prepare_rows_kernel<Element, 64>
                       : params.dq_columns == 128 ? prepare_rows_kernel<Element, 128>
                                                  : prepare_rows_kernel<Element, 256>;

@@ -10,8 +10,9 @@ namespace flash_attn::sm90 {
 struct PackedBlock;
 
 struct PackedBlocksParams {
-  PackedBlock* blocks;  // (num_blocks), see BackwardSchedule; null without cu_seqlens_k
+  PackedBlock* blocks;  // (num_blocks + 1), see BackwardSchedule; null without cu_seqlens_k
   int num_blocks, block_n;
+  int heads;        // tiles beside a block of keys
   int last_blocks;  // PackedBlock::in_last: fewer than these come after the sequence
 };
 
@@ -23,13 +24,15 @@ struct BackwardRowsParams {
   float dq_scale;                // dq over dq_accum
   bool zeroes_dq;                // dq_accum, which is undefined else
   uint4* statistics;             // (num_heads * num_blocks, block_m)
-  int64_t prepared_heads;        // of batch * num_heads; of the others the main kernel prepares the rows itself
-  uint4* cleared;                // (num_cleared), counters of the main kernel
+  // The main kernel prepares the rows of other heads itself: of batch * num_heads, or of those whose tiles' numbers
+  // (BackwardTilePlace) are lower than prepared_tiles, if that is not 0.
+  int64_t prepared_heads, prepared_tiles;
+  uint4* cleared;  // (num_cleared), counters of the main kernel
   int64_t num_cleared;
   PackedBlocksParams packed_blocks;
 };
 
-/// Of the first prepared_heads, writes statistics (backward_statistics.h) from out, dout, lse and dlse and, with
+/// Of the first heads or tiles, writes statistics (backward_statistics.h) from out, dout, lse and dlse and, with
 /// zeroes_dq, 0 to dq_accum. Writes 0 to the counters.
 /// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence, and lists the blocks of keys.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);

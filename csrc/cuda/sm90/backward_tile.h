@@ -11,23 +11,24 @@ namespace flash_attn::sm90 {
 
 /// Lives in shared memory. `m` counts blocks of kBlockM query rows.
 struct BackwardTile {
-  int num_heads;                     // query heads; -1: no more tiles
-  int index;                         // in the order of tiles
-  int batch_head;                    // of k, each counted key_parts times
-  int m_begin, m_end;                // query blocks that see the tile; none: dk = dv = 0
-  int m_first;                       // which of them comes first, see first_block_of_tile
-  int block;                         // index of the first head's block 0 in dq_accum and statistics
-  int n_begin;                       // first row of k, in the sequence
-  int prepared_begin, prepared_end;  // query blocks that the tile prepares for later ones, see RowPreparation
-  int seqlen_q, seqlen_k;            // rows from here on take no part
-  int right_bound, left_bound;       // row r sees columns [r + left_bound, r + right_bound]
+  int num_heads;                // query heads; -1: no more tiles
+  int index;                    // in the order of tiles
+  int batch_head;               // of k, each counted key_parts times
+  int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
+  int m_first;                  // which of them comes first, see first_block_of_tile
+  int block;                    // index of the first head's block 0 in dq_accum and statistics
+  int n_begin;                  // first row of k, in the sequence
+  int prepared_blocks;          // of queries, that the tile prepares for later ones, see RowPreparation
+  int awaited_blocks;           // of each of its heads, that tiles before it prepare
+  int seqlen_q, seqlen_k;       // rows from here on take no part
+  int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound]
   // TMA coordinates (tensor_map.h): of block 0 of q and dout, of the tile's first row of k, v and of dk, dv.
   int q_x, q_y, q_head, q_batch;
   int kv_x, kv_y, dkv_x, dkv_y, kv_head, dkv_head, kv_batch;
   int m_step;  // from a query block to the next, 1 or -1, where Config::kDescends: see tiles_before
-  // With an even number of words ptxas joins the loads of the bounds, packs dS later and puts up to six instructions
-  // more into the loops. [d64 3 to 5% slower.]
-  int makes_words_odd;
+  int number;  // see BackwardTilePlace
+  // The number of words is odd: if it is even ptxas joins the loads of the bounds, packs dS later and puts up to six
+  // instructions more into the loops. [d64 3 to 5% slower.]
 };
 
 /// No bound. Lengths are below half of it, so that differences of rows and bounds stay in 32 bits.
@@ -62,13 +63,8 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   tile.index = index;
   {
     BackwardTilePlace at;
-    if (params.schedule.packed_blocks != nullptr) {
-      const PackedBlock block = params.schedule.packed_blocks[params.heads_k.quotient(index)];
-      if (block.sequence < 0) return false;
-      at = place_packed(params, block, index);
-    } else {
-      at = place_in_group(params, index);
-    }
+    if (!find_place(params, index, at)) return false;
+    tile.number = at.number();
     tile.batch_head = at.batch_head;
     tile.n_begin = at.n_block * kBlockN;
     if constexpr (Config::kDescends) tile.m_step = at.in_last && params.ordered_dq ? -1 : 1;
