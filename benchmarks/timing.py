@@ -16,7 +16,8 @@ Entered = Callable[[], AbstractContextManager[object]]
 Timed = tuple[Entered, Callable[[], object]]  # what to enter around a call, and the call
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
-DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host needs to enqueue a forward or backward pass
+DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host mostly needs to enqueue a forward or backward pass
+LATE_TRIES = 4  # of a call that the host enqueues too late, each behind twice the delay of the one before
 SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU shorter calls are repeated within a sample
 DISTURBED = 1.4  # a median over so many times the least
 HOST_CALLS = 500  # calls a sample of host time; fewer launches than a CUDA stream queues
@@ -43,22 +44,27 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
     """Median milliseconds on the GPU of each call, after one round to warm up.
 
     Each call comes behind a write to `FLUSH_BYTES`, so that its inputs are not in L2, and a delay on the device, so
-    that all its kernels are enqueued before the first one starts.
+    that all its kernels are enqueued before the first one starts. If the delay has passed before they are, the device
+    has waited for the host: such a sample is taken again. A call that waits for the device is always late, and counts.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
-    def sample(order: Sequence[int]) -> list[float]:
-        events = []
-        for i in order:
-            enter, call = timed[i]
-            with enter():
+    def enqueue(i: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        enter, call = timed[i]
+        with enter():
+            for attempt in range(LATE_TRIES):
                 flush.zero_()
-                torch.cuda._sleep(DELAY_CYCLES)
+                torch.cuda._sleep(DELAY_CYCLES << attempt)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 call()
                 end.record()
-            events.append((start, end))
+                if not start.query():
+                    break
+        return start, end
+
+    def sample(order: Sequence[int]) -> list[float]:
+        events = [enqueue(i) for i in order]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
