@@ -147,16 +147,20 @@ void check_writing(const BackwardKernelParams& kernel, const std::vector<Backwar
   }
 }
 
-/// `heads`: of k, over all sequences.
-void check_tiles(const BackwardPlan& plan, int64_t heads, Counts& counts) {
+/// `lengths`: rows of k of each sequence.
+void check_tiles(const BackwardPlan& plan, const std::vector<int>& lengths, Counts& counts) {
   const BackwardKernelParams& kernel = caught.kernel;
+  const int all_heads = kernel.heads_k.divisor, block_n = plan.variant->block_n;
+  const int64_t heads = static_cast<int64_t>(lengths.size()) * all_heads;
   const int count = count_tiles(kernel);
   std::vector<BackwardTilePlace> tiles;
   std::vector<int> index_of(count, -1);
   for (int i = 0; i < count; ++i) {
     BackwardTilePlace at, same;
     require(find_place(kernel, i, at), "so many tiles");
-    require(at.n_block >= 0 && at.n_block < at.count && at.batch_head >= 0 && at.batch_head < heads, "no such tile");
+    require(at.batch_head >= 0 && at.batch_head < heads, "no such head");
+    require(at.count == (lengths[at.batch_head / all_heads] + block_n - 1) / block_n, "so many tiles of a head");
+    require(at.n_block >= 0 && at.n_block < at.count, "no such tile");
     require(at.number() >= 0 && at.number() < count, "no such number");
     require(index_of[at.number()] < 0, "a tile twice");
     require(find_number(kernel, at.number(), same) && same.n_block == at.n_block && same.batch_head == at.batch_head &&
@@ -178,7 +182,7 @@ void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts&
   const BackwardKernelParams& kernel = caught.kernel;
   const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
   require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
-  check_tiles(plan, heads, counts);
+  check_tiles(plan, std::vector<int>(params.forward.batch, static_cast<int>(params.forward.seqlen_k)), counts);
 }
 
 /// As the device lists them.
@@ -208,7 +212,7 @@ void check_packed(Random& random, const BackwardParams& params, const BackwardPl
   require(kernel.schedule.num_key_blocks == caught.packed.num_blocks, "so many blocks of keys");
   require(count_tiles(kernel) <= kernel.schedule.num_tiles, "too few tickets");
   const int prepared = counts.prepared, written = counts.written;
-  check_tiles(plan, p.batch * kernel.heads_k.divisor, counts);
+  check_tiles(plan, lengths, counts);
   ++counts.packed;
   counts.packed_prepared += counts.prepared - prepared;
   counts.packed_written += counts.written - written;

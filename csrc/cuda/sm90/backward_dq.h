@@ -36,7 +36,7 @@ struct DqWriter {
 
   const BackwardKernelParams& params;
   BackwardStorage<Config>& shared;
-  const uint32_t lane;
+  const uint32_t lane;  // unsigned, so that remainders of it keep no registers over the loop
 
   SM90_DEVICE void choose(int index) {
     BackwardTilePlace at;

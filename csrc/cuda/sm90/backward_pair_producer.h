@@ -126,6 +126,14 @@ struct BackwardPairPreparer {
     }
   }
 
+  SM90_DEVICE void load_or_end(int i, int blocks) {
+    if (i < blocks) {
+      load_block(i);
+    } else {
+      mbarrier_arrive(&shared.all_prepared);
+    }
+  }
+
   SM90_DEVICE void count_block(int i) {
     const QueryShare& share = shared.prepared_share;
     add_to_count(prepared_count(params, share.batch_head, block_of_share(share, i).head));
@@ -139,10 +147,10 @@ struct BackwardPairPreparer {
     const int blocks = choose_prepared<Config>(params, blockIdx.x / 2, shared.prepared_share);
     shared.tile.prepared_blocks = blocks;
     mbarrier_arrive(&shared.share_chosen);
-    rank < blocks ? load_block(rank) : mbarrier_arrive(&shared.all_prepared);
+    load_or_end(rank, blocks);
     for_own_prepared(shared.tile, rank, [&](int i, uint32_t phase) {
       mbarrier_wait(&shared.prepared_empty, phase);
-      i + 2 < blocks ? load_block(i + 2) : mbarrier_arrive(&shared.all_prepared);
+      load_or_end(i + 2, blocks);
       count_block(i);  // takes a while
     });
   }

@@ -162,9 +162,9 @@ bool shares_rows(const BackwardPlan& plan, const ForwardParams& p) {
 }
 
 /// Of a group of heads, but for the last group of a dense batch.
-int64_t max_group_tiles(const BackwardPlan& plan) {
+int64_t max_group_tiles(const BackwardPlan& plan, const ForwardParams& p) {
   const int64_t tiles = int64_t{plan.num_n_blocks} * plan.heads_per_group;
-  return plan.wide_groups || plan.packed ? std::max<int64_t>(tiles, plan.tiles_at_once) : tiles;
+  return plan.wide_groups || p.is_varlen_k() ? std::max<int64_t>(tiles, plan.tiles_at_once) : tiles;
 }
 
 /// Whether BackwardShape::kFusedDq takes the problem.
@@ -194,7 +194,7 @@ DqWritingPlan plan_dq_writing(const BackwardPlan& plan, const BackwardParams& pa
   DqWritingPlan writing;
   writing.by_last_block = p.window_right >= 0;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
-  const int64_t later = writing.by_last_block && !plan.falling ? 0 : max_group_tiles(plan);
+  const int64_t later = writing.by_last_block && !plan.falling ? 0 : max_group_tiles(plan, p);
   const int64_t lag = later + round;
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
@@ -219,7 +219,7 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
   if (!out_fits_q || rows_per_tile * group_size > kMaxPreparedRows) return;
 
   const int64_t ahead = plan.tiles_at_once * 5 / 4;  // tiles, or heads of a CTA each
-  int64_t first = max_group_tiles(plan) + ahead;
+  int64_t first = max_group_tiles(plan, p) + ahead;
   if (plan.variant->fused_dq) {
     first = ahead * n_blocks;
   } else if (!packed) {
@@ -230,7 +230,11 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
   if (!packed) first = ceil_div(first, n_blocks) * n_blocks;  // whole heads
   if (4 * first > 3 * ExpectedTiles(plan, p).all) return;
   plan.prepared_ahead = static_cast<int>(first);
-  packed ? plan.prepared_tiles = first : plan.prepared_heads = first / n_blocks * group_size;
+  if (packed) {
+    plan.prepared_tiles = first;
+  } else {
+    plan.prepared_heads = first / n_blocks * group_size;
+  }
 }
 
 bool zeroes_dq(const BackwardPlan& plan) { return !plan.variant->fused_dq && !plan.ordered_dq && !plan.claims_dq; }
@@ -270,7 +274,6 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
   plan.prepared_heads = p.batch * p.num_heads;
-  plan.packed = p.is_varlen_k();
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
   plan.num_tiles = static_cast<int>(num_tiles(plan, p));
   plan.grid = plan.num_tiles * variant.cluster;

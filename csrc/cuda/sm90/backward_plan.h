@@ -38,7 +38,7 @@ struct BackwardPlan {
   const BackwardVariant* variant = nullptr;
   // See BackwardSchedule.
   int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
-  bool falling = false, wide_groups = false, packed = false;
+  bool falling = false, wide_groups = false;
   int key_parts = 1;                     // tiles that share out the query heads of a key head
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see backward_turns.h

@@ -32,7 +32,7 @@ __device__ const uint16_t* row_pointer(const TensorView& view, int64_t b, int64_
   return static_cast<const uint16_t*>(view.data) + b * view.batch + row * view.row + head * view.head;
 }
 
-/// The rows of this CTA, of the first prepared_heads.
+/// The rows of this CTA, of the first prepared_heads. True, as below.
 __device__ bool find_rows(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
   const uint32_t heads = params.prepared_heads, num_heads = params.problem.forward.num_heads;
   const uint32_t group = blockIdx.x / heads, all_heads = blockIdx.x - group * heads;
@@ -42,7 +42,7 @@ __device__ bool find_rows(const BackwardRowsParams& params, SequenceInfo& info, 
   return true;
 }
 
-/// The same of the first prepared_tiles: those beside the keys of a tile, of each of its heads.
+/// The same of the first prepared_tiles: those beside the keys of a tile, of each of its heads. False: no such tile.
 __device__ bool find_rows_beside(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
   const PackedBlocksParams& packed = params.packed_blocks;
   const uint32_t groups = packed.block_n / kRows, heads_of_tile = params.problem.forward.num_heads / packed.heads;

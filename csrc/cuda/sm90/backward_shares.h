@@ -8,6 +8,7 @@
 
 namespace flash_attn::sm90 {
 
+/// Of a tile; lives in shared memory.
 struct QueryShare {
   int begin, end;   // query blocks
   int batch_head;   // of k, as BackwardTile
@@ -76,7 +77,7 @@ SM90_DEVICE void choose_share(const BackwardKernelParams& params, const Backward
   }
 }
 
-/// A block of one of the share's heads, counted head by head.
+/// Block i of a share, counted head by head: `head` from its first on.
 struct SharedBlock {
   int head, m_block;
 };
