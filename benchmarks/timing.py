@@ -45,14 +45,16 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
 
     Each call comes behind a write to `FLUSH_BYTES`, so that its inputs are not in L2, and a delay on the device, so
     that all its kernels are enqueued before the first one starts. If the delay has passed before they are, the device
-    has waited for the host: such a sample is taken again. A call that waits for the device is always late, and counts.
+    has waited for the host: such a sample is taken again. A call that is late behind the longest delay too waits for
+    the device itself: its samples count as they are from then on.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    tries = [LATE_TRIES] * len(timed)
 
     def enqueue(i: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         enter, call = timed[i]
         with enter():
-            for attempt in range(LATE_TRIES):
+            for attempt in range(tries[i]):
                 flush.zero_()
                 torch.cuda._sleep(DELAY_CYCLES << attempt)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -60,7 +62,8 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
                 call()
                 end.record()
                 if not start.query():
-                    break
+                    return start, end
+        tries[i] = 1
         return start, end
 
     def sample(order: Sequence[int]) -> list[float]:
