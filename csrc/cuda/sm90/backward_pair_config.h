@@ -29,6 +29,10 @@ struct BackwardPairConfig {
   /// fp16 holds probabilities from 2^-26 to 16 in full. [RMS errors of dq and dk with a P in bf16: 1.24 times cuDNN's.]
   static constexpr int kProbabilityExponent = std::is_same_v<Element, __nv_bfloat16> ? 12 : 0;
   static constexpr float kProbabilityFactor = 1 << kProbabilityExponent;
+  /// With inputs in fp16, a P in fp16 is as coarse as the dS that comes of it; shared memory has room for floats up to
+  /// head dimension 192. [RMS errors of dq and dk with a P in fp16: 1.24 times cuDNN's.]
+  static constexpr bool kPassesFloats = std::is_same_v<Element, __half> && kHeadDim <= 192;
+  static constexpr int kBytesP = (kPassesFloats ? 2 : 1) * kPanelBytes;
 
   static_assert(kPanels == 3 || kPanels == 4, "the pair shares out three or four panels of dQ");
 };
@@ -57,7 +61,7 @@ struct BackwardPairStorage {
   alignas(1024) uint8_t k_peer[Config::kBytesPeer];             // the peer's key rows, this CTA's half of the columns
   alignas(1024) uint8_t q[2][Config::kBytes], dout[Config::kBytesV];                  // [panel][64 query rows][64]
   alignas(1024) uint8_t ds[2][Config::kPanelBytes], ds_peer[2][Config::kPanelBytes];  // [64 query rows][64 key rows]
-  alignas(128) uint8_t p[2][Config::kPanelBytes];                                     // [16 bytes of a thread][128]
+  alignas(128) uint8_t p[2][Config::kBytesP];                                         // [16 bytes of a thread][128]
 };
 
 /// Panels of dO of a block to prepare lie where dS and P are later; out in place of the second step's Q.

@@ -29,6 +29,7 @@ struct BackwardPairConsumer {
   static constexpr int kDepth = kScores ? Config::kHeadDim : Config::kHeadDimV;            // of the product for S or dP
   static constexpr int kColumns = kScores ? Config::kHeadDimV : Config::kHeadDim;          // of dV or dK
   static constexpr int kParts = kColumns > 192 ? 2 : 1, kPartColumns = kColumns / kParts;  // one instruction's
+  static constexpr int kWordsP = Config::kBytesP / 128 / 4;                                // of a thread's P
 
   const BackwardKernelParams& params;
   BackwardPairStorage<Config>& shared;
@@ -127,6 +128,35 @@ struct BackwardPairConsumer {
     for (int i = 0; i < 16; ++i) operand[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
   }
 
+  /// P in `s` to the gradients warpgroup.
+  SM90_DEVICE void send_probabilities(uint32_t to) {
+#pragma unroll
+    for (int i = 0; i < kWordsP / 4; ++i) {
+      if constexpr (Config::kPassesFloats) {
+        store_shared(to + i * 2048, s + 4 * i);
+      } else {
+        uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[j] = pack<__half>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+        store_shared(to + i * 2048, x);
+      }
+    }
+  }
+
+  /// From dP to dS.
+  SM90_DEVICE void multiply_probabilities(const uint32_t (&p)[kWordsP]) {
+#pragma unroll
+    for (int i = 0; i < kWordsP; ++i) {
+      if constexpr (Config::kPassesFloats) {
+        s[i] *= __uint_as_float(p[i]);
+      } else {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(p[i]));
+        s[2 * i] *= pair.x;
+        s[2 * i + 1] *= pair.y;
+      }
+    }
+  }
+
   /// From S to P and dV; S of this step is complete.
   SM90_DEVICE void process_scores(int m_block, bool mask) {
     const int stage = step % 2;
@@ -138,14 +168,7 @@ struct BackwardPairConsumer {
                          m_block * Config::kBlockM + 2 * (lane % 4));
     }
     mbarrier_wait(&shared.p_empty[stage], step / 2 % 2 ^ 1);
-    const uint32_t to = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t x[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = pack<__half>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
-      store_shared(to + i * 2048, x);
-    }
+    send_probabilities(shared_address(shared.p[stage]) + threadIdx.x % 128 * 16);
     mbarrier_arrive(&shared.p_full[stage]);
     pack_operand();
     mbarrier_wait(&shared.dout_full, step % 2);
@@ -159,19 +182,16 @@ struct BackwardPairConsumer {
     mbarrier_wait(&shared.dout_full, step % 2);
     issue_transposed(shared.v, shared.dout, stage, delta_weights_descriptor(shared.weights));
     mbarrier_wait(&shared.p_full[stage], phase);
-    const uint32_t from = shared_address(shared.p[stage]) + threadIdx.x % 128 * 16;
+    uint32_t p[kWordsP];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load_shared(from + i * 2048, operand + 4 * i);
+    for (int i = 0; i < kWordsP / 4; ++i) {
+      load_shared(shared_address(shared.p[stage]) + threadIdx.x % 128 * 16 + i * 2048, p + 4 * i);
+    }
     mbarrier_arrive(&shared.p_empty[stage]);
     wgmma_wait<0>();
     wgmma_results(s);
     release(&shared.dout_empty);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float2 p = __half22float2(reinterpret_cast<const __half2&>(operand[i]));
-      s[2 * i] *= p.x;
-      s[2 * i + 1] *= p.y;
-    }
+    multiply_probabilities(p);
     pack_operand();
     mbarrier_wait(&shared.ds_free[stage], phase ^ 1);
     const uint32_t row = shared_address(shared.ds[stage]) + ds_store_offset(warp, lane);
