@@ -17,7 +17,7 @@ Timed = tuple[Entered, Callable[[], object]]  # what to enter around a call, and
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host mostly needs to enqueue a forward or backward pass
-LATE_TRIES = 4  # of a call that the host enqueues too late, each behind twice the delay of the one before
+LONGEST_DELAY = 8 * DELAY_CYCLES
 SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU shorter calls are repeated within a sample
 DISTURBED = 1.4  # a median over so many times the least
 HOST_CALLS = 500  # calls a sample of host time; fewer launches than a CUDA stream queues
@@ -45,26 +45,25 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
 
     Each call comes behind a write to `FLUSH_BYTES`, so that its inputs are not in L2, and a delay on the device, so
     that all its kernels are enqueued before the first one starts. If the delay has passed before they are, the device
-    has waited for the host: such a sample is taken again. A call that is late behind the longest delay too waits for
-    the device itself: its samples count as they are from then on.
+    has waited for the host: such a sample is taken again, and this call has twice the delay from then on. A call that
+    is late behind the longest delay too waits for the device itself, and counts.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    tries = [LATE_TRIES] * len(timed)
+    delays = [DELAY_CYCLES] * len(timed)
 
     def enqueue(i: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         enter, call = timed[i]
         with enter():
-            for attempt in range(tries[i]):
+            while True:
                 flush.zero_()
-                torch.cuda._sleep(DELAY_CYCLES << attempt)
+                torch.cuda._sleep(delays[i])
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 call()
                 end.record()
-                if not start.query():
+                if not start.query() or delays[i] >= LONGEST_DELAY:
                     return start, end
-        tries[i] = 1
-        return start, end
+                delays[i] *= 2
 
     def sample(order: Sequence[int]) -> list[float]:
         events = [enqueue(i) for i in order]

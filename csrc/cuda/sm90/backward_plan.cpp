@@ -175,6 +175,20 @@ bool takes_fused_dq(const BackwardParams& params) {
   return params.dq.data != nullptr && is_dense(p) && first_key_seen;
 }
 
+/// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order, and loses the
+/// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled. [H200, time of the other
+/// over its time, with 100, 76 to 85, 61 to 67% of the CTAs of all rounds busy. Full 128 rows 1.17 to 1.19, 1.15
+/// to 1.20, 1.14 to 1.18; 256 1.20 to 1.23, 1.06 to 1.19, 0.98; 384 1.07 to 1.10, 0.91 to 1.06, 0.82; causal 256 1.14
+/// to 1.24, 1.03 to 1.26, 0.96; 512 1.03 to 1.20, 0.88 to 1.15, 0.83.]
+bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
+  const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
+  const int64_t n_blocks = ceil_div(p.seqlen_k, kBackwardD64Fused.block_n);
+  if (p.seqlen_q > 512) return false;  // longer ones are not measured
+  if (n_blocks == 1 && p.group_size() == 1) return true;  // the other has no more tiles
+  if (n_blocks <= 2) return 10 * heads >= 7 * at_once;
+  return n_blocks <= (p.window_right >= 0 ? 4 : 3) && 100 * heads >= 84 * at_once;
+}
+
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.
 bool has_dq_writer(const BackwardPlan& plan) {
   return plan.variant->cluster == 1 && !(plan.variant->dq_warp && plan.ordered_dq);
@@ -250,18 +264,10 @@ const BackwardVariant& backward_variant_for(const ForwardParams& p) {
   return kBackwardD256;
 }
 
-/// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order and loses the
-/// balance between CTAs. H200, 16384 rows of 2048 columns, time over the other's at 128, 256, 384, 512 rows: causal
-/// 0.82, 0.99, 0.90, 1.00, else 0.71, 0.83, 1.00, 1.07.
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
-  const ForwardParams& p = params.forward;
-  const BackwardVariant& variant = backward_variant_for(p);
-  const bool is_short = p.seqlen_k <= (p.window_right >= 0 ? 512 : 384);
-  const bool enough_heads = p.batch * p.num_heads_k >= 3 * device.num_sms;
-  if (&variant == &kBackwardD64 && takes_fused_dq(params) && is_short && enough_heads) {
-    return plan_backward(params, device, kBackwardD64Fused);
-  }
-  return plan_backward(params, device, variant);
+  const BackwardVariant& variant = backward_variant_for(params.forward);
+  const bool fused = &variant == &kBackwardD64 && takes_fused_dq(params) && fused_dq_pays(params.forward, device);
+  return plan_backward(params, device, fused ? kBackwardD64Fused : variant);
 }
 
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const BackwardVariant& variant) {
