@@ -95,8 +95,10 @@ def plot(folder: Path) -> Path:
             line[0].set_ylabel("TFLOP/s")
     for axes in panels[-1]:
         axes.set_xlabel("sequence length")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    handles = {}  # one panel may show what another does not
+    for axes in panels.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
     head = data[0]["header"]
     figure.suptitle(f"{head['device']}, torch {head['versions']['torch']}; number: ours over the reference, 1 is even")
     path = folder / "peers.png"

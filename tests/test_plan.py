@@ -179,6 +179,31 @@ def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
 
 
 @needs_sm90
+@pytest.mark.parametrize(
+    "batch, heads, seqlen_q, changes, fused",
+    [
+        (1, 1, 100, {}, True),
+        (10, 13, 100, {"heads_k": 1}, False),  # one CTA for each head of k
+        (60, 4, 156, {}, True),
+        (40, 4, 156, {}, False),  # 160 heads leave most of the second round's CTAs idle
+        (24, 16, 384, {}, True),
+        (20, 16, 384, {}, False),
+        (24, 16, 512, {}, False),
+        (24, 16, 512, {"causal": 1}, True),
+        (24, 16, 512, {"causal": 1, "window_left": 100}, False),  # not every row sees the first key
+        (24, 16, 640, {"causal": 1}, False),
+        (60, 4, 600, {"seqlen_k": 100}, False),
+    ],
+)
+def test_a_short_heads_dq_stays_with_one_cta_where_these_are_busy(
+    batch: int, heads: int, seqlen_q: int, changes: dict[str, int], fused: bool
+) -> None:
+    for head_dim in (8, 64):
+        kernel = plan(batch, heads, seqlen_q, head_dim, **changes)["backward"]["kernel"]
+        assert kernel.endswith("fused dq") == fused
+
+
+@needs_sm90
 def test_deterministic_gradients_come_of_the_same_kernels() -> None:
     for head_dim in (64, 96, 128, 192, 256):
         ordered = plan(head_dim=head_dim, deterministic=True)["backward"]
