@@ -2,7 +2,7 @@
 // two CTAs, a cluster, share a tile of 128 key rows, and the warpgroups have different parts. See backward_kernel.h for
 // the formulas.
 //
-//   scores      S^T = K Q^T, P (in fp16 to the other through shared memory), dV += P^T dO
+//   scores      S^T = K Q^T, P (to the other through shared memory), dV += P^T dO
 //   gradients   dP^T = V dO^T, dS (copied to the peer CTA), dK += dS^T Q
 //   both        dQ of the step before: 64 of this CTA's half of the columns, over the key rows of both CTAs
 //   producer    one thread, TMA; two more see to the order in which tiles bring their dQ (backward_turns.h), one to
