@@ -283,6 +283,11 @@ def _run(
     return results
 
 
+def run(p: Problem, device: str) -> dict[str, Tensor]:
+    """Results and gradients by name, not compared with anything."""
+    return _run(ops.attention, make_inputs(p, device))
+
+
 def _gradients(prefix: str, pairs: list[tuple[Tensor, Tensor]], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     pairs = [(output, weight) for output, weight in pairs if output.requires_grad]
     gradients: Any = [None] * len(leaves)

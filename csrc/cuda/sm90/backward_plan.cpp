@@ -183,7 +183,7 @@ bool takes_fused_dq(const BackwardParams& params) {
 bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
   const int64_t n_blocks = ceil_div(p.seqlen_k, kBackwardD64Fused.block_n);
-  if (p.seqlen_q > 512) return false;  // longer ones are not measured
+  if (p.seqlen_q > 512) return false;                     // longer ones are not measured
   if (n_blocks == 1 && p.group_size() == 1) return true;  // the other has no more tiles
   if (n_blocks <= 2) return 10 * heads >= 7 * at_once;
   return n_blocks <= (p.window_right >= 0 ? 4 : 3) && 100 * heads >= 84 * at_once;

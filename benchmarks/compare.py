@@ -1,0 +1,124 @@
+"""Times builds of this package against each other on the problems of a suite: a process each, which take turns.
+
+    python benchmarks/compare.py old=/there/site-packages new=/here/site-packages --pass bwd --head-dims 64
+
+A build is the folder that holds its `flash_attn`; `name=folder,VARIABLE=value` sets an environment variable for it. All
+processes hold the tensors of a problem at the same time. A ratio is the first build's time over this one's: above 1
+this one is faster. Medians; the same build twice shows how much of a difference is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import SUITES, Problem, Selection, problems_of
+
+SAMPLES = 3  # of a build before it is another one's turn
+
+
+class Build:
+    """A process that times one build."""
+
+    def __init__(self, text: str, device: str, passes: str) -> None:
+        self.name, found, rest = text.partition("=")
+        folder, *settings = rest.split(",")
+        if not found or not (Path(folder) / "flash_attn").is_dir() or not all("=" in setting for setting in settings):
+            raise SystemExit(
+                f"a build is name=folder[,VARIABLE=value ...] with a folder that holds flash_attn: {text!r}"
+            )
+        environment = os.environ | dict(setting.split("=", 1) for setting in settings)
+        search = [str(Path(folder).resolve()), str(Path(__file__).parent.resolve())]
+        environment |= {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"}
+        program = f"import compare; compare.serve({device!r}, {passes!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, question: object) -> Any:
+        """What `serve` says to it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} ended with code {self.process.wait()}")
+        return json.loads(answer)
+
+
+def serve(device: str, passes: str) -> None:
+    """In a build's process: for a problem from standard input prepares its call, for null says its milliseconds."""
+    import timing
+    from backends import Inputs, ours
+    from bench import timed_call
+
+    import flash_attn
+
+    timer = timing.device_times if device == "cuda" else timing.cpu_times
+    timed: list[timing.Timed] = []
+    for line in sys.stdin:
+        problem = json.loads(line)
+        if problem is None:
+            print(json.dumps(timer(timed, SAMPLES)[0]), flush=True)
+            continue
+        timed.clear()  # frees the last problem's tensors
+        problem["lengths"] = tuple(problem["lengths"])
+        timed.append(timed_call(ours(Inputs(Problem(**problem), torch.device(device))), passes))
+        print(json.dumps(flash_attn.__file__), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("builds", nargs="+", metavar="name=folder")
+    add("--suite", choices=SUITES, default="peers")
+    add("--pass", dest="passes", choices=("fwd", "bwd", "step"), default="bwd")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--head-dims", type=int, nargs="+", metavar="D")
+    add("--seqlens", type=int, nargs="+", metavar="S")
+    add("--causal", choices=["full", "causal", "both"], default="both")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+    add("--rounds", type=int, default=7, help=f"turns of each build, of {SAMPLES} samples (default 7)")
+    add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
+    add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    causal = {"full": (False,), "causal": (True,), "both": None}[args.causal]
+    selection = Selection(
+        args.device == "cuda", args.head_dims, causal, args.seqlens, args.dtype, args.count, args.seed
+    )
+    builds = [Build(text, args.device, args.passes) for text in args.builds]
+    ratios: dict[str, list[float]] = {build.name: [] for build in builds}
+    for problem in problems_of(args.suite, selection):
+        for build in builds:
+            build.ask(asdict(problem))
+        times: dict[str, list[float]] = {build.name: [] for build in builds}
+        for _ in range(args.rounds):
+            for build in random.sample(builds, len(builds)):
+                times[build.name].append(build.ask(None))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        first = medians[builds[0].name]
+        for name, median in medians.items():
+            ratios[name].append(first / median)
+        cells = [f"{name} {median:.4f} ms x{first / median:.3f}" for name, median in medians.items()]
+        print(f"{problem!s:48} " + "  ".join(cells), flush=True)
+    for name, values in list(ratios.items())[1:]:
+        if values:
+            mean = math.exp(statistics.fmean(math.log(value) for value in values))
+            print(f"{builds[0].name} / {name}: geometric mean {mean:.3f}, {min(values):.3f} to {max(values):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Problems for NVIDIA's compute-sanitizer, which does not need the results compared and would take hours over it.
+
+    compute-sanitizer --tool racecheck --kernel-regex kns=backward python tests/sanitize.py large --head-dims 128
+
+`small`: a tile or two of every feature. `large`: several tiles for each CTA of a large GPU, so that CTAs work on what
+others have prepared, added up or written. `packed`: the same of packed sequences. `short`: more heads than CTAs, of a
+few blocks each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from flash_attn import ops
+from problems import Problem, run
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def small(head_dim: int, dtype: torch.dtype) -> list[Problem]:
+    base = Problem(dtype=dtype, seqlen_q=200, seqlen_k=200, head_dim=head_dim, head_dim_v=head_dim)
+    return [
+        base,
+        replace(base, causal=ops.TOP_LEFT),
+        replace(base, causal=ops.BOTTOM_RIGHT, seqlen_q=100, use_lse=True),
+        replace(base, causal=ops.TOP_LEFT, deterministic=True),
+        replace(base, window=(50, 10), heads_k=1),
+        replace(base, packed=True, one_starts=True),
+    ]
+
+
+def large(head_dim: int, dtype: torch.dtype) -> list[Problem]:
+    sizes = {"batch": 10, "heads": 8, "heads_k": 8, "seqlen_q": 600, "seqlen_k": 600}
+    base = Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes)
+    return [
+        *(
+            replace(base, causal=causal, deterministic=deterministic)
+            for causal in (ops.NONE, ops.TOP_LEFT)
+            for deterministic in (False, True)
+        ),
+        replace(base, heads=16, causal=ops.TOP_LEFT),
+        replace(base, seqlen_q=700, seqlen_k=310, causal=ops.BOTTOM_RIGHT),
+        replace(base, head_dim_v=128 if head_dim == 192 else head_dim, use_lse=True),
+    ]
+
+
+def packed(head_dim: int, dtype: torch.dtype) -> list[Problem]:
+    sizes = {"batch": 8, "heads": 8, "heads_k": 8, "seqlen_q": 700, "seqlen_k": 700, "packed": True, "one_starts": True}
+    base = Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes)
+    return [
+        base,
+        replace(base, causal=ops.TOP_LEFT, seed=2),
+        replace(base, causal=ops.TOP_LEFT, deterministic=True, seed=3),
+        replace(base, deterministic=True, seed=11),
+        replace(base, causal=ops.TOP_LEFT, heads_k=4, use_lse=True, seed=12),
+        replace(base, batch=60, seqlen_q=200, seqlen_k=200, seed=6),
+    ]
+
+
+def short(head_dim: int, dtype: torch.dtype) -> list[Problem]:
+    base = Problem(dtype=dtype, heads=4, heads_k=4, head_dim=head_dim, head_dim_v=head_dim)
+    return [
+        replace(base, batch=3, seqlen_q=100, seqlen_k=100),
+        replace(base, batch=60, seqlen_q=200, seqlen_k=200, causal=ops.TOP_LEFT),
+        replace(base, batch=33, seqlen_q=300, seqlen_k=300, deterministic=True),
+        replace(base, batch=160, heads_k=2, seqlen_q=130, seqlen_k=100),
+        replace(base, batch=160, seqlen_q=1000, seqlen_k=100),  # a tile prepares many blocks
+    ]
+
+
+KINDS = {kind.__name__: kind for kind in (small, large, packed, short)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    problems = [p for head_dim in args.head_dims for p in KINDS[args.kind](head_dim, DTYPES[args.dtype])]
+    for problem in problems:
+        results = run(problem, args.device)
+        wrong = [name for name, x in results.items() if name != "lse" and not torch.isfinite(x).all()]
+        if wrong:
+            raise SystemExit(f"not finite: {', '.join(wrong)} of {problem!r}")
+    print(f"{len(problems)} problems done")
+
+
+if __name__ == "__main__":
+    main()
