@@ -61,6 +61,8 @@ extern const BackwardVariant kBackwardD256 = variant("d256", 256, 256, 64, 2);
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
 void launch_store_dq(const BackwardRowsParams&, cudaStream_t) {}
 void launch_add_key_parts(const BackwardKeyPartsParams&, cudaStream_t) {}
+TensorMapSource query_rows(const ForwardParams&, const TensorView&, int64_t) { return {}; }
+TensorMapSource key_rows(const ForwardParams&, const TensorView&, int64_t, int64_t) { return {}; }
 CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
 
 namespace {

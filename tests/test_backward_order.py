@@ -16,7 +16,8 @@ pytestmark = needs_nvcc
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled(tmp_path_factory.mktemp("order"), "tests/backward_order.cu", "csrc/cuda/sm90/backward_plan.cpp")
+    sources = [f"csrc/cuda/sm90/backward_{name}.cpp" for name in ("plan", "params")]
+    return compiled(tmp_path_factory.mktemp("order"), "tests/backward_order.cu", *sources)
 
 
 @pytest.mark.parametrize("seed", range(4))

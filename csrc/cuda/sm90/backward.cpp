@@ -22,19 +22,15 @@ const char* refuses_sizes(const ForwardParams& p) {
 
 const char* refuses_tensors(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
-  const auto q_source = [&](const TensorView& view, int64_t head_dim) -> TensorMapSource {
-    return {view,        p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q,
-            p.num_heads, head_dim};
-  };
-  const auto k_source = [&](const TensorView& view, int64_t head_dim) -> TensorMapSource {
-    return {view,          p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k,
-            p.num_heads_k, head_dim};
-  };
   const TensorMapSource sources[] = {
-      q_source(p.q, p.head_dim),       q_source(p.out, p.head_dim_v),     q_source(params.dout, p.head_dim_v),
-      q_source(params.dq, p.head_dim), k_source(p.k, p.head_dim),         k_source(p.v, p.head_dim_v),
-      k_source(params.dk, p.head_dim), k_source(params.dv, p.head_dim_v),
+      query_rows(p, p.q, p.head_dim),
+      query_rows(p, p.out, p.head_dim_v),
+      query_rows(p, params.dout, p.head_dim_v),
+      query_rows(p, params.dq, p.head_dim),
+      key_rows(p, p.k, p.num_heads_k, p.head_dim),
+      key_rows(p, p.v, p.num_heads_k, p.head_dim_v),
+      key_rows(p, params.dk, p.num_heads_k, p.head_dim),
+      key_rows(p, params.dv, p.num_heads_k, p.head_dim_v),
   };
   for (const TensorMapSource& source : sources) {
     if (const char* reason = source.view.data != nullptr ? tensor_map_refuses(source) : nullptr) return reason;

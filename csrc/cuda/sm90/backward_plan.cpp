@@ -4,49 +4,9 @@
 #include <cstdint>
 
 #include "backward_params.h"
-#include "backward_rows.h"
-#include "tensor_map.h"
 
 namespace flash_attn::sm90 {
 namespace {
-
-constexpr int64_t kAlignment = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
-
-/// Blocks of keys of packed sequences: no more than these.
-int64_t max_packed_blocks(const BackwardPlan& plan, const ForwardParams& p) {
-  return p.total_k / plan.variant->block_n + p.batch;
-}
-
-/// Its parts, in this order.
-struct Workspace {
-  int64_t dq_accum_bytes, statistics_bytes;
-  int64_t next_tile_bytes = kAlignment, dq_turns_bytes, dq_flags_bytes, prepared_bytes;  // 0 at first
-  int64_t dk_parts_bytes = 0, dv_parts_bytes = 0, packed_blocks_bytes = 0;
-  Workspace(const BackwardPlan& plan, const BackwardParams& params) {
-    const ForwardParams& p = params.forward;
-    const int64_t blocks = p.num_heads * plan.num_blocks;
-    const int64_t dq_blocks = plan.variant->fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
-    dq_accum_bytes = aligned(dq_blocks * plan.variant->block_m * plan.variant->dq_columns * 4);
-    statistics_bytes = aligned(blocks * plan.variant->block_m * 16);
-    dq_turns_bytes = plan.ordered_dq || plan.claims_dq ? aligned(blocks * kDqTurns * 4) : 0;
-    dq_flags_bytes = plan.dq_writing.enabled ? aligned(int64_t{plan.num_tiles} * 4) : 0;
-    prepared_bytes = plan.prepared_ahead > 0 ? aligned(p.batch * p.num_heads * 4) : 0;
-    packed_blocks_bytes =
-        p.is_varlen_k() ? aligned((max_packed_blocks(plan, p) + 1) * int64_t{sizeof(PackedBlock)}) : 0;
-    if (plan.key_parts > 1) {
-      const int64_t rows = p.total_k * p.num_heads_k * plan.key_parts;
-      dk_parts_bytes = params.dk.data != nullptr ? aligned(rows * p.head_dim * 2) : 0;
-      dv_parts_bytes = params.dv.data != nullptr ? aligned(rows * p.head_dim_v * 2) : 0;
-    }
-  }
-  int64_t bytes() const {
-    return dq_accum_bytes + statistics_bytes + cleared_bytes() + dk_parts_bytes + dv_parts_bytes + packed_blocks_bytes;
-  }
-  int64_t cleared_bytes() const { return next_tile_bytes + dq_turns_bytes + dq_flags_bytes + prepared_bytes; }
-};
 
 bool is_causal(const ForwardParams& p) { return p.window_right >= 0 && p.window_left < 0; }
 
@@ -55,9 +15,8 @@ int64_t num_batch_heads(const BackwardPlan& plan, const ForwardParams& p) {
   return p.batch * p.num_heads_k * plan.key_parts;
 }
 
-/// Of packed sequences no more than these.
 int64_t num_tiles(const BackwardPlan& plan, const ForwardParams& p) {
-  const int64_t blocks = p.is_varlen_k() ? max_packed_blocks(plan, p) : p.batch * plan.num_n_blocks;
+  const int64_t blocks = p.is_varlen_k() ? plan.max_packed_blocks : p.batch * plan.num_n_blocks;
   return p.num_heads_k * plan.key_parts * blocks;
 }
 
@@ -122,6 +81,7 @@ void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& de
     plan.falling = plan.ordered_dq || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
     if (has_last_group(plan, p)) {
       last = heads_of_last_group(plan, heads);
+      plan.last_packed_blocks = static_cast<int>(ceil_div(plan.tiles_at_once, p.num_heads_k * plan.key_parts));
     } else {
       while (heads % group != 0) --group;  // no heads are left over for a last group
     }
@@ -132,10 +92,6 @@ void plan_order(BackwardPlan& plan, const ForwardParams& p, const DeviceInfo& de
   group = std::min(group, heads);
   plan.heads_per_group = static_cast<int>(group);
   plan.grouped_heads = static_cast<int>((heads - last) / group * group);
-}
-
-bool is_dense(const ForwardParams& p) {
-  return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
 }
 
 /// Whether packed sequences of queries and of keys have the same lengths: the host sees only that it is one tensor.
@@ -251,8 +207,6 @@ void plan_preparation(BackwardPlan& plan, const ForwardParams& p) {
   }
 }
 
-bool zeroes_dq(const BackwardPlan& plan) { return !plan.variant->fused_dq && !plan.ordered_dq && !plan.claims_dq; }
-
 }  // namespace
 
 const BackwardVariant& backward_variant_for(const ForwardParams& p) {
@@ -279,6 +233,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
   plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
+  if (p.is_varlen_k()) plan.max_packed_blocks = static_cast<int>(p.total_k / variant.block_n + p.batch);
   plan.prepared_heads = p.batch * p.num_heads;
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
   plan.num_tiles = static_cast<int>(num_tiles(plan, p));
@@ -296,6 +251,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   // to +1%, shorter -2%.
   const bool claims_pay = variant.dq_warp || variant.cluster > 1 || plan.falling;
   plan.claims_dq = claims_pay && !plan.ordered_dq;
+  plan.zeroes_dq = !plan.claims_dq && !plan.ordered_dq;
   plan.spread_starts = plan.claims_dq && !p.has_window();
   if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
@@ -304,135 +260,6 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan_preparation(plan, p);
   plan.dq_writing = plan_dq_writing(plan, params);
   return plan;
-}
-
-int64_t backward_workspace_bytes(const BackwardPlan& plan, const BackwardParams& params) {
-  return Workspace(plan, params).bytes();
-}
-
-void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream) {
-  const BackwardVariant& variant = *plan.variant;
-  const ForwardParams& p = params.forward;
-  const Workspace sizes(plan, params);
-  char* const workspace = static_cast<char*>(p.workspace);
-  float* const dq_accum = reinterpret_cast<float*>(workspace);
-  uint4* const statistics = reinterpret_cast<uint4*>(workspace + sizes.dq_accum_bytes);
-  int* const next_tile = reinterpret_cast<int*>(workspace + sizes.dq_accum_bytes + sizes.statistics_bytes);
-
-  const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
-  const auto q_map = [&](const TensorView& view, int64_t head_dim, int box_rows) {
-    return make_tensor_map(
-        {view, p.dtype, packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim},
-        box_rows);
-  };
-  const auto k_map = [&](const TensorView& view, int64_t heads, int64_t head_dim, int box_rows) {
-    return make_tensor_map(
-        {view, p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k, heads, head_dim},
-        box_rows);
-  };
-  BackwardKernelParams kernel{};
-  kernel.q = q_map(p.q, p.head_dim, variant.block_m);
-  kernel.dout = q_map(params.dout, p.head_dim_v, variant.block_m);
-  kernel.k = k_map(p.k, p.num_heads_k, p.head_dim, variant.map_rows);
-  kernel.v = k_map(p.v, p.num_heads_k, p.head_dim_v, variant.map_rows);
-  kernel.wants_dk = params.dk.data != nullptr;
-  kernel.wants_dv = params.dv.data != nullptr;
-  const int64_t key_heads = p.num_heads_k * plan.key_parts;
-  // (rows of k, key_heads, columns) in the workspace
-  const auto parts_view = [&](int64_t offset, int64_t columns) -> TensorView {
-    return {workspace + offset, packed_k ? 0 : p.seqlen_k * key_heads * columns, key_heads * columns, columns};
-  };
-  const int64_t dq_turns_offset = sizes.dq_accum_bytes + sizes.statistics_bytes + sizes.next_tile_bytes;
-  const int64_t dq_flags_offset = dq_turns_offset + sizes.dq_turns_bytes;
-  const int64_t prepared_offset = dq_flags_offset + sizes.dq_flags_bytes;
-  const int64_t dk_parts_offset = prepared_offset + sizes.prepared_bytes;
-  int* const dq_turns = sizes.dq_turns_bytes > 0 ? reinterpret_cast<int*>(workspace + dq_turns_offset) : nullptr;
-  const TensorView dk = plan.key_parts > 1 ? parts_view(dk_parts_offset, p.head_dim) : params.dk;
-  const TensorView dv =
-      plan.key_parts > 1 ? parts_view(dk_parts_offset + sizes.dk_parts_bytes, p.head_dim_v) : params.dv;
-  if (kernel.wants_dk) kernel.dk = k_map(dk, key_heads, p.head_dim, 16);
-  if (kernel.wants_dv) kernel.dv = k_map(dv, key_heads, p.head_dim_v, 16);
-  const DqWritingPlan& writing = plan.dq_writing;
-  int* const dq_flags = writing.enabled ? reinterpret_cast<int*>(workspace + dq_flags_offset) : nullptr;
-  if (writing.enabled) {
-    kernel.dq_writing = {dq_flags, writing.lag, writing.by_last_block};
-    kernel.dq_rows = q_map(params.dq, p.head_dim, kDqPieceRows);
-  }
-  if (plan.prepared_ahead > 0) {
-    RowPreparation& preparation = kernel.preparation;
-    preparation.out = q_map(p.out, p.head_dim_v, variant.block_m);
-    preparation.dlse = params.dlse;
-    preparation.prepared = reinterpret_cast<int*>(workspace + prepared_offset);
-    preparation.ahead = plan.prepared_ahead;
-    preparation.zeroes_dq = zeroes_dq(plan);
-  }
-  kernel.problem = p;
-  const int batch_heads = static_cast<int>(p.batch * key_heads);
-  const int64_t packed_blocks_offset = dk_parts_offset + sizes.dk_parts_bytes + sizes.dv_parts_bytes;
-  PackedBlocksParams packed{};
-  if (packed_k) {
-    packed.blocks = reinterpret_cast<PackedBlock*>(workspace + packed_blocks_offset);
-    packed.num_blocks = static_cast<int>(max_packed_blocks(plan, p));
-    packed.block_n = variant.block_n;
-    packed.heads = static_cast<int>(key_heads);
-    packed.last_blocks = has_last_group(plan, p) ? static_cast<int>(ceil_div(plan.tiles_at_once, key_heads)) : 0;
-  }
-  kernel.schedule = {batch_heads,
-                     plan.num_n_blocks,
-                     plan.num_tiles,
-                     plan.heads_per_group,
-                     plan.grouped_heads,
-                     plan.falling,
-                     plan.dynamic ? next_tile : nullptr,
-                     packed.blocks,
-                     packed.num_blocks,
-                     plan.wide_groups,
-                     plan.tiles_at_once};
-  kernel.heads_k = FastDivision(key_heads);
-  kernel.key_parts = FastDivision(plan.key_parts);
-  kernel.n_blocks = FastDivision(plan.num_n_blocks);
-  kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.group_tiles = FastDivision(plan.heads_per_group * plan.num_n_blocks);
-  kernel.num_blocks = plan.num_blocks;
-  kernel.num_m_blocks = plan.num_m_blocks;
-  kernel.dq_accum = dq_accum;
-  kernel.ordered_dq = plan.ordered_dq;
-  kernel.dq_turns = dq_turns;
-  kernel.spread_starts = plan.spread_starts;
-  kernel.dq = params.dq;
-  kernel.statistics = statistics;
-  // A wider window than the longest sequence sees no more.
-  kernel.seqlen_q = static_cast<int>(p.seqlen_q);
-  kernel.seqlen_k = static_cast<int>(p.seqlen_k);
-  kernel.group_size = static_cast<int>(p.group_size() / plan.key_parts);
-  kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
-  kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
-  kernel.dense = is_dense(p);
-  kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
-  kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));
-  kernel.softmax_scale = static_cast<float>(p.softmax_scale);
-  kernel.inverse_scale = 1.f / kernel.softmax_scale;
-  kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
-
-  const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
-  const BackwardRowsParams rows{params,
-                                variant.block_m,
-                                variant.dq_columns,
-                                plan.num_blocks,
-                                plan.num_m_blocks,
-                                dq_accum,
-                                kernel.softmax_scale / accum_factor,
-                                zeroes_dq(plan),
-                                statistics,
-                                plan.prepared_heads,
-                                plan.prepared_tiles,
-                                reinterpret_cast<uint4*>(next_tile),
-                                sizes.cleared_bytes() / static_cast<int64_t>(sizeof(uint4)),
-                                packed};
-  launch_prepare_rows(rows, stream);
-  (p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
-  if (params.dq.data != nullptr && !variant.fused_dq && !writing.enabled) launch_store_dq(rows, stream);
-  if (plan.key_parts > 1) launch_add_key_parts({params, dk, dv, plan.key_parts}, stream);
 }
 
 }  // namespace flash_attn::sm90

@@ -43,20 +43,30 @@ struct BackwardPlan {
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see backward_turns.h
   bool claims_dq = false;                // see claim_block
+  bool zeroes_dq = false;                // dq_accum, before tiles add to it
   bool spread_starts = false;            // see first_block_of_tile
   bool dynamic = false;                  // CTAs take tiles from a common counter
   int num_blocks = 0, num_m_blocks = 0;  // see BackwardKernelParams
+  // Of packed sequences: no more blocks of keys than these; see PackedBlocksParams::last_blocks.
+  int max_packed_blocks = 0, last_packed_blocks = 0;
   DqWritingPlan dq_writing;
   // By a launch of their own, see BackwardRowsParams; the others see RowPreparation.
   int64_t prepared_heads = 0, prepared_tiles = 0;
   int prepared_ahead = 0;  // RowPreparation::ahead; 0: none
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool is_dense(const ForwardParams& p) {
+  return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
+}
+
 /// The kernel for the problem's head dimensions that takes every problem.
 const BackwardVariant& backward_variant_for(const ForwardParams& params);
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const BackwardVariant& variant);
 
+// backward_params.cpp:
 int64_t backward_workspace_bytes(const BackwardPlan& plan, const BackwardParams& params);
 void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream);
 

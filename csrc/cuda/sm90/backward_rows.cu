@@ -32,14 +32,13 @@ __device__ const uint16_t* row_pointer(const TensorView& view, int64_t b, int64_
   return static_cast<const uint16_t*>(view.data) + b * view.batch + row * view.row + head * view.head;
 }
 
-/// The rows of this CTA, of the first prepared_heads. True, as below.
-__device__ bool find_rows(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
+/// The rows of this CTA, of the first prepared_heads.
+__device__ void find_rows(const BackwardRowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
   const uint32_t heads = params.prepared_heads, num_heads = params.problem.forward.num_heads;
   const uint32_t group = blockIdx.x / heads, all_heads = blockIdx.x - group * heads;
   b = all_heads / num_heads;
   info = sequence_info(params.problem.forward, b);
   at = row_group(params, info, b, all_heads - b * num_heads, group);
-  return true;
 }
 
 /// The same of the first prepared_tiles: those beside the keys of a tile, of each of its heads. False: no such tile.
@@ -76,7 +75,11 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
   SequenceInfo info;
   RowGroup at;
   uint32_t b;
-  if (!(params.prepared_tiles > 0 ? find_rows_beside(params, info, b, at) : find_rows(params, info, b, at))) return;
+  if (params.prepared_tiles > 0) {
+    if (!find_rows_beside(params, info, b, at)) return;
+  } else {
+    find_rows(params, info, b, at);
+  }
   if (at.row - at.row_in_block >= info.seqlen_q) return;  // a block that no tile visits
 
   const int64_t accum_row = at.block * params.block_m + at.row_in_block;

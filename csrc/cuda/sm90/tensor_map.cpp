@@ -31,17 +31,19 @@ bool holds(int64_t stride, int64_t size) {
 
 }  // namespace
 
+TensorMapSource query_rows(const ForwardParams& p, const TensorView& view, int64_t head_dim) {
+  const bool packed = p.is_varlen_q();
+  return {view, p.dtype, packed ? 1 : p.batch, packed ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim};
+}
+
+TensorMapSource key_rows(const ForwardParams& p, const TensorView& view, int64_t heads, int64_t head_dim) {
+  const bool packed = p.is_varlen_k();
+  return {view, p.dtype, packed ? 1 : p.batch, packed ? p.total_k : p.seqlen_k, p.seqlen_k, heads, head_dim};
+}
+
 ForwardSources forward_sources(const ForwardParams& p) {
-  const bool packed_q = p.is_varlen_q(), packed_k = p.is_varlen_k();
-  const TensorMapSource q{p.q,         p.dtype,   packed_q ? 1 : p.batch, packed_q ? p.total_q : p.seqlen_q, p.seqlen_q,
-                          p.num_heads, p.head_dim};
-  const TensorMapSource k{
-      p.k, p.dtype, packed_k ? 1 : p.batch, packed_k ? p.total_k : p.seqlen_k, p.seqlen_k, p.num_heads_k, p.head_dim};
-  ForwardSources sources{q, k, k, q};
-  sources.v.view = p.v;
-  sources.out.view = p.out;
-  sources.v.head_dim = sources.out.head_dim = p.head_dim_v;
-  return sources;
+  return {query_rows(p, p.q, p.head_dim), key_rows(p, p.k, p.num_heads_k, p.head_dim),
+          key_rows(p, p.v, p.num_heads_k, p.head_dim_v), query_rows(p, p.out, p.head_dim_v)};
 }
 
 const char* tensor_map_refuses(const TensorMapSource& s) {

@@ -19,6 +19,10 @@ struct TensorMapSource {
   int64_t heads, head_dim;
 };
 
+/// A tensor of a row for each query; of `heads` rows for each key.
+TensorMapSource query_rows(const ForwardParams& params, const TensorView& view, int64_t head_dim);
+TensorMapSource key_rows(const ForwardParams& params, const TensorView& view, int64_t heads, int64_t head_dim);
+
 /// The four tensors of a forward problem.
 struct ForwardSources {
   TensorMapSource q, k, v, out;
