@@ -258,6 +258,7 @@ def _many_tiles() -> list[Problem]:
             replace(sized, seqlen_q=520, seqlen_k=700, causal=2),
             replace(sized, seqlen_q=700, seqlen_k=520, causal=2),
             replace(sized, seqlen_q=700, seqlen_k=520),
+            replace(sized, seqlen_q=1000, seqlen_k=100, heads=32, heads_k=32),
             replace(sized, window=(100, 0)),
             replace(sized, window=(100, 50)),
             replace(sized, window=(100, -1)),

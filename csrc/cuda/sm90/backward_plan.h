@@ -66,7 +66,7 @@ const BackwardVariant& backward_variant_for(const ForwardParams& params);
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const BackwardVariant& variant);
 
-// backward_params.cpp:
+// In backward_params.cpp: how much workspace the plan needs, and all launches.
 int64_t backward_workspace_bytes(const BackwardPlan& plan, const BackwardParams& params);
 void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream);
 
