@@ -109,15 +109,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--suite", choices=SUITES, default="peers", help="problems; host is the host's time for each call")
     add("--pass", dest="passes", choices=PASSES, default="both", help="both is fwd and bwd; step is the two as one")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--head-dims", type=int, nargs="+", metavar="D")
-    add("--seqlens", type=int, nargs="+", metavar="S")
-    add("--causal", choices=["full", "causal", "both"], default="both")
-    add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+    Selection.add_arguments(parser)
     add("--only-backend", choices=BACKENDS, nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     add("--flex", action="store_true", help="FlexAttention too, which compiles for every problem")
     add("--rounds", type=int, default=9, help="samples of each call; their median counts (default 9)")
-    add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
-    add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
     add("--threads", type=int, help="torch.set_num_threads")
     add("--out", type=Path, help="folder for the JSON files; default results/DEVICE for a whole suite, else not saved")
     args = parser.parse_args()
@@ -142,16 +137,7 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    selection = Selection(
-        on_cuda=args.device == "cuda",
-        head_dims=args.head_dims,
-        causal={"full": (False,), "causal": (True,), "both": None}[args.causal],
-        seqlens=args.seqlens,
-        dtypes=args.dtype,
-        count=args.count,
-        seed=args.seed,
-    )
-    problems = problems_of(args.suite, selection)
+    problems = problems_of(args.suite, Selection.of_arguments(args))
     if not problems:
         raise SystemExit(f"suite {args.suite} has no problem of these sizes")
     head = report.header(torch.device(args.device))

@@ -37,15 +37,25 @@ class Build:
             raise SystemExit(
                 f"a build is name=folder[,VARIABLE=value ...] with a folder that holds flash_attn: {text!r}"
             )
+        self.folder = Path(folder).resolve()
         environment = os.environ | dict(setting.split("=", 1) for setting in settings)
-        search = [str(Path(folder).resolve()), str(Path(__file__).parent.resolve())]
+        search = [str(self.folder), str(Path(__file__).parent.resolve())]
         environment |= {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"}
         program = f"import compare; compare.serve({device!r}, {passes!r})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, question: object) -> Any:
+    def prepare(self, problem: Problem) -> None:
+        loaded = self._ask(asdict(problem))
+        if not Path(loaded).resolve().is_relative_to(self.folder):
+            raise SystemExit(f"{self.name} is in {self.folder}, but its Python finds {loaded}")
+
+    def milliseconds(self) -> float:
+        """Of a call of the problem."""
+        return float(self._ask(None))
+
+    def _ask(self, question: object) -> Any:
         """What `serve` says to it."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(question), file=self.process.stdin, flush=True)
@@ -56,7 +66,8 @@ class Build:
 
 
 def serve(device: str, passes: str) -> None:
-    """In a build's process: for a problem from standard input prepares its call, for null says its milliseconds."""
+    """In a build's process: for a problem from standard input prepares its call and says where the package is; for null
+    says how many milliseconds a call takes."""
     import timing
     from backends import Inputs, ours
     from bench import timed_call
@@ -83,31 +94,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--suite", choices=SUITES, default="peers")
     add("--pass", dest="passes", choices=("fwd", "bwd", "step"), default="bwd")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--head-dims", type=int, nargs="+", metavar="D")
-    add("--seqlens", type=int, nargs="+", metavar="S")
-    add("--causal", choices=["full", "causal", "both"], default="both")
-    add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+    Selection.add_arguments(parser)
     add("--rounds", type=int, default=7, help=f"turns of each build, of {SAMPLES} samples (default 7)")
-    add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
-    add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    causal = {"full": (False,), "causal": (True,), "both": None}[args.causal]
-    selection = Selection(
-        args.device == "cuda", args.head_dims, causal, args.seqlens, args.dtype, args.count, args.seed
-    )
     builds = [Build(text, args.device, args.passes) for text in args.builds]
     ratios: dict[str, list[float]] = {build.name: [] for build in builds}
-    for problem in problems_of(args.suite, selection):
+    for problem in problems_of(args.suite, Selection.of_arguments(args)):
         for build in builds:
-            build.ask(asdict(problem))
+            build.prepare(problem)
         times: dict[str, list[float]] = {build.name: [] for build in builds}
         for _ in range(args.rounds):
             for build in random.sample(builds, len(builds)):
-                times[build.name].append(build.ask(None))
+                times[build.name].append(build.milliseconds())
         medians = {name: statistics.median(values) for name, values in times.items()}
         first = medians[builds[0].name]
         for name, median in medians.items():

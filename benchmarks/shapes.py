@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -93,6 +94,22 @@ class Selection:
     dtypes: Sequence[str] | None = None
     count: int = 20
     seed: int = 0
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--head-dims", type=int, nargs="+", metavar="D")
+        add("--seqlens", type=int, nargs="+", metavar="S")
+        add("--causal", choices=["full", "causal", "both"], default="both")
+        add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+        add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
+        add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
+
+    @classmethod
+    def of_arguments(cls, args: argparse.Namespace) -> Selection:
+        """`args.device` is "cpu" or "cuda"."""
+        causal = {"full": (False,), "causal": (True,), "both": None}[args.causal]
+        return cls(args.device == "cuda", args.head_dims, causal, args.seqlens, args.dtype, args.count, args.seed)
 
     def apply(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems of the chosen sizes, each in every chosen dtype."""

@@ -142,7 +142,7 @@ bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
   if (p.seqlen_q > 512) return false;                     // longer ones are not measured
   if (n_blocks == 1 && p.group_size() == 1) return true;  // the other has no more tiles
   if (n_blocks <= 2) return 10 * heads >= 7 * at_once;
-  return n_blocks <= (p.window_right >= 0 ? 4 : 3) && 100 * heads >= 84 * at_once;
+  return n_blocks <= (is_causal(p) ? 4 : 3) && 100 * heads >= 84 * at_once;
 }
 
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.
