@@ -38,7 +38,7 @@ constexpr BackwardVariant variant(const char* name, int head_dim, int head_dim_v
   v.cluster = cluster;
   v.dq_warp = cluster == 1 && block_m < v.block_n;
   v.descends = block_m < v.block_n;
-  v.launch_bf16 = v.launch_fp16 = catch_kernel;
+  v.launch = v.launch_row_parts = {catch_kernel, catch_kernel};
   return v;
 }
 
@@ -73,7 +73,7 @@ void require(bool holds, const char* what) {
 
 /// Which paths the problems took, in this order in check_backward_order.
 struct Counts {
-  int turns, prepared, written, last_group, packed, packed_prepared, packed_written;
+  int turns, prepared, written, last_group, packed, packed_prepared, packed_written, row_parts;
 };
 
 class Random {
@@ -99,6 +99,7 @@ BackwardParams random_problem(Random& random) {
   p.num_heads = p.num_heads_k * (random.one_in(2) ? 1 : random.between(1, 8));
   p.batch = random.between(1, 1 + 250000 / (p.seqlen_k * p.num_heads_k));
   p.batch = std::min<int64_t>(p.batch, 64);
+  if (random.one_in(5)) p.batch = 1, p.num_heads_k = p.num_heads = random.between(1, 4);  // few tiles
   p.total_q = p.batch * p.seqlen_q;
   p.total_k = p.batch * p.seqlen_k;
   p.window_left = p.window_right = -1;
@@ -178,12 +179,18 @@ void check_tiles(const BackwardPlan& plan, const std::vector<int>& lengths, Coun
   counts.turns += plan.ordered_dq;
   counts.prepared += kernel.preparation.enabled();
   counts.written += kernel.dq_writing.enabled();
+  counts.row_parts += plan.row_parts > 1;
 }
 
 void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
   const BackwardKernelParams& kernel = caught.kernel;
   const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
   require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
+  const int64_t parts = kernel.row_parts.divisor;
+  require(heads * kernel.group_size == params.forward.batch * params.forward.num_heads * parts, "so many query heads");
+  require(parts * kernel.part_blocks >= kernel.num_m_blocks, "rows of no part");
+  require(parts == 1 || (parts - 1) * kernel.part_blocks < kernel.num_m_blocks, "a part without rows");
+  require(parts == 1 || kernel.part_blocks % 2 == 0, "a turn of two parts");
   check_tiles(plan, std::vector<int>(params.forward.batch, static_cast<int>(params.forward.seqlen_k)), counts);
 }
 
@@ -234,7 +241,7 @@ std::string describe(const BackwardParams& params, const DeviceInfo& device) {
 }  // namespace
 }  // namespace flash_attn::sm90
 
-/// What is wrong, and with which problem; empty if nothing. `counts` (7) as in Counts.
+/// What is wrong, and with which problem; empty if nothing. `counts` (8) as in Counts.
 extern "C" __attribute__((visibility("default"))) const char* check_backward_order(int problems, unsigned seed,
                                                                                    int* counts) {
   using namespace flash_attn;
@@ -260,8 +267,8 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
       return wrong.c_str();
     }
   }
-  const int all[] = {counted.turns,  counted.prepared,        counted.written,       counted.last_group,
-                     counted.packed, counted.packed_prepared, counted.packed_written};
+  const int all[] = {counted.turns,  counted.prepared,        counted.written,        counted.last_group,
+                     counted.packed, counted.packed_prepared, counted.packed_written, counted.row_parts};
   std::copy(std::begin(all), std::end(all), counts);
   return "";
 }

@@ -4,7 +4,7 @@
 
 `small`: a tile or two of every feature. `large`: several tiles for each CTA of a large GPU, so that CTAs work on what
 others have prepared, added up or written. `packed`: the same of packed sequences. `short`: more heads than CTAs, of a
-few blocks each.
+few blocks each. `few`: so few tiles that CTAs share out a head's query rows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,17 @@ def short(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     ]
 
 
-KINDS = {kind.__name__: kind for kind in (small, large, packed, short)}
+def few(head_dim: int, dtype: torch.dtype) -> list[Problem]:
+    sizes = {"batch": 1, "heads": 3, "heads_k": 3, "seqlen_q": 900, "seqlen_k": 900}
+    base = Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes)
+    return [
+        replace(base, causal=causal, deterministic=deterministic)
+        for causal in (ops.NONE, ops.TOP_LEFT)
+        for deterministic in (False, True)
+    ]
+
+
+KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few)}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_tile_waits_for_a_later_one(library: ctypes.CDLL, seed: int) -> None:
-    counts = (ctypes.c_int * 7)()
+    counts = (ctypes.c_int * 8)()
     library.check_backward_order.restype = ctypes.c_char_p
     assert library.check_backward_order(2500, seed, counts).decode() == ""
     assert all(count >= 20 for count in counts), str(list(counts))

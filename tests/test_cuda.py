@@ -290,6 +290,33 @@ def _many_tiles() -> list[Problem]:
     return problems
 
 
+def _few_tiles() -> list[Problem]:
+    """So few that CTAs have parts of a head's query rows."""
+    base = Problem(dtype=torch.bfloat16, batch=1, heads=3, heads_k=3, seqlen_q=900, seqlen_k=900)
+    problems = []
+    for d, d_v in ((64, 64), (72, 40), (96, 96), (128, 128), (192, 128), (192, 192), (256, 200)):
+        sized = replace(base, head_dim=d, head_dim_v=d_v)
+        problems += [
+            sized,
+            replace(sized, causal=ops.TOP_LEFT),
+            replace(sized, deterministic=True),
+            replace(sized, causal=ops.TOP_LEFT, deterministic=True, use_lse=True),
+            replace(sized, seqlen_q=1500, seqlen_k=100),
+            replace(sized, seqlen_q=1500, seqlen_k=700, causal=ops.BOTTOM_RIGHT),
+            replace(sized, seqlen_q=1000, seqlen_k=1500, causal=ops.BOTTOM_RIGHT, deterministic=True),
+            replace(sized, dtype=torch.float16, heads=4, heads_k=2, causal=ops.TOP_LEFT),
+            replace(sized, heads=1, heads_k=1, seqlen_q=4000, seqlen_k=4000, causal=ops.TOP_LEFT),
+            replace(sized, batch=2, used_q=True, used_k=True),
+            replace(sized, frozen=("k",), layout="heads_first"),
+        ]
+    return problems
+
+
+@pytest.mark.parametrize("problem", _few_tiles(), ids=repr)
+def test_gradients_of_few_tiles(problem: Problem) -> None:
+    check_all([problem], "cuda", reference_device="cuda")
+
+
 @pytest.mark.parametrize("problem", _many_tiles(), ids=repr)
 def test_gradients_of_many_tiles(problem: Problem) -> None:
     check_all([problem], "cuda", reference_device="cuda")

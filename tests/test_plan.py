@@ -180,6 +180,36 @@ def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
 
 @needs_sm90
 @pytest.mark.parametrize(
+    "heads, seqlen_q, changes, parts",
+    [
+        (4, 1024, {}, 4),
+        (4, 1024, {"deterministic": True}, 4),
+        (8, 1024, {}, 2),
+        (16, 1024, {}, 1),
+        (8, 512, {}, 4),
+        (16, 512, {}, 1),  # adding two parts up takes longer than half the rows
+        (1, 4096, {"causal": 1}, 6),
+        (1, 16384, {"causal": 1}, 2),
+        (8, 2304, {"causal": 1}, 1),
+        (1, 4096, {"causal": 1, "window_left": 100}, 1),
+        (4, 1024, {"head_dim": 256}, 2),
+        (8, 1024, {"head_dim": 256}, 1),
+        (8, 4096, {"seqlen_k": 100}, 16),
+        (0, 1024, {}, 1),
+    ],
+)
+def test_rows_are_shared_out_in_backward_where_tiles_are_few(
+    heads: int, seqlen_q: int, changes: dict[str, Any], parts: int
+) -> None:
+    """Shows in the workspace: two of dk and two of dv for each part, in 16 bits, beside dq_accum and statistics."""
+    columns, seqlen_k = changes.get("head_dim", 128), changes.get("seqlen_k", seqlen_q)
+    rows = plan(1, heads, seqlen_q, **changes)["backward"]["workspace_bytes"] - heads * seqlen_q * (columns * 4 + 16)
+    bytes_of_part = heads * seqlen_k * columns * 2 * 4
+    assert rows // max(bytes_of_part, 1 << 16) == (parts if parts > 1 else 0)
+
+
+@needs_sm90
+@pytest.mark.parametrize(
     "batch, heads, seqlen_q, changes, fused",
     [
         (1, 1, 100, {}, True),
@@ -192,7 +222,10 @@ def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
         (24, 16, 512, {"causal": 1}, True),
         (24, 16, 512, {"causal": 1, "window_left": 100}, False),  # not every row sees the first key
         (24, 16, 640, {"causal": 1}, False),
-        (60, 4, 600, {"seqlen_k": 100}, False),
+        (60, 4, 4000, {"seqlen_k": 100}, True),
+        (15, 4, 4000, {"seqlen_k": 100}, False),
+        (60, 4, 4000, {"seqlen_k": 200}, True),
+        (24, 16, 600, {"seqlen_k": 384}, False),
     ],
 )
 def test_a_short_heads_dq_stays_with_one_cta_where_these_are_busy(

@@ -19,9 +19,13 @@ struct BackwardShape {
   static constexpr bool kFusedDq = false;
 };
 
-template <typename Element_, typename Shape>
+/// kRowParts: a tile has a part of a head's query rows, and stores of its part of dk and dv also what rounding to 16
+/// bits leaves of them, so that their sums are as exact as without parts. Kernels of their own: with both in one the
+/// others took 0 to 1.5% longer, short ones 1.4 us.
+template <typename Element_, typename Shape, bool kRowParts_ = false>
 struct BackwardConfig : Shape {
   using Element = Element_;
+  static constexpr bool kRowParts = kRowParts_;
   static constexpr int kCtas = 1;       // that share a tile
   static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
   static constexpr int kBlockN = 64 * kConsumers;

@@ -274,15 +274,19 @@ struct BackwardConsumer {
 
   // -- epilogue
 
-  /// This warp's 16 rows of dK or dV through its own rows of a buffer, so that TMA writes whole rows.
+  /// This warp's 16 rows of dK or dV, or of what rounding leaves of them, through its own rows of a buffer, so that TMA
+  /// writes whole rows.
   SM90_DEVICE void store_rows(const float (&acc)[kHeadDim / 2], float scale, int panels, uint8_t* buffer,
-                              const CUtensorMap& map, const BackwardTile& tile) {
+                              const CUtensorMap& map, const BackwardTile& tile, bool rest) {
     const int row = 64 * warpgroup + 16 * warp;
     const uint32_t staging = shared_address(buffer) + row * 128;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       if (j / 4 >= panels) continue;  // these stay zero for the next tile
-      const auto pair = [&](int i) { return pack<Element>(acc[8 * j + i] * scale, acc[8 * j + i + 1] * scale); };
+      const auto pair = [&](int i) {
+        const auto packed = rest ? pack_rest<Element> : pack<Element>;
+        return packed(acc[8 * j + i] * scale, acc[8 * j + i + 1] * scale);
+      };
       const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
       stmatrix_x4(staging + j / 4 * Config::kPanelBytesKV + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
                   pair(6));
@@ -292,16 +296,29 @@ struct BackwardConsumer {
     if (lane == 0) {
       for (int panel = 0; panel < panels; ++panel) {
         tma_store(&map, staging + panel * Config::kPanelBytesKV,
-                  {64 * panel, tile.dkv_x + row, tile.dkv_y, tile.dkv_head, tile.kv_batch});
+                  {64 * panel, tile.dkv_x + row, tile.dkv_y, tile.dkv_head + rest, tile.kv_batch});
       }
     }
   }
 
+  SM90_DEVICE void store_gradient(const float (&acc)[kHeadDim / 2], float scale, int panels, uint8_t* buffer,
+                                  const CUtensorMap& map, const BackwardTile& tile) {
+    store_rows(acc, scale, panels, buffer, map, tile, false);
+    if constexpr (Config::kRowParts) {
+      if (lane == 0) {
+        tma_store_commit();
+        tma_store_wait_read();
+      }
+      __syncwarp();
+      store_rows(acc, scale, panels, buffer, map, tile, true);
+    }
+  }
+
   SM90_DEVICE void store_tile(const BackwardTile& tile) {
-    if (params.wants_dv) store_rows(dv, 1.f, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
+    if (params.wants_dv) store_gradient(dv, 1.f, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
     named_barrier_sync(kDsReady, 256);  // both consumers have read all of K
     if (params.wants_dk) {
-      store_rows(dk, params.softmax_scale, params.panels, shared.k[tiles.stage_kv()], params.dk, tile);
+      store_gradient(dk, params.softmax_scale, params.panels, shared.k[tiles.stage_kv()], params.dk, tile);
     }
     if (lane == 0) {
       tma_store_commit();

@@ -16,6 +16,10 @@ void launch_backward_kernel(const BackwardKernelParams& params, int grid, cudaSt
   launch_dependent(kernel, dim3(grid), Config::kThreads, kSharedBytes, stream, params, "backward");
 }
 
+template <typename Shape, bool kRowParts>
+constexpr BackwardLaunch kLaunchBackward = {launch_backward_kernel<BackwardConfig<__nv_bfloat16, Shape, kRowParts>>,
+                                            launch_backward_kernel<BackwardConfig<__half, Shape, kRowParts>>};
+
 template <typename Shape>
 constexpr BackwardVariant backward_variant(const char* name) {
   using Config = BackwardConfig<__nv_bfloat16, Shape>;
@@ -29,8 +33,8 @@ constexpr BackwardVariant backward_variant(const char* name) {
   variant.dq_warp = Config::kDqWarp;
   variant.fused_dq = Config::kFusedDq;
   variant.descends = Config::kDescends;
-  variant.launch_bf16 = launch_backward_kernel<Config>;
-  variant.launch_fp16 = launch_backward_kernel<BackwardConfig<__half, Shape>>;
+  variant.launch = kLaunchBackward<Shape, false>;
+  if constexpr (!Config::kFusedDq) variant.launch_row_parts = kLaunchBackward<Shape, true>;
   return variant;
 }
 

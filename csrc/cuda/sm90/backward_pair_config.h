@@ -7,9 +7,10 @@
 
 namespace flash_attn::sm90 {
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_>
+template <typename Element_, int kHeadDim_, int kHeadDimV_, bool kRowParts_ = false>
 struct BackwardPairConfig {
   using Element = Element_;
+  static constexpr bool kRowParts = kRowParts_;                       // as in BackwardConfig
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
   static constexpr int kCtas = 2;
   static constexpr bool kDescends = true;  // as in BackwardConfig

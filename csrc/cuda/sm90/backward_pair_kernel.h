@@ -300,14 +300,17 @@ struct BackwardPairConsumer {
     }
   }
 
-  // -- epilogue: this warp's 16 rows of dV or dK, through V's or K's buffer
+  // -- epilogue: this warp's 16 rows of dV or dK, or of what rounding leaves of them, through V's or K's buffer
 
-  SM90_DEVICE void store_rows(float scale, uint8_t* buffer, const CUtensorMap& map) {
+  SM90_DEVICE void store_rows(float scale, uint8_t* buffer, const CUtensorMap& map, bool rest) {
     const uint32_t staging = shared_address(buffer) + 16 * warp * 128;
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       const float* const x = &acc[16 * j / kPartColumns][8 * (j % (kPartColumns / 16))];
-      const auto pair = [&](int i) { return pack<Element>(x[i] * scale, x[i + 1] * scale); };
+      const auto pair = [&](int i) {
+        const auto packed = rest ? pack_rest<Element> : pack<Element>;
+        return packed(x[i] * scale, x[i + 1] * scale);
+      };
       const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
       stmatrix_x4(staging + j / 4 * Config::kPanelBytes + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
                   pair(6));
@@ -318,10 +321,18 @@ struct BackwardPairConsumer {
     const BackwardTile& tile = shared.tile;
     for (int panel = 0; panel < (kScores ? params.panels_v : params.panels); ++panel) {
       tma_store(&map, staging + panel * Config::kPanelBytes,
-                {64 * panel, tile.dkv_x + rank * Config::kRowsN + 16 * warp, tile.dkv_y, tile.dkv_head, tile.kv_batch});
+                {64 * panel, tile.dkv_x + rank * Config::kRowsN + 16 * warp, tile.dkv_y, tile.dkv_head + rest,
+                 tile.kv_batch});
     }
     tma_store_commit();
     tma_store_wait();  // shared memory must outlive the stores
+  }
+
+  SM90_DEVICE void store_gradients(bool rest) {
+    if (kScores && params.wants_dv) store_rows(1.f / Config::kProbabilityFactor, shared.v, params.dv, rest);
+    if (!kScores && params.wants_dk) {
+      store_rows(params.softmax_scale / Config::kProbabilityFactor, shared.k, params.dk, rest);
+    }
   }
 
   SM90_DEVICE void run() {
@@ -332,9 +343,10 @@ struct BackwardPairConsumer {
     steps = (shared.tile.m_end - shared.tile.m_begin) * shared.tile.num_heads;
     if (steps > 0) process_tile();
     named_barrier_sync(kPairBoth, 256);
-    if (kScores && params.wants_dv) store_rows(1.f / Config::kProbabilityFactor, shared.v, params.dv);
-    if (!kScores && params.wants_dk) {
-      store_rows(params.softmax_scale / Config::kProbabilityFactor, shared.k, params.dk);
+    store_gradients(false);
+    if constexpr (Config::kRowParts) {
+      __syncwarp();
+      store_gradients(true);
     }
   }
 };

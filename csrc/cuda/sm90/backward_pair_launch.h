@@ -16,6 +16,11 @@ void launch_backward_pair_kernel(const BackwardKernelParams& params, int grid, c
   launch_dependent(kernel, dim3(grid), Config::kThreads, kSharedBytes, stream, params, "backward");
 }
 
+template <int kHeadDim, int kHeadDimV, bool kRowParts>
+constexpr BackwardLaunch kLaunchBackwardPair = {
+    launch_backward_pair_kernel<BackwardPairConfig<__nv_bfloat16, kHeadDim, kHeadDimV, kRowParts>>,
+    launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV, kRowParts>>};
+
 template <int kHeadDim, int kHeadDimV>
 constexpr BackwardVariant backward_pair_variant(const char* name) {
   using Config = BackwardPairConfig<__nv_bfloat16, kHeadDim, kHeadDimV>;
@@ -30,8 +35,8 @@ constexpr BackwardVariant backward_pair_variant(const char* name) {
   variant.cluster = 2;
   variant.accum_factor_bf16 = Config::kProbabilityFactor;
   variant.descends = Config::kDescends;
-  variant.launch_bf16 = launch_backward_pair_kernel<Config>;
-  variant.launch_fp16 = launch_backward_pair_kernel<BackwardPairConfig<__half, kHeadDim, kHeadDimV>>;
+  variant.launch = kLaunchBackwardPair<kHeadDim, kHeadDimV, false>;
+  variant.launch_row_parts = kLaunchBackwardPair<kHeadDim, kHeadDimV, true>;
   return variant;
 }
 

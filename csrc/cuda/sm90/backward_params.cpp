@@ -40,7 +40,7 @@ struct Workspace {
     place(dq_flags, plan.dq_writing.enabled ? plan.num_tiles : 0);
     place(prepared, plan.prepared_ahead > 0 ? p.batch * p.num_heads : 0);
     cleared_bytes += bytes;
-    const int64_t part_rows = plan.key_parts > 1 ? p.total_k * p.num_heads_k * plan.key_parts : 0;
+    const int64_t part_rows = plan.key_parts > 1 ? p.total_k * p.num_heads_k * stored_parts(plan) : 0;
     place(dk_parts, params.dk.data != nullptr ? part_rows * p.head_dim : 0);
     place(dv_parts, params.dv.data != nullptr ? part_rows * p.head_dim_v : 0);
     place(packed_blocks, p.is_varlen_k() ? plan.max_packed_blocks + 1 : 0);
@@ -53,7 +53,7 @@ struct KeyGradients {
   int64_t heads;
 
   KeyGradients(const BackwardPlan& plan, const BackwardParams& params, const Workspace& workspace)
-      : dk(params.dk), dv(params.dv), heads(params.forward.num_heads_k * plan.key_parts) {
+      : dk(params.dk), dv(params.dv), heads(params.forward.num_heads_k * stored_parts(plan)) {
     if (plan.key_parts == 1) return;
     dk = parts(params.forward, workspace.dk_parts, params.forward.head_dim);
     dv = parts(params.forward, workspace.dv_parts, params.forward.head_dim_v);
@@ -111,7 +111,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   BackwardKernelParams kernel{};
   kernel.problem = p;
   kernel.schedule = schedule(plan, p, workspace);
-  kernel.heads_k = FastDivision(gradients.heads);
+  kernel.heads_k = FastDivision(p.num_heads_k * plan.key_parts);
   kernel.key_parts = FastDivision(plan.key_parts);
   kernel.n_blocks = FastDivision(plan.num_n_blocks);
   kernel.heads_per_group = FastDivision(plan.heads_per_group);
@@ -135,7 +135,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   }
   kernel.seqlen_q = static_cast<int>(p.seqlen_q);
   kernel.seqlen_k = static_cast<int>(p.seqlen_k);
-  kernel.group_size = static_cast<int>(p.group_size() / plan.key_parts);
+  kernel.group_size = static_cast<int>(p.group_size() * plan.row_parts / plan.key_parts);
   kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
   kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
   kernel.dense = is_dense(p);
@@ -147,6 +147,8 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   kernel.wants_dk = params.dk.data != nullptr;
   kernel.wants_dv = params.dv.data != nullptr;
+  kernel.row_parts = FastDivision(plan.row_parts);
+  kernel.part_blocks = plan.part_blocks;
   set_tensor_maps(kernel, plan, params, gradients);
   return kernel;
 }
@@ -184,9 +186,10 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cud
   const BackwardKernelParams kernel = kernel_params(plan, params, workspace, gradients);
   const BackwardRowsParams rows = rows_params(plan, params, workspace);
   launch_prepare_rows(rows, stream);
-  (params.forward.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16)(kernel, plan.grid, stream);
+  const BackwardLaunch& launch = plan.row_parts > 1 ? variant.launch_row_parts : variant.launch;
+  (params.forward.dtype == DType::kBFloat16 ? launch.bf16 : launch.fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && !variant.fused_dq && !plan.dq_writing.enabled) launch_store_dq(rows, stream);
-  if (plan.key_parts > 1) launch_add_key_parts({params, gradients.dk, gradients.dv, plan.key_parts}, stream);
+  if (plan.key_parts > 1) launch_add_key_parts({params, gradients.dk, gradients.dv, stored_parts(plan)}, stream);
 }
 
 }  // namespace flash_attn::sm90

@@ -93,7 +93,7 @@ struct BackwardKernelParams {
   uint4* statistics;  // (num_heads * num_blocks, kBlockM), see backward_statistics.h
   // Of problem, in 32 bits.
   int window_left, window_right, seqlen_q, seqlen_k;
-  int group_size;  // query heads of a tile: those of a key head over key_parts
+  int group_size;  // query heads of a tile
   int panels,
       panels_v;  // of 64 columns that q, k and v, dout have: a box beyond them must not be loaded (tensor_map.h)
   bool dense;    // all sequences are of seqlen_q and seqlen_k
@@ -101,6 +101,9 @@ struct BackwardKernelParams {
   FastDivision n_blocks, group_tiles, heads_per_group;
   float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
+  // With Config::kRowParts: how many tiles have parts of a head's rows, and how many query blocks each of them has.
+  FastDivision row_parts;
+  int part_blocks;
 };
 
 /// With cu_seqlens, sequence b of n rows has n / kBlockM rounded up blocks: these never reach into those of b + 1.

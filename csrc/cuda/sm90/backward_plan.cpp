@@ -42,9 +42,42 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p) {
   return tried.key_parts;
 }
 
+/// Tiles that see something, if each has so many query blocks of one head: without a mask all, in causal attention
+/// about half.
+int64_t num_seeing_tiles(const BackwardPlan& plan, const ForwardParams& p, int64_t blocks) {
+  const int64_t heads = num_batch_heads(plan, p), parts = ceil_div(plan.num_m_blocks, blocks);
+  if (!is_causal(p)) return heads * parts * plan.num_n_blocks;
+  const int64_t diagonal = p.causal == Causal::kTopLeft ? 0 : p.seqlen_k - p.seqlen_q;
+  int64_t tiles = 0;
+  for (int64_t part = 1; part <= parts; ++part) {
+    const int64_t rows = std::min(part * blocks * plan.variant->block_m, p.seqlen_q) + diagonal + p.window_right;
+    tiles += heads * clamp<int64_t>(ceil_div(rows, plan.variant->block_n), 0, plan.num_n_blocks);
+  }
+  return tiles;
+}
+
+/// How many query blocks a tile has where there are fewer tiles than SMs: so few that all SMs work and all tiles that
+/// see something can run at once; or half of a head's in causal attention, if they are many. It has to save so many
+/// rows that adding up the parts is worth it. [H200, us with 1, 2, 3, 4, 6, 8 parts of the rows: d128 4 heads of 1k
+/// full 50, 42, 40, 36, 36, 48; 2 of 4k causal 140, 91, 75, 92, 93, 102; 1 of 16k causal 506, 294, 417, 365, 373, 370;
+/// 16 of 512 37, 38, 38, 50; d256 4 of 512 41, 43, 43, 45.]
+int64_t part_blocks(const BackwardPlan& plan, const ForwardParams& p) {
+  const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once, all = plan.num_m_blocks;
+  if (p.is_varlen_k() || tiles == 0 || tiles > at_once || (p.has_window() && !is_causal(p))) return all;
+  const auto blocks_of_parts = [&](int64_t parts) {
+    return ceil_div(ceil_div(all, parts), 2) * 2;  // where the order is fixed a turn may be for two
+  };
+  int64_t parts = at_once / tiles;
+  while (parts < all && num_seeing_tiles(plan, p, blocks_of_parts(parts + 1)) <= at_once) ++parts;
+  if (is_causal(p) && p.seqlen_q >= 2048) parts = std::max<int64_t>(parts, 2);
+  const int64_t blocks = blocks_of_parts(parts), worthwhile = plan.variant->cluster > 1 ? 512 : 384;
+  return (all - blocks) * plan.variant->block_m >= worthwhile ? blocks : all;
+}
+
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
 int64_t heads_in_l2(const BackwardPlan& plan, const ForwardParams& p, int64_t l2_bytes) {
-  const int64_t bytes_per_head = p.seqlen_q * (p.group_size() / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+  const int64_t bytes_per_head =
+      p.seqlen_q * (p.group_size() * plan.row_parts / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
   return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
 }
 
@@ -114,7 +147,7 @@ struct ExpectedTiles {
 bool shares_rows(const BackwardPlan& plan, const ForwardParams& p) {
   const bool in_32_bits = int64_t{plan.num_n_blocks + 1} * plan.num_m_blocks < INT32_MAX &&
                           int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
-  return (is_dense(p) || has_same_lengths(p)) && in_32_bits;
+  return (is_dense(p) || has_same_lengths(p)) && in_32_bits && plan.row_parts == 1;
 }
 
 /// Of a group of heads, but for the last group of a dense batch.
@@ -135,14 +168,16 @@ bool takes_fused_dq(const BackwardParams& params) {
 /// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled. [H200, time of the other
 /// over its time, with 100, 76 to 85, 61 to 67% of the CTAs of all rounds busy. Full 128 rows 1.17 to 1.19, 1.15
 /// to 1.20, 1.14 to 1.18; 256 1.20 to 1.23, 1.06 to 1.19, 0.98; 384 1.07 to 1.10, 0.91 to 1.06, 0.82; causal 256 1.14
-/// to 1.24, 1.03 to 1.26, 0.96; 512 1.03 to 1.20, 0.88 to 1.15, 0.83.]
+/// to 1.24, 1.03 to 1.26, 0.96; 512 1.03 to 1.20, 0.88 to 1.15, 0.83. 1,024 to 16,384 query rows on 64 to 128 keys with
+/// 100, 76, 50, 15%: 1.34 to 1.64, 1.26 to 1.36, 1.09 to 1.12, 0.78 to 0.95; on 200 to 256 keys with 100, 76%: 1.13
+/// to 1.29, 1.04 to 1.12; on 384: 0.94 to 1.02.]
 bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
-  const int64_t n_blocks = ceil_div(p.seqlen_k, kBackwardD64Fused.block_n);
-  if (p.seqlen_q > 512) return false;                     // longer ones are not measured
-  if (n_blocks == 1 && p.group_size() == 1) return true;  // the other has no more tiles
-  if (n_blocks <= 2) return 10 * heads >= 7 * at_once;
-  return n_blocks <= (is_causal(p) ? 4 : 3) && 100 * heads >= 84 * at_once;
+  const int64_t n_blocks = ceil_div(p.seqlen_k, kBackwardD64Fused.block_n), busy_percent = 100 * heads / at_once;
+  const bool few_rows = p.seqlen_q <= 512;
+  if (n_blocks == 1 && p.group_size() == 1) return few_rows || busy_percent >= 50;  // the other has no more tiles
+  if (n_blocks <= 2) return busy_percent >= 70;
+  return few_rows && n_blocks <= (is_causal(p) ? 4 : 3) && busy_percent >= 84;
 }
 
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.
@@ -236,6 +271,12 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   if (p.is_varlen_k()) plan.max_packed_blocks = static_cast<int>(p.total_k / variant.block_n + p.batch);
   plan.prepared_heads = p.batch * p.num_heads;
   if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
+  plan.part_blocks = plan.num_m_blocks;
+  if (!variant.fused_dq && plan.key_parts == p.group_size()) {
+    plan.part_blocks = static_cast<int>(part_blocks(plan, p));
+    if (plan.part_blocks > 0) plan.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.part_blocks));
+    plan.key_parts *= plan.row_parts;
+  }
   plan.num_tiles = static_cast<int>(num_tiles(plan, p));
   plan.grid = plan.num_tiles * variant.cluster;
   plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;

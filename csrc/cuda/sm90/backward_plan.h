@@ -9,7 +9,12 @@ namespace flash_attn::sm90 {
 
 struct BackwardKernelParams;
 
-/// One compiled kernel, for bf16 and fp16.
+struct BackwardLaunch {
+  void (*bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
+  void (*fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
+};
+
+/// One kernel, as compiled for bf16 and fp16.
 struct BackwardVariant {
   const char* name;
   int head_dim, head_dim_v;  // the largest it takes
@@ -20,8 +25,7 @@ struct BackwardVariant {
   float accum_factor_bf16 = 1.f;  // what dq_accum holds over dQ, of bf16
   bool dq_warp, descends;         // see BackwardShape, BackwardConfig
   bool fused_dq;                  // takes all tiles of a head in one CTA, which is an order too: see BackwardShape
-  void (*launch_bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
-  void (*launch_fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
+  BackwardLaunch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 
 // Each in its own .cu file, see plan_backward() for the choice.
@@ -39,7 +43,8 @@ struct BackwardPlan {
   // See BackwardSchedule.
   int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
   bool falling = false, wide_groups = false;
-  int key_parts = 1;                     // tiles that share out the query heads of a key head
+  int key_parts = 1;                     // tiles that share out the query heads of a key head, or their rows:
+  int row_parts = 1, part_blocks = 0;    // of these, how many have one head's rows between them; their query blocks
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see backward_turns.h
   bool claims_dq = false;                // see claim_block
@@ -54,6 +59,9 @@ struct BackwardPlan {
   int64_t prepared_heads = 0, prepared_tiles = 0;
   int prepared_ahead = 0;  // RowPreparation::ahead; 0: none
 };
+
+/// Gradients of a key head that its parts store, see Config::kRowParts.
+inline int stored_parts(const BackwardPlan& plan) { return plan.row_parts > 1 ? 2 * plan.key_parts : plan.key_parts; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

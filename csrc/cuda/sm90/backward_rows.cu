@@ -176,44 +176,46 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
   }
 }
 
+/// Of `rows` rows of a key head.
 template <typename Element>
-__device__ void add_key_parts(const TensorView& parts, const TensorView& sum, int key_parts, int64_t columns,
-                              int64_t batch, int64_t row, int64_t rows, int64_t heads) {
+__device__ void add_key_parts(const TensorView& parts, const TensorView& sum, int key_parts, uint32_t columns,
+                              int64_t batch, int64_t row, int64_t rows, int64_t head) {
   if (sum.data == nullptr) return;
-  const int64_t chunks = columns / 8;
-  for (int64_t i = threadIdx.x; i < rows * heads * chunks; i += kThreads) {
-    const int64_t chunk = i % chunks, head = i / chunks % heads, to_row = row + i / chunks / heads;
+  const uint32_t chunks = columns / 8;
+  for (uint32_t i = threadIdx.x; i < rows * chunks; i += kThreads) {
+    const uint32_t in_rows = i / chunks, chunk = i - in_rows * chunks;
+    const uint16_t* from = row_pointer(parts, batch, row + in_rows, head * key_parts);
     float total[8] = {};
-    for (int part = 0; part < key_parts; ++part) {
-      const uint4 x =
-          __ldcs(reinterpret_cast<const uint4*>(row_pointer(parts, batch, to_row, head * key_parts + part)) + chunk);
+#pragma unroll 8
+    for (int part = 0; part < key_parts; ++part, from += parts.head) {
+      const uint4 x = __ldcs(reinterpret_cast<const uint4*>(from) + chunk);
       const Element* const elements = reinterpret_cast<const Element*>(&x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) total[e] += static_cast<float>(elements[e]);
     }
-    auto* const to = const_cast<uint16_t*>(row_pointer(sum, batch, to_row, head));
+    auto* const to = const_cast<uint16_t*>(row_pointer(sum, batch, row + in_rows, head));
     reinterpret_cast<uint4*>(to)[chunk] = {pack<Element>(total[0], total[1]), pack<Element>(total[2], total[3]),
                                            pack<Element>(total[4], total[5]), pack<Element>(total[6], total[7])};
   }
 }
 
-constexpr int kKeyRows = 16;  // of a CTA
+constexpr int kKeyRows = 16;  // of a CTA, of one head's dk or dv
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     add_key_parts_kernel(const __grid_constant__ BackwardKeyPartsParams params) {
   const ForwardParams& p = params.problem.forward;
-  const uint32_t groups = (static_cast<uint32_t>(p.seqlen_k) + kKeyRows - 1) / kKeyRows, b = blockIdx.x / groups;
+  const uint32_t groups = (static_cast<uint32_t>(p.seqlen_k) + kKeyRows - 1) / kKeyRows, heads = p.num_heads_k;
+  const uint32_t all_groups = blockIdx.x / heads, head = blockIdx.x - all_groups * heads, b = all_groups / groups;
   const SequenceInfo info = sequence_info(p, b);
-  const int64_t first = int64_t{blockIdx.x - b * groups} * kKeyRows;
+  const int64_t first = int64_t{all_groups - b * groups} * kKeyRows;
   const int64_t rows = info.seqlen_k_padded - first < kKeyRows ? info.seqlen_k_padded - first : kKeyRows;
   grid_dependency_wait();
   if (rows <= 0) return;
   const int64_t batch = p.cu_seqlens_k != nullptr ? 0 : b, row = info.k_row + first;
-  add_key_parts<Element>(params.dk_parts, params.problem.dk, params.key_parts, p.head_dim, batch, row, rows,
-                         p.num_heads_k);
-  add_key_parts<Element>(params.dv_parts, params.problem.dv, params.key_parts, p.head_dim_v, batch, row, rows,
-                         p.num_heads_k);
+  const bool is_dk = blockIdx.y == 0;
+  add_key_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
+                         params.key_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
 }
 
 /// Rows [begin, end) of a packed tensor.
@@ -293,9 +295,9 @@ void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream) 
 
 void launch_add_key_parts(const BackwardKeyPartsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
-  const int64_t ctas = p.batch * ((p.seqlen_k + kKeyRows - 1) / kKeyRows);
+  const int64_t ctas = p.batch * ((p.seqlen_k + kKeyRows - 1) / kKeyRows) * p.num_heads_k;
   const auto kernel = p.dtype == DType::kBFloat16 ? add_key_parts_kernel<__nv_bfloat16> : add_key_parts_kernel<__half>;
-  launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, stream, params, "backward dk dv");
+  launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, params, "backward dk dv");
 }
 
 void launch_store_dq(const BackwardRowsParams& params, cudaStream_t stream) {

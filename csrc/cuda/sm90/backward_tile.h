@@ -1,6 +1,7 @@
 // A tile is kBlockN rows of k and v of one key head, with the query rows that see them, of the query heads that read
-// this key head, or of a part of these heads: few key heads would make too few tiles. Each part has its own dk and dv
-// then, which are added up afterwards. The producer turns an index in the order of tiles (backward_order.h) into a
+// this key head. Where this would make too few tiles it is one of key_parts, each of which has a part of these heads;
+// or each has a part of one head's rows, if there are row_parts times as many as heads. Each part has its own dk and
+// dv, which are added up afterwards. The producer turns an index in the order of tiles (backward_order.h) into a
 // BackwardTile, the other warps work on that alone.
 #pragma once
 
@@ -54,6 +55,19 @@ SM90_DEVICE int next_block(const BackwardTile& tile, int m_block) {
   return Config::kDescends && m_block < tile.m_begin ? tile.m_end - 1 : m_block;
 }
 
+/// Leaves of the tile's query blocks those of its part.
+template <typename Config>
+SM90_DEVICE void take_part_of_rows(const BackwardKernelParams& params, BackwardTile& tile) {
+  asm volatile("" ::: "memory");  // from shared memory: see make_backward_tile
+  const int parts = params.row_parts.divisor, begin = tile.batch_head % parts * params.part_blocks;
+  const int m_end = min(tile.m_end, begin + params.part_blocks), m_begin = min(max(tile.m_begin, begin), m_end);
+  tile.m_first = block_step<Config>(tile) < 0 ? m_end - 1
+                 : params.spread_starts ? max(min(begin + params.row_parts.quotient(tile.m_first), m_end - 1), m_begin)
+                                        : m_begin;
+  tile.m_begin = m_begin;
+  tile.m_end = m_end;
+}
+
 /// False if there are no more. Writes field by field to shared memory: the scheduler has few registers. Without lengths
 /// on the device it reads 32-bit parameters alone, because a CTA's first tile waits for this.
 template <typename Config>
@@ -76,6 +90,10 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
 
   int seqlen_q = params.seqlen_q, seqlen_k = params.seqlen_k, diagonal;
   int block = head_k * params.group_size * params.num_blocks;
+  if constexpr (Config::kRowParts) {
+    tile.q_head = params.row_parts.quotient(head_k);
+    block = tile.q_head * params.num_blocks;
+  }
   tile.q_batch = tile.kv_batch = b;
   if (params.dense) {
     diagonal = params.problem.causal == Causal::kTopLeft ? 0 : seqlen_k - seqlen_q;
@@ -121,9 +139,10 @@ SM90_DEVICE bool make_backward_tile(const BackwardKernelParams& params, int inde
   tile.seqlen_k = seqlen_k;
   tile.block = block;
   tile.num_heads = params.group_size;
-  tile.q_head = head_k * params.group_size;
+  if constexpr (!Config::kRowParts) tile.q_head = head_k * params.group_size;
   tile.kv_head = params.key_parts.quotient(head_k);
-  tile.dkv_head = head_k;
+  tile.dkv_head = Config::kRowParts ? 2 * head_k : head_k;
+  if constexpr (Config::kRowParts) take_part_of_rows<Config>(params, tile);
   return true;
 }
 

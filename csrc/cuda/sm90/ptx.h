@@ -164,4 +164,14 @@ SM90_DEVICE uint32_t pack<__half>(float low, float high) {
   return r;
 }
 
+/// The same of what this rounding leaves of them; of infinity nothing.
+template <typename Element>
+SM90_DEVICE uint32_t pack_rest(float low, float high) {
+  const auto rest = [](float x) {
+    const float rounded = static_cast<float>(static_cast<Element>(x));
+    return isinf(rounded) ? 0.f : x - rounded;
+  };
+  return pack<Element>(rest(low), rest(high));
+}
+
 }  // namespace flash_attn::sm90
