@@ -60,7 +60,8 @@ int64_t num_seeing_tiles(const BackwardPlan& plan, const ForwardParams& p, int64
 /// see something can run at once; or half of a head's in causal attention, if they are many. It has to save so many
 /// rows that adding up the parts is worth it. [H200, us with 1, 2, 3, 4, 6, 8 parts of the rows: d128 4 heads of 1k
 /// full 50, 42, 40, 36, 36, 48; 2 of 4k causal 140, 91, 75, 92, 93, 102; 1 of 16k causal 506, 294, 417, 365, 373, 370;
-/// 16 of 512 37, 38, 38, 50; d256 4 of 512 41, 43, 43, 45.]
+/// 16 of 512 37, 38, 38, 50; d256 4 of 512 41, 43, 43, 45. Saving 384 rows: 12 of 768 causal 0.95, 8 of 512 0.98 to
+/// 1.02, 8 heads on 2 1.16.]
 int64_t part_blocks(const BackwardPlan& plan, const ForwardParams& p) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once, all = plan.num_m_blocks;
   if (p.is_varlen_k() || tiles == 0 || tiles > at_once || (p.has_window() && !is_causal(p))) return all;
@@ -70,8 +71,9 @@ int64_t part_blocks(const BackwardPlan& plan, const ForwardParams& p) {
   int64_t parts = at_once / tiles;
   while (parts < all && num_seeing_tiles(plan, p, blocks_of_parts(parts + 1)) <= at_once) ++parts;
   if (is_causal(p) && p.seqlen_q >= 2048) parts = std::max<int64_t>(parts, 2);
-  const int64_t blocks = blocks_of_parts(parts), worthwhile = plan.variant->cluster > 1 ? 512 : 384;
-  return (all - blocks) * plan.variant->block_m >= worthwhile ? blocks : all;
+  const bool adds_parts_anyway = plan.key_parts > 1 && plan.variant->cluster == 1;
+  const int64_t blocks = blocks_of_parts(parts), saved_rows = (all - blocks) * plan.variant->block_m;
+  return saved_rows >= (adds_parts_anyway ? 384 : 512) ? blocks : all;
 }
 
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
