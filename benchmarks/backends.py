@@ -28,14 +28,14 @@ class Inputs:
         self.problem, self.device = problem, device
         generator = torch.Generator(device).manual_seed(seed)
 
-        def random(heads: int) -> Tensor:
-            rows = (problem.tokens,) if problem.lengths else (problem.batch, problem.seqlen)
+        def random(heads: int, seqlen: int) -> Tensor:
+            rows = (problem.tokens,) if problem.lengths else (problem.batch, seqlen)
             shape = (*rows, heads, problem.head_dim)
             return torch.randn(shape, device=device, generator=generator).to(DTYPES[problem.dtype])
 
         # (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) when packed
-        self.q, self.dout = random(problem.heads), random(problem.heads)
-        self.k, self.v = random(problem.kv_heads), random(problem.kv_heads)
+        self.q, self.dout = (random(problem.heads, problem.seqlen) for _ in range(2))
+        self.k, self.v = (random(problem.kv_heads, problem.keys) for _ in range(2))
         self.mask = self._mask(generator)
         if problem.lengths:
             starts = torch.tensor([0, *problem.lengths]).cumsum(0)
@@ -184,7 +184,7 @@ def _torch(backend: SDPBackend) -> Callable[[Inputs], Contender]:
             raise UnsuitedError("not for the CPU")
         if p.lengths and p.batch * p.seqlen > 4 * p.tokens:
             raise UnsuitedError("padding would more than quadruple the tokens")
-        scores = 4 * p.batch * p.heads * p.seqlen * p.seqlen
+        scores = 4 * p.batch * p.heads * p.seqlen * p.keys
         if backend == SDPBackend.MATH and scores > MATH_LIMIT:
             raise UnsuitedError(f"its scores would take {scores / 2**30:.0f} GiB")
         function = _sdpa(F.scaled_dot_product_attention, inputs, inputs.dense_mask())

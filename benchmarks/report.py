@@ -100,6 +100,7 @@ def make_row(
         "head_dim": problem.head_dim,
         "causal": problem.causal,
         "seqlen": problem.seqlen,
+        "seqlen_k": problem.keys,
         "batch": problem.batch,
         "heads": problem.heads,
         "heads_k": problem.kv_heads,

@@ -21,6 +21,7 @@ class Problem:
             (1, heads, seqlen, seqlen) of q's dtype; that bias with its gradient.
         window: keys left of the diagonal that a causal row sees; -1 is all.
         lengths: of the packed sequences, for the varlen functions.
+        seqlen_k: rows of k and v where they are others than those of q; full attention of dense tensors.
     """
 
     head_dim: int
@@ -33,10 +34,15 @@ class Problem:
     mask: str = "none"
     window: int = -1
     lengths: tuple[int, ...] = ()
+    seqlen_k: int = 0
 
     @property
     def kv_heads(self) -> int:
         return self.heads_k or self.heads
+
+    @property
+    def keys(self) -> int:
+        return self.seqlen_k or self.seqlen
 
     @property
     def padded_lengths(self) -> tuple[int, ...]:
@@ -56,7 +62,7 @@ class Problem:
             return half * self.batch * n * n / 4
         if 0 <= self.window < n:
             return self.batch * (n * (self.window + 1) - self.window * (self.window + 1) / 2)
-        return half * self.batch * n * n
+        return half * self.batch * n * self.keys
 
     @property
     def tokens(self) -> int:
@@ -70,14 +76,14 @@ class Problem:
     def bytes(self, passes: str) -> float:
         """Least traffic: q, k, v, out forward; those, dout, dq, dk, dv backward."""
         size = {"bf16": 2, "fp16": 2, "fp32": 4}[self.dtype]
-        forward = 2 * self.tokens * self.head_dim * (self.heads + self.kv_heads) * size
+        keys = self.batch * self.seqlen_k if self.seqlen_k else self.tokens
+        forward = 2 * self.head_dim * (self.tokens * self.heads + keys * self.kv_heads) * size
         return forward * {"fwd": 1, "bwd": 2, "step": 3}[passes]
 
     def __str__(self) -> str:
         parts = [f"d{self.head_dim}", "causal" if self.causal else "full", self.dtype]
-        parts.append(
-            f"{len(self.lengths)} packed, {self.tokens} in all" if self.lengths else f"{self.batch}x{self.seqlen}"
-        )
+        size = f"{len(self.lengths)} packed, {self.tokens} in all" if self.lengths else f"{self.batch}x{self.seqlen}"
+        parts.append(size + (f" on {self.seqlen_k} keys" if self.seqlen_k else ""))
         parts.append(f"{self.heads} heads" + (f" on {self.heads_k}" if self.heads_k else ""))
         parts += [self.mask] * (self.mask != "none") + [f"window {self.window}"] * (self.window >= 0)
         return " ".join(parts)
@@ -201,6 +207,19 @@ def gqa(selection: Selection) -> list[Problem]:
     ]
 
 
+def few(selection: Selection) -> list[Problem]:
+    """Fewer tiles than a large GPU has SMs: one short sequence, one long head, many queries on few keys."""
+    if not selection.on_cuda:
+        return [Problem(64, False, 1024, 1, heads, "fp32", seqlen_k=77) for heads in (1, 8)]
+    short = ((512, 8), (1024, 4), (1024, 8), (2048, 4), (4096, 1), (16384, 1))
+    crossing = ((1024, 1), (4096, 1), (4096, 4), (4096, 16))
+    problems = []
+    for head_dim in (64, 128, 256):
+        problems += [Problem(head_dim, causal, seqlen, 1, heads) for causal in (False, True) for seqlen, heads in short]
+        problems += [Problem(head_dim, False, seqlen, batch, 8, seqlen_k=77) for seqlen, batch in crossing]
+    return problems
+
+
 def deterministic(selection: Selection) -> list[Problem]:
     """What repeatable gradients cost: see backward."""
     if not selection.on_cuda:
@@ -264,7 +283,7 @@ def host(selection: Selection) -> list[Problem]:
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
-    suite.__name__: suite for suite in (peers, extra, sweep, varlen, gqa, window, deterministic, mask, fp32, host)
+    suite.__name__: suite for suite in (peers, extra, sweep, few, varlen, gqa, window, deterministic, mask, fp32, host)
 }
 
 

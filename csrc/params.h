@@ -68,6 +68,8 @@ struct ForwardParams {
 
   bool is_varlen_q() const { return cu_seqlens_q != nullptr; }
   bool is_varlen_k() const { return cu_seqlens_k != nullptr; }
+  /// No lengths: every sequence has seqlen_q and seqlen_k rows.
+  bool is_dense() const { return !is_varlen_q() && !is_varlen_k() && seqused_q == nullptr && seqused_k == nullptr; }
   bool has_window() const { return window_left >= 0 || window_right >= 0; }  // causal included
   bool has_bool_mask() const { return mask.data != nullptr && mask.dtype == DType::kBool; }
   bool has_bias() const { return mask.data != nullptr && mask.dtype != DType::kBool; }

@@ -7,6 +7,8 @@
 
 namespace flash_attn {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <typename T>
 FLASH_ATTN_HOST_DEVICE T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);

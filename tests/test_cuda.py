@@ -163,6 +163,13 @@ def test_results_of_many_tiles_repeat_bit_for_bit(head_dim: int, causal: int) ->
     _check_repeats((20, 8, 600, head_dim), torch.bfloat16, causal, 200)
 
 
+@pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_results_of_few_tiles_repeat_bit_for_bit(head_dim: int, causal: int) -> None:
+    """CTAs have parts of a head's query rows: see _few_tiles()."""
+    _check_repeats((1, 3, 1500, head_dim), torch.bfloat16, causal, 200)
+
+
 def test_out_of_memory_is_torchs_error_and_says_how_much() -> None:
     free, _ = torch.cuda.mem_get_info()
     rows = free // 64 // 4 + 2**24

@@ -138,7 +138,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   kernel.group_size = static_cast<int>(p.group_size() * plan.row_parts / plan.key_parts);
   kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
   kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
-  kernel.dense = is_dense(p);
+  kernel.dense = p.is_dense();
   // A wider window than the longest sequence sees no more.
   kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
   kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));

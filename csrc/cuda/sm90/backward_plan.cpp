@@ -149,7 +149,7 @@ struct ExpectedTiles {
 bool shares_rows(const BackwardPlan& plan, const ForwardParams& p) {
   const bool in_32_bits = int64_t{plan.num_n_blocks + 1} * plan.num_m_blocks < INT32_MAX &&
                           int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
-  return (is_dense(p) || has_same_lengths(p)) && in_32_bits && plan.row_parts == 1;
+  return (p.is_dense() || has_same_lengths(p)) && in_32_bits && plan.row_parts == 1;
 }
 
 /// Of a group of heads, but for the last group of a dense batch.
@@ -163,7 +163,7 @@ bool takes_fused_dq(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const bool first_key_seen =
       p.window_left < 0 && (p.window_right < 0 || p.causal == Causal::kTopLeft || p.seqlen_k >= p.seqlen_q);
-  return params.dq.data != nullptr && is_dense(p) && first_key_seen;
+  return params.dq.data != nullptr && p.is_dense() && first_key_seen;
 }
 
 /// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order, and loses the

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../kernel.h"
+#include "../../sequence.h"
 
 namespace flash_attn::sm90 {
 
@@ -62,12 +63,6 @@ struct BackwardPlan {
 
 /// Gradients of a key head that its parts store, see Config::kRowParts.
 inline int stored_parts(const BackwardPlan& plan) { return plan.row_parts > 1 ? 2 * plan.key_parts : plan.key_parts; }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline bool is_dense(const ForwardParams& p) {
-  return !p.is_varlen_q() && !p.is_varlen_k() && p.seqused_q == nullptr && p.seqused_k == nullptr;
-}
 
 /// The kernel for the problem's head dimensions that takes every problem.
 const BackwardVariant& backward_variant_for(const ForwardParams& params);

@@ -25,8 +25,6 @@ constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth
 constexpr int kMaxSplits = 8;
 constexpr int kSampledTiles = 32;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// The problem as the host knows it: all sequences alike.
 ForwardParams mean_problem(const ForwardParams& params) {
   ForwardParams mean = params;
@@ -161,8 +159,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, 
   schedule.num_m_blocks = Divisor(num_m_blocks);
   schedule.num_heads = Divisor(params.num_heads);
   schedule.queries_per_head = Divisor(params.group_size());
-  schedule.alike =
-      !params.is_varlen_q() && !params.is_varlen_k() && params.seqused_q == nullptr && params.seqused_k == nullptr;
+  schedule.alike = params.is_dense();
   if (schedule.alike) schedule.sequence = sequence_info(params, 0);
   // With cu_seqlens_q an upper bound: every sequence may end inside a tile.
   schedule.num_tiles =

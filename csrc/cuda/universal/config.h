@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "../../params.h"
+#include "../../sequence.h"
 
 namespace flash_attn::universal {
 
@@ -76,7 +76,5 @@ __device__ __forceinline__ SharedStorage<C>& shared_storage() {
 
 __device__ __forceinline__ int thread_row() { return int(threadIdx.x) / kThreadCols; }
 __device__ __forceinline__ int thread_col() { return int(threadIdx.x) % kThreadCols; }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace flash_attn::universal
