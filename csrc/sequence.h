@@ -2,6 +2,8 @@
 // causal, window and lengths into ranges of rows and columns, stands here, once for all kernels.
 #pragma once
 
+#include <algorithm>
+
 #include "host_device.h"
 #include "params.h"
 
@@ -78,6 +80,14 @@ FLASH_ATTN_HOST_DEVICE Range visible_rows(const ForwardParams& p, const Sequence
   }
   if (p.window_left >= 0 && col_end - s.diagonal + p.window_left < r.end) r.end = col_end - s.diagonal + p.window_left;
   return r;
+}
+
+/// The problem as the host knows it, for planners: all sequences alike, no length on the device.
+inline ForwardParams mean_problem(ForwardParams p) {
+  if (p.is_varlen_q()) p.seqlen_q = std::max<int64_t>(1, p.total_q / p.batch);
+  if (p.is_varlen_k()) p.seqlen_k = std::max<int64_t>(1, p.total_k / p.batch);
+  p.cu_seqlens_q = p.cu_seqlens_k = p.seqused_q = p.seqused_k = nullptr;
+  return p;
 }
 
 }  // namespace flash_attn

@@ -33,15 +33,19 @@ def small(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     ]
 
 
+def _in_every_order(base: Problem) -> list[Problem]:
+    return [
+        replace(base, causal=causal, deterministic=deterministic)
+        for causal in (ops.NONE, ops.TOP_LEFT)
+        for deterministic in (False, True)
+    ]
+
+
 def large(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     sizes = {"batch": 10, "heads": 8, "heads_k": 8, "seqlen_q": 600, "seqlen_k": 600}
     base = Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes)
     return [
-        *(
-            replace(base, causal=causal, deterministic=deterministic)
-            for causal in (ops.NONE, ops.TOP_LEFT)
-            for deterministic in (False, True)
-        ),
+        *_in_every_order(base),
         replace(base, heads=16, causal=ops.TOP_LEFT),
         replace(base, seqlen_q=700, seqlen_k=310, causal=ops.BOTTOM_RIGHT),
         replace(base, head_dim_v=128 if head_dim == 192 else head_dim, use_lse=True),
@@ -74,12 +78,7 @@ def short(head_dim: int, dtype: torch.dtype) -> list[Problem]:
 
 def few(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     sizes = {"batch": 1, "heads": 3, "heads_k": 3, "seqlen_q": 900, "seqlen_k": 900}
-    base = Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes)
-    return [
-        replace(base, causal=causal, deterministic=deterministic)
-        for causal in (ops.NONE, ops.TOP_LEFT)
-        for deterministic in (False, True)
-    ]
+    return _in_every_order(Problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, **sizes))
 
 
 KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few)}

@@ -101,7 +101,7 @@ struct BackwardKernelParams {
   FastDivision n_blocks, group_tiles, heads_per_group;
   float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
-  // With Config::kRowParts: how many tiles have parts of a head's rows, and how many query blocks each of them has.
+  // With Config::kRowParts: the parts of a head's rows, and the query blocks of each.
   FastDivision row_parts;
   int part_blocks;
 };

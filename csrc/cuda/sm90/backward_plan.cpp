@@ -44,16 +44,16 @@ int key_parts(const BackwardPlan& plan, const ForwardParams& p) {
 
 /// Tiles that see something, if each has so many query blocks of one head: without a mask all, in causal attention
 /// about half.
-int64_t num_seeing_tiles(const BackwardPlan& plan, const ForwardParams& p, int64_t blocks) {
-  const int64_t heads = num_batch_heads(plan, p), parts = ceil_div(plan.num_m_blocks, blocks);
-  if (!is_causal(p)) return heads * parts * plan.num_n_blocks;
-  const int64_t diagonal = p.causal == Causal::kTopLeft ? 0 : p.seqlen_k - p.seqlen_q;
+int64_t num_seeing_tiles(const BackwardPlan& plan, const ForwardParams& params, int64_t blocks) {
+  const ForwardParams p = mean_problem(params);
+  const SequenceInfo info = sequence_info(p, 0);
+  const int64_t rows = blocks * plan.variant->block_m, block_n = plan.variant->block_n;
   int64_t tiles = 0;
-  for (int64_t part = 1; part <= parts; ++part) {
-    const int64_t rows = std::min(part * blocks * plan.variant->block_m, p.seqlen_q) + diagonal + p.window_right;
-    tiles += heads * clamp<int64_t>(ceil_div(rows, plan.variant->block_n), 0, plan.num_n_blocks);
+  for (int64_t row = 0; row < p.seqlen_q; row += rows) {
+    const Range seen = visible_columns(p, info, row, std::min(row + rows, p.seqlen_q));
+    if (!seen.empty()) tiles += ceil_div(seen.end, block_n) - seen.begin / block_n;
   }
-  return tiles;
+  return num_batch_heads(plan, p) * tiles;
 }
 
 /// How many query blocks a tile has where there are fewer tiles than SMs: so few that all SMs work and all tiles that
@@ -64,7 +64,7 @@ int64_t num_seeing_tiles(const BackwardPlan& plan, const ForwardParams& p, int64
 /// 1.02, 8 heads on 2 1.16.]
 int64_t part_blocks(const BackwardPlan& plan, const ForwardParams& p) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once, all = plan.num_m_blocks;
-  if (p.is_varlen_k() || tiles == 0 || tiles > at_once || (p.has_window() && !is_causal(p))) return all;
+  if (p.is_varlen_k() || tiles > at_once || (p.has_window() && !is_causal(p))) return all;
   const auto blocks_of_parts = [&](int64_t parts) {
     return ceil_div(ceil_div(all, parts), 2) * 2;  // where the order is fixed a turn may be for two
   };
@@ -276,7 +276,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.part_blocks = plan.num_m_blocks;
   if (!variant.fused_dq && plan.key_parts == p.group_size()) {
     plan.part_blocks = static_cast<int>(part_blocks(plan, p));
-    if (plan.part_blocks > 0) plan.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.part_blocks));
+    plan.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.part_blocks));
     plan.key_parts *= plan.row_parts;
   }
   plan.num_tiles = static_cast<int>(num_tiles(plan, p));

@@ -10,6 +10,7 @@ namespace flash_attn::sm90 {
 
 struct BackwardKernelParams;
 
+/// What launches a kernel, for each dtype.
 struct BackwardLaunch {
   void (*bf16)(const BackwardKernelParams&, int grid, cudaStream_t);
   void (*fp16)(const BackwardKernelParams&, int grid, cudaStream_t);
@@ -45,7 +46,7 @@ struct BackwardPlan {
   int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
   bool falling = false, wide_groups = false;
   int key_parts = 1;                     // tiles that share out the query heads of a key head, or their rows:
-  int row_parts = 1, part_blocks = 0;    // of these, how many have one head's rows between them; their query blocks
+  int row_parts = 1, part_blocks = 0;    // of these, the parts of one head's rows, and the query blocks of each
   int grid = 0;                          // CTAs
   bool ordered_dq = false;               // see backward_turns.h
   bool claims_dq = false;                // see claim_block

@@ -178,16 +178,16 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
 
 /// Of `rows` rows of a key head.
 template <typename Element>
-__device__ void add_key_parts(const TensorView& parts, const TensorView& sum, int key_parts, uint32_t columns,
+__device__ void add_key_parts(const TensorView& parts, const TensorView& sum, int num_parts, uint32_t columns,
                               int64_t batch, int64_t row, int64_t rows, int64_t head) {
   if (sum.data == nullptr) return;
   const uint32_t chunks = columns / 8;
   for (uint32_t i = threadIdx.x; i < rows * chunks; i += kThreads) {
     const uint32_t in_rows = i / chunks, chunk = i - in_rows * chunks;
-    const uint16_t* from = row_pointer(parts, batch, row + in_rows, head * key_parts);
+    const uint16_t* from = row_pointer(parts, batch, row + in_rows, head * num_parts);
     float total[8] = {};
 #pragma unroll 8
-    for (int part = 0; part < key_parts; ++part, from += parts.head) {
+    for (int part = 0; part < num_parts; ++part, from += parts.head) {
       const uint4 x = __ldcs(reinterpret_cast<const uint4*>(from) + chunk);
       const Element* const elements = reinterpret_cast<const Element*>(&x);
 #pragma unroll
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t batch = p.cu_seqlens_k != nullptr ? 0 : b, row = info.k_row + first;
   const bool is_dk = blockIdx.y == 0;
   add_key_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
-                         params.key_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
+                         params.num_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
 }
 
 /// Rows [begin, end) of a packed tensor.

@@ -37,11 +37,11 @@ struct BackwardRowsParams {
 /// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence, and lists the blocks of keys.
 void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t stream);
 
-/// dk and dv of the parts of each key head's query heads, (rows of k, num_heads_k * key_parts, columns).
+/// What a key head's tiles have stored of dk and dv, (rows of k, num_heads_k * num_parts, columns): see stored_parts().
 struct BackwardKeyPartsParams {
   BackwardParams problem;
   TensorView dk_parts, dv_parts;
-  int key_parts;
+  int num_parts;
 };
 
 /// Adds them up, in order.

@@ -58,12 +58,16 @@ SM90_DEVICE int next_block(const BackwardTile& tile, int m_block) {
 /// Leaves of the tile's query blocks those of its part.
 template <typename Config>
 SM90_DEVICE void take_part_of_rows(const BackwardKernelParams& params, BackwardTile& tile) {
-  asm volatile("" ::: "memory");  // from shared memory: see make_backward_tile
+  asm volatile("" ::: "memory");  // reads the fields back: the scheduler has no registers for them
   const int parts = params.row_parts.divisor, begin = tile.batch_head % parts * params.part_blocks;
   const int m_end = min(tile.m_end, begin + params.part_blocks), m_begin = min(max(tile.m_begin, begin), m_end);
-  tile.m_first = block_step<Config>(tile) < 0 ? m_end - 1
-                 : params.spread_starts ? max(min(begin + params.row_parts.quotient(tile.m_first), m_end - 1), m_begin)
-                                        : m_begin;
+  int m_first = m_begin;
+  if (block_step<Config>(tile) < 0) {
+    m_first = m_end - 1;
+  } else if (params.spread_starts) {
+    m_first = max(min(begin + params.row_parts.quotient(tile.m_first), m_end - 1), m_begin);
+  }
+  tile.m_first = m_first;
   tile.m_begin = m_begin;
   tile.m_end = m_end;
 }

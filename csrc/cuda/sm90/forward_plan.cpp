@@ -25,15 +25,6 @@ constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth
 constexpr int kMaxSplits = 8;
 constexpr int kSampledTiles = 32;
 
-/// The problem as the host knows it: all sequences alike.
-ForwardParams mean_problem(const ForwardParams& params) {
-  ForwardParams mean = params;
-  if (params.is_varlen_q()) mean.seqlen_q = std::max<int64_t>(1, params.total_q / params.batch);
-  if (params.is_varlen_k()) mean.seqlen_k = std::max<int64_t>(1, params.total_k / params.batch);
-  mean.cu_seqlens_q = mean.cu_seqlens_k = mean.seqused_q = mean.seqused_k = nullptr;
-  return mean;
-}
-
 /// Blocks a tile visits, over one head.
 struct TileLengths {
   int64_t num_m_blocks;
