@@ -1,5 +1,5 @@
 // The ops flash_attn::forward and flash_attn::backward: schemas, and one implementation for every device: check, plan,
-// allocate, launch. Autograd, fake kernels and everything else that needs no C++ is registered in flash_attn/ops.py.
+// allocate, launch. Autograd, fake kernels and everything else that needs no C++ is registered in flash_attn/torch_op.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

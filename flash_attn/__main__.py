@@ -9,7 +9,7 @@ import sys
 import torch
 
 import flash_attn
-from flash_attn.library import LIBRARY
+from flash_attn.torch_op.library import LIBRARY
 
 
 def _print_build() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
-from .library import empty_outputs
 from .sdpa import scaled_dot_product_attention
+from .torch_op import attention as ops
+from .torch_op.arguments import NUM_DIFFERENTIABLE, Options, Tensors
+from .torch_op.library import empty_outputs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops, shapes, tensor_subclasses
+from . import shapes, tensor_subclasses
+from .torch_op import attention as ops
 
 _torch_sdpa = F.scaled_dot_product_attention
 

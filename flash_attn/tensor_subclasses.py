@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
 from .shapes import memory_order
+from .torch_op import attention as ops
 
 _RAGGED_DIM = 2  # of (batch, heads, ragged length, head_dim)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import reference
-from flash_attn import ops
+from flash_attn.torch_op import attention as ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -86,7 +86,7 @@ def attention(
     heads_first: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`flash_attn.ops.attention`, in the dtype of q, with the whole score matrix in memory."""
+    """`flash_attn.torch_op.attention.attention`, in the dtype of q, with the whole score matrix in memory."""
     if heads_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     heads, heads_k = q.shape[-2], k.shape[-2]

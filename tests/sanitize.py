@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from flash_attn import ops
+from flash_attn.torch_op import attention as ops
 from problems import Problem, run
 
 HEAD_DIMS = (64, 96, 128, 192, 256)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn import explain, ops
+from flash_attn import explain
 from flash_attn import scaled_dot_product_attention as sdpa
+from flash_attn.torch_op import attention as ops
 from problems import HOPPER_FORWARD, Problem, check_all, forward_head_dims, random_problem
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import reference
-from flash_attn import ops, scaled_dot_product_attention
+from flash_attn import scaled_dot_product_attention
+from flash_attn.torch_op import attention as ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash_attn import ops
+from flash_attn.torch_op import attention as ops
 from problems import Problem, make_inputs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

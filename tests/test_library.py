@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from flash_attn.library import LIBRARY
+from flash_attn.torch_op.library import LIBRARY
 
 pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 

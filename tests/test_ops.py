@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from flash_attn import ops, scaled_dot_product_attention
+from flash_attn import scaled_dot_product_attention
+from flash_attn.torch_op import attention as ops
 
 OPTIONS: dict[str, Any] = {
     "softmax_scale": None,

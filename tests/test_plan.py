@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flash_attn.arguments import Options
+from flash_attn.torch_op.arguments import Options
 from problems import HOPPER_FORWARD, forward_head_dims
 
 _C = importlib.import_module("flash_attn._C")

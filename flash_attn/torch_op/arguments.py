@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """Shapes are those of :func:`flash_attn.ops.attention`."""
+    """Shapes are those of :func:`flash_attn.torch_op.attention.attention`."""
 
     q: Tensor
     k: Tensor
@@ -28,7 +28,7 @@ class Tensors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """As in :func:`flash_attn.ops.attention`, but with nothing left to be inferred."""
+    """As in :func:`flash_attn.torch_op.attention.attention`, but with nothing left to be inferred."""
 
     max_seqlen_q: int
     max_seqlen_k: int

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
 
-LIBRARY = Path(__file__).parent / "lib" / "libflash_attn.so"
+LIBRARY = Path(__file__).parent.parent / "lib" / "libflash_attn.so"
 
 
 def _load() -> None:
@@ -46,7 +46,7 @@ def dense_strides_like(like: Tensor, last: int) -> list[int]:
 
 
 def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and lse of :func:`flash_attn.ops.attention`, as the op would allocate them."""
+    """Uninitialised out and lse of :func:`flash_attn.torch_op.attention.attention`, as the op would allocate them."""
     head_dim_v = v.shape[-1]
     out = q.new_empty_strided([*q.shape[:-1], head_dim_v], dense_strides_like(q, head_dim_v))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
