@@ -5,7 +5,8 @@ from __future__ import annotations
 from .explain import Explanation, explain
 from .interface import flash_attn_func, flash_attn_varlen_func
 from .mha import FlashMHA
-from .sdpa import replace_sdpa, scaled_dot_product_attention
+from .replacement import replace_sdpa
+from .sdpa import scaled_dot_product_attention
 
 __version__ = "3.0.0"
 

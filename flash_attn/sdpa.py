@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +61,7 @@ def scaled_dot_product_attention(
     Tensors on other devices, and nested tensors that are not jagged, go to torch's own function.
     """
     if has_torch_function((query, key, value, attn_mask)):
-        return _overridden(
+        return overridden(
             scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
     causal = ops.TOP_LEFT if is_causal else ops.NONE
@@ -74,7 +73,7 @@ def scaled_dot_product_attention(
     if _any_nested(query, key, value):
         return _nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not (query.is_cpu or query.is_cuda or query.is_meta):
-        return _call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _attention(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa)
 
 
@@ -101,7 +100,7 @@ def _any_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.is_nested or key.is_nested or value.is_nested
 
 
-def _overridden(
+def overridden(
     function: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
@@ -119,7 +118,7 @@ def _overridden(
         if _any_nested(query, key, value):
             return _nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if not (query.is_cpu or query.is_cuda or query.is_meta):
-            return _call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         causal = _alignment(cast(CausalBias, attn_mask), query, key, is_causal)
         return _attention(query, key, value, None, dropout_p, causal, scale, enable_gqa)
     return cast(
@@ -150,7 +149,7 @@ def _nested_attention(
     enable_gqa: bool,
 ) -> Tensor:
     if not tensor_subclasses.is_jagged(query, key, value):
-        return _call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
         raise ValueError("attn_mask must be None for nested tensors, whose lengths say what takes part")
     query, key, value = _autocast(query, key, value)
@@ -181,7 +180,7 @@ def _check_types(
     return None if scale is None else float(scale)
 
 
-def _call_torch(
+def call_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -273,57 +272,3 @@ def _check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None
             "Expected query, key, and value to have the same device type, but got query.device: "
             f"{query.device} key.device: {key.device} and value.device: {value.device} instead."
         )
-
-
-@functools.wraps(scaled_dot_product_attention)
-def _replacement(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    # `sdpa_kernel` without FLASH_ATTENTION asks for another of torch's kernels: comparisons with them must stay true.
-    if not torch._C._get_flash_sdp_enabled():  # torch.compile can't trace torch.backends.cuda.flash_sdp_enabled
-        return _call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if has_torch_function((query, key, value, attn_mask)):
-        # Who looks out for torch's function compares with what stands in its place, not with ours.
-        return _overridden(_replacement, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-class replace_sdpa:  # noqa: N801 - used as a function
-    """Puts this package's function in place of `torch.nn.functional.scaled_dot_product_attention`.
-
-    ``replace_sdpa()`` does so for the whole process, until `restore` is called on the result;
-    ``with replace_sdpa():`` until the block ends. What was there before is put back exactly. Inside
-    `torch.nn.attention.sdpa_kernel([...])` without FLASH_ATTENTION torch's own function runs; compiled code keeps to
-    what held when it was traced. Code that imported the function by name beforehand, and the inference fast path of
-    `nn.TransformerEncoderLayer`, are not reached.
-    """
-
-    def __init__(self) -> None:
-        self._previous: Any = None
-        self.__enter__()
-
-    def restore(self) -> None:
-        """Puts back what was there before. More than one replacement are restored last first."""
-        if self._previous is not None:
-            F.scaled_dot_product_attention, self._previous = self._previous, None
-
-    def __enter__(self) -> replace_sdpa:
-        if self._previous is None:
-            self._previous = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _replacement  # type: ignore[assignment]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()
