@@ -6,12 +6,12 @@ import functools
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .sdpa import call_torch, overridden, scaled_dot_product_attention
+from .torch_op.private import flash_sdp_enabled
 
 
 @functools.wraps(scaled_dot_product_attention)
@@ -27,7 +27,7 @@ def _replacement(
     enable_gqa: bool = False,
 ) -> Tensor:
     # `sdpa_kernel` without FLASH_ATTENTION asks for another of torch's kernels: comparisons with them must stay true.
-    if not torch._C._get_flash_sdp_enabled():  # torch.compile can't trace torch.backends.cuda.flash_sdp_enabled
+    if not flash_sdp_enabled():
         return call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if has_torch_function((query, key, value, attn_mask)):
         # Who looks out for torch's function compares with what stands in its place, not with ours.

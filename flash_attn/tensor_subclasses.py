@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .shapes import memory_order
 from .torch_op import attention as ops
+from .torch_op.private import longest, ragged_dim
 
 _RAGGED_DIM = 2  # of (batch, heads, ragged length, head_dim)
 
@@ -18,8 +19,7 @@ _RAGGED_DIM = 2  # of (batch, heads, ragged length, head_dim)
 def is_jagged(*tensors: Tensor) -> bool:
     """Whether all are jagged nested tensors (batch, heads, ragged length, head_dim)."""
     return all(
-        x.is_nested and x.layout == torch.jagged and x.dim() == 4 and x._ragged_idx == _RAGGED_DIM  # type: ignore[attr-defined]
-        for x in tensors
+        x.is_nested and x.layout == torch.jagged and x.dim() == 4 and ragged_dim(x) == _RAGGED_DIM for x in tensors
     )
 
 
@@ -75,7 +75,7 @@ def _used(x: Any) -> Tensor | None:
 def _longest(x: Any) -> int:
     """Longest stretch between two offsets, holes included. Waits for the device unless the tensor remembers it."""
     if x.lengths() is None:
-        return int(x._get_max_seqlen())
+        return longest(x)
     return int(x.offsets().diff().max()) if x.offsets().numel() > 1 else 0
 
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .arguments import Options, Tensors
 from .autograd import TransformedAttention, apply_attention, call_op, requires_grad
 from .library import empty_outputs, forward_op
+from .private import transforms_active
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
@@ -121,7 +121,7 @@ def attention(
         return out.zero_(), lse.zero_()
     if _CHECK_LENGTHS:
         _check_lengths(tensors, options)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active():
         return TransformedAttention.apply(options, *tensors)
     if requires_grad(tensors):
         return apply_attention(tensors, options)

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import vmap
+from . import private, vmap
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_backward, split_forward
 from .library import backward_op, forward_op
 
 Gradients = tuple[Tensor | None, ...]
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _NO_DOUBLE_BACKWARD = (
     "flash_attn has no second derivative: its backward pass was differentiated (create_graph=True, or nested grad). "
@@ -35,7 +33,7 @@ _NO_FORWARD_MODE = (
 def call_op(op: Any, *arguments: Any) -> Any:
     """Calls an op below autograd; running out of memory raises what torch raises for it."""
     try:
-        with _below_autograd():
+        with private.below_autograd():
             return op(*arguments)
     except RuntimeError as error:
         if "out of memory: flash_attn" in str(error):
@@ -99,8 +97,7 @@ class Attention(torch.autograd.Function):
         return _of_inputs(ctx, call_op(backward_op, *arguments, needs, *ctx.options))
 
 
-# What Function.apply ends in when no function transform is active; the way there costs more than a small kernel.
-_apply = super(torch.autograd.Function, Attention).apply
+_apply = private.apply_of(Attention)
 
 
 def apply_attention(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
