@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .sdpa import call_torch, overridden, scaled_dot_product_attention
+from .sdpa_arguments import Arguments
 from .torch_op.private import flash_sdp_enabled
 
 
@@ -26,12 +27,13 @@ def _replacement(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     # `sdpa_kernel` without FLASH_ATTENTION asks for another of torch's kernels: comparisons with them must stay true.
     if not flash_sdp_enabled():
-        return call_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return call_torch(given)
     if has_torch_function((query, key, value, attn_mask)):
         # Who looks out for torch's function compares with what stands in its place, not with ours.
-        return overridden(_replacement, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return overridden(_replacement, given)
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

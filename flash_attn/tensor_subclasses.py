@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sdpa_arguments import Arguments
 from .shapes import memory_order
 from .torch_op import attention as ops
 from .torch_op.private import longest, ragged_dim
@@ -23,19 +24,12 @@ def is_jagged(*tensors: Tensor) -> bool:
     )
 
 
-def jagged_attention(
-    query: Any, key: Any, value: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Tensor:
+def jagged_attention(given: Arguments) -> Tensor:
     """The packed path: offsets are cu_seqlens, and the lengths of a tensor with holes are seqused.
 
     Args:
-        query: jagged (batch, heads, ragged L, E).
-        key: jagged (batch, heads_k, ragged S, E).
-        value: jagged (batch, heads_k, ragged S, Ev).
-        dropout_p: see `scaled_dot_product_attention`.
-        is_causal: see `scaled_dot_product_attention`.
-        scale: see `scaled_dot_product_attention`.
-        enable_gqa: see `scaled_dot_product_attention`.
+        given: query jagged (batch, heads, ragged L, E), key jagged (batch, heads_k, ragged S, E), value jagged
+            (batch, heads_k, ragged S, Ev), no attn_mask.
 
     Returns:
         Jagged (batch, heads, ragged L, Ev), with query's offsets.
@@ -43,8 +37,11 @@ def jagged_attention(
     Raises:
         RuntimeError: the numbers of heads do not fit.
     """
+    query: Any
+    key: Any
+    query, key, value = given[:3]
     heads, heads_k = query.shape[1], key.shape[1]
-    if heads_k not in (heads, 1) and not enable_gqa:
+    if heads_k not in (heads, 1) and not given.enable_gqa:
         raise RuntimeError(f"key must have the heads of query, {heads}, or enable_gqa be True, but it has {heads_k}")
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)
     starts_q = query.offsets().to(torch.int32)
@@ -59,9 +56,9 @@ def jagged_attention(
         seqused_k=_used(key),
         max_seqlen_q=_longest(query),
         max_seqlen_k=_longest(key),
-        softmax_scale=scale,
-        causal=ops.TOP_LEFT if is_causal else ops.NONE,
-        dropout_p=dropout_p,
+        softmax_scale=given.scale,
+        causal=ops.TOP_LEFT if given.is_causal else ops.NONE,
+        dropout_p=given.dropout_p,
     )
     packed: Tensor = torch.nested.nested_tensor_from_jagged(out, query.offsets(), query.lengths())
     return packed.transpose(1, 2)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import checks
 from .arguments import Options, Tensors
 from .autograd import TransformedAttention, apply_attention, call_op, requires_grad
 from .library import empty_outputs, forward_op
@@ -58,7 +59,6 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention, differentiable, in memory linear in the sequence (Dao et al. 2022, arXiv:2205.14135).
 
-
     With ``s[i, j] = softmax_scale * q[i] . k[j]``, capped to ``softcap * tanh(s / softcap)``, plus ``attn_mask`` if it
     is floating, minus ``alibi_slope * |i + diagonal - j|``, and -inf where the boolean mask, causality, the window or
     the lengths forbid: ``out = dropout(softmax(s)) @ v``. ``diagonal`` is 0 for ``TOP_LEFT``, else seqlen_k - seqlen_q.
@@ -93,14 +93,10 @@ def attention(
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the text names it.
+        TypeError: an option is of another type; a tensor is no number where it is differentiated.
         torch.OutOfMemoryError: memory for the results could not be allocated.
         NotImplementedError: a derivative that is not supported is asked for.
     """
-    if dropout_p > 0.0 and rng_state is None:
-        rng_state = make_rng_state(q.device)
-    tensors = Tensors(
-        q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
-    )
     options = Options(
         _length("q", q, cu_seqlens_q, max_seqlen_q, heads_first),
         _length("k", k, cu_seqlens_k, max_seqlen_k, heads_first),
@@ -112,6 +108,18 @@ def attention(
         dropout_p,
         heads_first,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+    )
+    if not (
+        type(dropout_p) is type(softcap) is float
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and type(causal) is type(window_left) is type(window_right) is type(options[0]) is type(options[1]) is int
+        and type(heads_first) is type(options[-1]) is bool
+    ):
+        options = checks.plain_options(options)
+    if options.dropout_p > 0.0 and rng_state is None:
+        rng_state = make_rng_state(q.device)
+    tensors = Tensors(
+        q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
     )
     if torch.compiler.is_compiling():
         return forward_op(*tensors, *options)

@@ -1,0 +1,63 @@
+"""The arguments of `scaled_dot_product_attention` as one value, and what is asked of their types."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .torch_op import checks
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Arguments(NamedTuple):
+    """In the order of :func:`flash_attn.scaled_dot_product_attention`, which says what they mean."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
+def with_types_checked(given: Arguments) -> Arguments:
+    """The same, dropout_p and scale as floats.
+
+    Raises:
+        TypeError: where torch's function does, and for a bool as a number.
+    """
+    for name in ("query", "key", "value"):
+        checks.tensor(name, getattr(given, name))
+    if given.attn_mask is not None:
+        checks.tensor("attn_mask", given.attn_mask)
+    for name in ("is_causal", "enable_gqa"):
+        if not isinstance(getattr(given, name), bool):
+            raise TypeError(f"{name} must be a bool, but is {checks.described(getattr(given, name))}")
+    dropout_p, scale = checks.number("dropout_p", given.dropout_p), checks.optional_number("scale", given.scale)
+    return given._replace(dropout_p=dropout_p, scale=scale)
+
+
+def any_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return query.is_nested or key.is_nested or value.is_nested
+
+
+def check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        raise RuntimeError(
+            "Expected query, key, and value to have the same dtype, but got query.dtype: "
+            f"{query.dtype} key.dtype: {key.dtype} and value.dtype: {value.dtype} instead."
+        )
+    if query.dtype not in DTYPES:
+        integral = not (query.dtype.is_floating_point or query.dtype.is_complex)
+        error = RuntimeError if integral else NotImplementedError
+        raise error(f"query must be float64, float32, bfloat16 or float16, but is {query.dtype}")
+    if query.device != key.device or query.device != value.device:
+        raise RuntimeError(
+            "Expected query, key, and value to have the same device type, but got query.device: "
+            f"{query.device} key.device: {key.device} and value.device: {value.device} instead."
+        )

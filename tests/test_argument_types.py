@@ -1,0 +1,134 @@
+"""Types of arguments: what is no number, flag or tensor raises a TypeError that names it, in every public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import scaled_dot_product_attention as sdpa
+from flash_attn.torch_op import attention as ops
+
+STARTS = torch.tensor([0, 3, 5], dtype=torch.int32)
+
+
+def _sdpa(**changes: Any) -> Tensor:
+    x = torch.ones(1, 2, 5, 8)
+    return sdpa(x, x, x, **changes)
+
+
+def _func(**changes: Any) -> Any:
+    x = torch.ones(1, 5, 2, 8)
+    return flash_attn_func(x, x, x, **changes)
+
+
+def _varlen(**changes: Any) -> Any:
+    x = torch.ones(5, 2, 8)
+    lengths = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS, "max_seqlen_q": 3, "max_seqlen_k": 3}
+    return flash_attn_varlen_func(x, x, x, **(lengths | changes))
+
+
+def _attention(**changes: Any) -> Any:
+    x = torch.ones(5, 2, 8)
+    lengths = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS, "max_seqlen_q": 3, "max_seqlen_k": 3}
+    return ops.attention(x, x, x, **(lengths | changes))[0]
+
+
+NUMBERS: list[tuple[Callable[..., Any], str]] = [
+    (_sdpa, "scale"),
+    (_sdpa, "dropout_p"),
+    *[(f, name) for f in (_func, _varlen, _attention) for name in ("softmax_scale", "softcap", "dropout_p")],
+]
+INTEGERS = [(_attention, name) for name in ("max_seqlen_q", "max_seqlen_k", "causal", "window_left", "window_right")]
+FLAGS: list[tuple[Callable[..., Any], str]] = [
+    (_sdpa, "is_causal"),
+    (_sdpa, "enable_gqa"),
+    (_attention, "heads_first"),
+    (_attention, "deterministic"),
+]
+
+
+def _names(cases: list[tuple[Callable[..., Any], str]]) -> list[str]:
+    return [f"{function.__name__[1:]}-{name}" for function, name in cases]
+
+
+@pytest.mark.parametrize("function, name", NUMBERS, ids=_names(NUMBERS))
+def test_a_tensor_that_is_differentiated_is_no_number(function: Callable[..., Any], name: str) -> None:
+    for value in (nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.ones(1))):
+        with pytest.raises(TypeError, match=f"{name} must be a number, but is a Parameter.*{name}.item()"):
+            function(**{name: value})
+        with torch.no_grad(), pytest.raises(TypeError, match=name):
+            function(**{name: value})
+    with pytest.raises(TypeError, match=name):
+        torch.func.grad(lambda x: function(**{name: x}).sum())(torch.tensor(0.5))
+    with pytest.raises(TypeError, match=name):
+        torch.func.jvp(lambda x: function(**{name: x}), (torch.tensor(0.5),), (torch.tensor(1.0),))
+
+
+@pytest.mark.parametrize("function, name", NUMBERS, ids=_names(NUMBERS))
+@pytest.mark.parametrize(
+    "value", [True, np.bool_(True), "0.5", [0.5], 0.5j, np.ones(1), torch.ones(1), torch.tensor(True)], ids=repr
+)
+def test_what_is_no_number_raises(function: Callable[..., Any], name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, but is "):
+        function(**{name: value})
+
+
+@pytest.mark.parametrize("function, name", NUMBERS, ids=_names(NUMBERS))
+def test_numbers_of_all_kinds_are_taken(function: Callable[..., Any], name: str) -> None:
+    for value in (0, np.int32(0), np.float32(0), np.float64(0), torch.tensor(0.0), torch.tensor(0), Fraction(0)):
+        torch.testing.assert_close(function(**{name: value}), function(**{name: 0.0}))
+    if "scale" in name:
+        for value in (1, np.float32(0.5), np.float16(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+            torch.testing.assert_close(function(**{name: value}), function(**{name: float(value)}))
+        assert function(**{name: None}) is not None
+    else:
+        with pytest.raises(TypeError, match=f"{name} must be a number, but is None"):
+            function(**{name: None})
+
+
+@pytest.mark.parametrize("function, name", INTEGERS, ids=_names(INTEGERS))
+def test_what_is_no_integer_raises(function: Callable[..., Any], name: str) -> None:
+    for value in (3.0, torch.tensor(3), True, "3", np.float32(3)):
+        with pytest.raises(TypeError, match=f"{name} must be an int, but is "):
+            function(**{name: value})
+    function(**{name: np.int64(3 if "max" in name else 1)})
+
+
+@pytest.mark.parametrize("function, name", FLAGS, ids=_names(FLAGS))
+def test_what_is_no_flag_raises(function: Callable[..., Any], name: str) -> None:
+    for value in (torch.tensor(True), torch.ones(2), (-1, -1), "yes", 0.0, 2):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, but is "):
+            function(**{name: value})
+
+
+def test_symbolic_numbers_compile_in_one_graph() -> None:
+    def attend(q: Tensor, k: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        scale, longest = factor / q.shape[-1], k.shape[1]
+        return (
+            sdpa(*(x.transpose(1, 2) for x in (q, k, k)), scale=scale, dropout_p=0),
+            flash_attn_func(q, k, k, softmax_scale=scale, softcap=factor, window_size=(longest, q.shape[1])),
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length, factor in ((5, 1.5), (6, 2.5), (9, 3.5)):
+        q, k = torch.randn(2, length, 3, 8), torch.randn(2, length + 2, 3, 8)
+        torch.testing.assert_close(compiled(q, k, factor), attend(q, k, factor))
+
+
+def test_compiled_code_refuses_a_scale_that_is_differentiated() -> None:
+    scale = nn.Parameter(torch.tensor(0.5))
+    q = torch.ones(1, 2, 5, 8)
+    torch._dynamo.reset()
+    with pytest.raises(TypeError, match="scale must be a number"):
+        torch.compile(lambda q: sdpa(q, q, q, scale=scale), backend="eager")(q)
+    with pytest.raises(TypeError):
+        F.scaled_dot_product_attention(q, q, q, scale=scale)  # as torch's function
