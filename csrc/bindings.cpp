@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "arguments.h"
-#include "dispatch.h"
+#include "ops/arguments.h"
+#include "select_kernel.h"
 
 namespace py = pybind11;
 using namespace flash_attn;
@@ -52,15 +54,6 @@ py::dict describe(const std::vector<const Kernel<Params>*>& kernels, const Param
   return d;
 }
 
-const Backend& backend_of(const ForwardParams& params) {
-#ifdef FLASH_ATTN_WITH_CUDA
-  if (params.device == DeviceType::kCUDA) return cuda_backend();
-#else
-  if (params.device == DeviceType::kCUDA) throw std::runtime_error("flash_attn was built without CUDA kernels");
-#endif
-  return cpu_backend();
-}
-
 /// (compute capability, SMs, shared memory of a block, L2 cache), in bytes
 using DeviceTuple = std::tuple<int, int, int, int64_t>;
 
@@ -74,33 +67,14 @@ DeviceInfo device_info(const DeviceTuple& device) {
 /// one to plan for, if not the tensors' own: a plan can be asked for where no such GPU is.
 py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict& options,
               const std::vector<bool>& needs, const std::optional<DeviceTuple>& device) {
-  const auto optional = [&](const char* name) -> std::optional<TensorInfo> {
-    const auto found = tensors.find(name);
-    if (found == tensors.end()) return std::nullopt;
-    return tensor_info(found->second);
-  };
   Arguments a;
-  a.q = tensor_info(tensors.at("q"));
-  a.k = tensor_info(tensors.at("k"));
-  a.v = tensor_info(tensors.at("v"));
-  a.attn_mask = optional("attn_mask");
-  a.alibi_slopes = optional("alibi_slopes");
-  a.sinks = optional("sinks");
-  a.cu_seqlens_q = optional("cu_seqlens_q");
-  a.cu_seqlens_k = optional("cu_seqlens_k");
-  a.seqused_q = optional("seqused_q");
-  a.seqused_k = optional("seqused_k");
-  a.rng_state = optional("rng_state");
-  a.max_seqlen_q = options["max_seqlen_q"].cast<int64_t>();
-  a.max_seqlen_k = options["max_seqlen_k"].cast<int64_t>();
-  a.softmax_scale = options["softmax_scale"].cast<std::optional<double>>();
-  a.causal = options["causal"].cast<int64_t>();
-  a.window_left = options["window_left"].cast<int64_t>();
-  a.window_right = options["window_right"].cast<int64_t>();
-  a.softcap = options["softcap"].cast<double>();
-  a.dropout_p = options["dropout_p"].cast<double>();
-  a.heads_first = options["heads_first"].cast<bool>();
-  a.deterministic = options["deterministic"].cast<bool>();
+  a.for_each_tensor([&](const char* name, auto& tensor) {
+    const auto found = tensors.find(name);
+    if (found != tensors.end()) tensor = tensor_info(found->second);
+  });
+  a.for_each_option([&](const char* name, const char*, auto& value) {
+    value = options[name].template cast<std::remove_reference_t<decltype(value)>>();
+  });
 
   BackwardParams params;
   ForwardParams& p = params.forward;
@@ -109,7 +83,7 @@ py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict&
   out.size[out.ndim - 1] = p.head_dim_v;
   dense_strides_like(a.q, p.head_dim_v, out.stride);
   p.out = tensor_view(out, a.heads_first);
-  const Backend& backend = backend_of(p);
+  const Backend& backend = backend_of(p.device);
   const DeviceInfo info = device ? device_info(*device) : backend.device_info(p.device_index);
   py::dict result;
   result["forward"] = describe(backend.forward, p, info);

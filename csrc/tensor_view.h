@@ -1,5 +1,4 @@
-// What the library knows of a tensor: dtype, place, sizes, strides. No torch, so that the op, the introspection module
-// and plain C++ tests fill the same parameters.
+// A tensor as kernels see it: where its data are, and strides.
 #pragma once
 
 #include <cstdint>
@@ -21,18 +20,6 @@ constexpr int size_of(DType dtype) {
 }
 
 enum class DeviceType : int32_t { kCPU, kCUDA };
-
-/// A tensor as it arrives from the caller. Strides count elements.
-struct TensorInfo {
-  static constexpr int kMaxDims = 4;
-  void* data = nullptr;
-  DType dtype = DType::kOther;
-  DeviceType device = DeviceType::kCPU;
-  int device_index = 0;
-  int ndim = 0;
-  int64_t size[kMaxDims] = {};
-  int64_t stride[kMaxDims] = {};
-};
 
 /// (batch, seqlen, heads, head_dim), head_dim contiguous. With cu_seqlens the tensor is (total, heads, head_dim) and
 /// `batch` is 0: sequence b starts at row cu_seqlens[b] (see SequenceInfo).

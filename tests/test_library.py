@@ -7,8 +7,10 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
-from flash_attn.torch_op.library import LIBRARY
+from flash_attn.torch_op.arguments import Options, Tensors
+from flash_attn.torch_op.library import LIBRARY, backward_op, forward_op
 
 pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
@@ -47,3 +49,11 @@ def test_it_exports_nothing_of_the_cuda_runtime() -> None:
         line.split()[-1] for line in _read("--dyn-syms").splitlines() if " GLOBAL " in line and " UND " not in line
     ]
     assert [name for name in exported if name.startswith("cuda")] == []
+
+
+def test_its_schemas_and_the_named_tuples_of_python_agree() -> None:
+    def names(op: torch._ops.OpOverload) -> list[str]:
+        return [argument.name for argument in op._schema.arguments]
+
+    assert names(forward_op) == [*Tensors._fields, *Options._fields]
+    assert names(backward_op) == ["dout", "dlse", *Tensors._fields, "out", "lse", "needs", *Options._fields]

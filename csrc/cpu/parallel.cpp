@@ -1,10 +1,10 @@
 #include "parallel.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <atomic>
 #include <new>
-
-#include "cpu.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -29,12 +29,12 @@ Buffer::~Buffer() { ::operator delete(data_, std::align_val_t(kCacheLine)); }
 
 void run_tasks(int64_t count, int64_t scratch_bytes, Task task, const void* context) {
   if (count <= 0) return;
-  const int64_t workers = std::min<int64_t>(std::max(num_threads(), 1), count);
+  const int64_t workers = std::min<int64_t>(std::max<int64_t>(torch::stable::get_num_threads(), 1), count);
   // A cache line between the scratch of two threads, so that they never share one.
   const int64_t stride = (scratch_bytes + 2 * kCacheLine - 1) / kCacheLine * kCacheLine;
   const Buffer scratch(workers * stride);
   std::atomic<int64_t> next{0};
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       char* own = static_cast<char*>(scratch.data()) + worker * stride;
       for (int64_t index = next++; index < count; index = next++) task(context, index, own);

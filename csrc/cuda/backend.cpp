@@ -1,4 +1,6 @@
 // CUDA as the ops see it: the list of kernel families, facts of the device, its current stream.
+#include "../backend.h"
+
 #include <cuda_runtime_api.h>
 
 #include <array>
@@ -6,7 +8,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../dispatch.h"
 #include "universal/universal.h"
 #ifdef FLASH_ATTN_WITH_SM90
 #include "sm90/sm90.h"

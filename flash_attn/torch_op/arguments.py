@@ -1,4 +1,5 @@
-"""The arguments of `flash_attn::forward`, in the order of its schema (csrc/ops.cpp), and of `flash_attn::backward`.
+"""The arguments of `flash_attn::forward`, in the order of its schema, and of `flash_attn::backward`; C++ lists them in
+csrc/ops/arguments.h.
 
 forward(*tensors, *options); backward(dout, dlse, *tensors, out, lse, needs, *options). Always by position: torch looks
 each keyword up by a new string, which for ten options costs more than the rest of the call.

@@ -33,7 +33,7 @@ backward_op = torch.ops.flash_attn.backward.default
 
 
 def dense_strides_like(like: Tensor, last: int) -> list[int]:
-    """Strides of a dense tensor with `like`'s sizes but `last` columns, in `like`'s memory order (csrc/arguments.h)."""
+    """Strides of a dense tensor of `like`'s sizes but `last` columns, in its memory order (csrc/ops/tensor_info.h)."""
     outer, stride = range(like.dim() - 1), like.stride()
     broadcast = [stride[i] == 0 and like.shape[i] > 1 for i in outer]
     order = sorted(outer, key=lambda i: (not broadcast[i], -stride[i]))

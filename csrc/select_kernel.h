@@ -4,26 +4,14 @@
 #include <string>
 #include <vector>
 
+#include "backend.h"
 #include "host_device.h"
 #include "kernel.h"
 
 namespace flash_attn {
 
-/// A device type as the ops see it.
-struct Backend {
-  /// Fastest family first; the last one refuses nothing.
-  std::vector<const ForwardKernel*> forward;
-  std::vector<const BackwardKernel*> backward;
-  DeviceInfo (*device_info)(int device_index);
-  /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
-  void* (*enter)(int device_index, int* previous_device);
-  void (*leave)(int device_index, int previous_device);
-};
-
-FLASH_ATTN_EXPORT const Backend& cpu_backend();
-#ifdef FLASH_ATTN_WITH_CUDA
-FLASH_ATTN_EXPORT const Backend& cuda_backend();
-#endif
+/// Throws for CUDA in a library that was built without it.
+FLASH_ATTN_EXPORT const Backend& backend_of(DeviceType device);
 
 struct Rejection {
   std::string family, reason;

@@ -1,10 +1,8 @@
-#include "dispatch.h"
+#include "select_kernel.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-
-#include "cpu/cpu.h"
 
 namespace flash_attn {
 
@@ -22,12 +20,14 @@ std::string families(const std::vector<const Kernel<Params>*>& kernels) {
 
 }  // namespace
 
-const Backend& cpu_backend() {
-  static const Backend backend = {
-      {&cpu::kForward}, {&cpu::kBackward}, [](int) { return DeviceInfo{}; }, [](int, int*) -> void* { return nullptr; },
-      [](int, int) {},
-  };
-  return backend;
+const Backend& backend_of(DeviceType device) {
+  if (device == DeviceType::kCPU) return cpu_backend();
+#ifdef FLASH_ATTN_WITH_CUDA
+  return cuda_backend();
+#else
+  throw std::runtime_error(
+      "flash_attn got CUDA tensors, but was built without CUDA kernels: rebuild with nvcc and FLASH_ATTN_CUDA=1");
+#endif
 }
 
 template <typename Params>

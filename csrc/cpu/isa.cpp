@@ -1,4 +1,6 @@
 // Which instruction set the CPU family runs on: the best the processor has, or what FLASH_ATTN_CPU names.
+#include "isa.h"
+
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -6,7 +8,6 @@
 #include <vector>
 
 #include "cpu.h"
-#include "isa.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

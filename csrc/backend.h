@@ -1,0 +1,26 @@
+// A device type as the ops see it: its kernel families, facts of a device, its current stream.
+#pragma once
+
+#include <vector>
+
+#include "host_device.h"
+#include "kernel.h"
+
+namespace flash_attn {
+
+struct Backend {
+  /// Fastest family first; the last one refuses nothing.
+  std::vector<const ForwardKernel*> forward;
+  std::vector<const BackwardKernel*> backward;
+  DeviceInfo (*device_info)(int device_index);
+  /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
+  void* (*enter)(int device_index, int* previous_device);
+  void (*leave)(int device_index, int previous_device);
+};
+
+FLASH_ATTN_EXPORT const Backend& cpu_backend();
+#ifdef FLASH_ATTN_WITH_CUDA
+FLASH_ATTN_EXPORT const Backend& cuda_backend();
+#endif
+
+}  // namespace flash_attn

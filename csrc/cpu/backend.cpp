@@ -1,0 +1,16 @@
+// The CPU as the ops see it: one family, no facts that planning depends on, no streams.
+#include "../backend.h"
+
+#include "cpu.h"
+
+namespace flash_attn {
+
+const Backend& cpu_backend() {
+  static const Backend backend = {
+      {&cpu::kForward}, {&cpu::kBackward}, [](int) { return DeviceInfo{}; }, [](int, int*) -> void* { return nullptr; },
+      [](int, int) {},
+  };
+  return backend;
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,51 @@
+// Schemas of the ops, and the devices that they run on. Autograd, fake kernels and everything else that needs no C++ is
+// registered in flash_attn/torch_op.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "arguments.h"
+#include "attention.h"
+
+namespace flash_attn {
+namespace {
+
+std::string tensors_schema() {
+  std::string schema;
+  Arguments().for_each_tensor([&](const char* name, const auto& tensor) {
+    constexpr bool required = std::is_same_v<decltype(tensor), const TensorInfo&>;
+    schema += std::string(required ? "Tensor " : "Tensor? ") + name + ", ";
+  });
+  return schema;
+}
+
+std::string options_schema() {
+  std::string schema;
+  Arguments().for_each_option([&](const char* name, const char* type, const auto&) {
+    schema += std::string(schema.empty() ? "" : ", ") + type + " " + name;
+  });
+  return schema;
+}
+
+}  // namespace
+}  // namespace flash_attn
+
+STABLE_TORCH_LIBRARY(flash_attn, m) {
+  const std::string tensors = flash_attn::tensors_schema(), options = flash_attn::options_schema();
+  m.def(("forward(" + tensors + options + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("backward(Tensor dout, Tensor? dlse, " + tensors + "Tensor out, Tensor lse, bool[] needs, " + options +
+         ") -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dslopes, Tensor? dsinks)")
+            .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
+  m.impl("forward", flash_attn::forward);
+  m.impl("backward", flash_attn::backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
+  m.impl("forward", flash_attn::forward);
+  m.impl("backward", flash_attn::backward);
+}

@@ -1,0 +1,37 @@
+// What the ops know of a tensor: dtype, place, sizes, strides. No torch, so that the op, the introspection module and
+// plain C++ tests fill the same parameters.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../host_device.h"
+#include "../tensor_view.h"
+
+namespace flash_attn {
+
+/// A tensor as it arrives from the caller. Strides count elements.
+struct TensorInfo {
+  static constexpr int kMaxDims = 4;
+  void* data = nullptr;
+  DType dtype = DType::kOther;
+  DeviceType device = DeviceType::kCPU;
+  int device_index = 0;
+  int ndim = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+};
+
+/// "(2, 8, 128, 64)"
+std::string shape_string(const TensorInfo& tensor);
+const char* dtype_name(DType dtype);
+
+/// Views of a tensor that has passed the checks.
+FLASH_ATTN_EXPORT TensorView tensor_view(const TensorInfo& tensor, bool heads_first);
+RowView row_view(const TensorInfo& tensor);
+
+/// Strides of a dense tensor with the sizes of `like`, but `last` columns, whose dimensions lie in memory in the order
+/// of `like`'s; the last one is always contiguous, and broadcast ones (stride 0) are outermost.
+FLASH_ATTN_EXPORT void dense_strides_like(const TensorInfo& like, int64_t last, int64_t* strides);
+
+}  // namespace flash_attn
