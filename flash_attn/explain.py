@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .sdpa import scaled_dot_product_attention
-from .torch_op import attention as ops
-from .torch_op.arguments import NUM_DIFFERENTIABLE, Options, Tensors
+from .torch_op.arguments import NUM_DIFFERENTIABLE, BackwardArguments, Options, Tensors
 from .torch_op.library import empty_outputs
+from .torch_op.observer import Observer
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,25 @@ class Explanation:
     """The calls of the op that a function makes; printing it explains each.
 
     Attributes:
-        calls: in the order in which they are made; empty if torch's own function would run, as on other devices.
+        calls: in the order in which their forward passes run; a backward pass alone, whose forward pass ran before,
+            is a call of its own. Empty if torch's own function would run, as on other devices.
+        torch_ops: torch's own attention kernels that ran, by name, once for each call.
     """
 
     calls: list[Call]
+    torch_ops: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.calls)) if self.calls else "no call of flash_attn: torch's own function runs"
+        lines = [str(call) for call in self.calls]
+        if not lines:
+            lines.append("no call of flash_attn: torch's own function runs")
+            if not self.torch_ops:
+                lines[0] += (
+                    ", or a CUDA graph that was captured before, which can't be looked into, or none at all"
+                    " (of torch's kernels, MATH can't be told from other matrix products)"
+                )
+        lines += [f"{count} x torch's own {name}" for name, count in Counter(self.torch_ops).items()]
+        return "\n".join(lines)
 
 
 def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -93,13 +106,15 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
 
     Args:
         function: any function or module that ends in this package's attention: `scaled_dot_product_attention`,
-            `flash_attn_func`, a `FlashMHA`, a whole model. Attention returns zeros meanwhile; all else is computed.
-            If it is a tensor, it is the query of `scaled_dot_product_attention`.
+            `flash_attn_func`, a `FlashMHA`, a whole model, a training step, under function transforms or compiled.
+            Meanwhile what is compiled runs uncompiled, attention returns zeros, has zero gradients and draws no
+            dropout; all else is computed. If it is a tensor, it is the query of `scaled_dot_product_attention`.
         *args: its arguments.
         **kwargs: its keyword arguments.
 
     Returns:
-        What each call of the op would do; `print` it, or read its fields.
+        What each call of the op would do; `print` it, or read its fields. Kernels in a CUDA graph that was captured
+        before are not seen.
 
     Raises:
         RuntimeError: the call would be refused, with the text of that refusal.
@@ -107,45 +122,80 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
     Example:
         >>> print(flash_attn.explain(q, k, v, is_causal=True))
     """
-    calls: list[Call] = []
-    with ops.observing(lambda tensors, options: calls.append(_explain_call(tensors, options))):
+    calls: list[_Seen] = []
+
+    def on_forward(tensors: Tensors, options: Options) -> _Seen:
+        calls.append(_Seen(tensors, options))
+        return calls[-1]
+
+    def on_trained(call: _Seen) -> None:
+        call.train()
+
+    def on_backward(arguments: BackwardArguments) -> None:
+        seen = _Seen(arguments.tensors, arguments.options)
+        waiting = [call for call in calls if call.awaits_backward_of(seen)] or [seen]
+        # Under function transforms no output is known to require grad.
+        call = next((call for call in waiting if call.explanation.backward is not None), waiting[0])
+        if call is seen:
+            calls.append(seen)
+        call.train(arguments.needs)
+        call.had_backward = True
+
+    with Observer(on_forward, on_trained, on_backward) as observer:
         if isinstance(function, Tensor):
             scaled_dot_product_attention(function, *args, **kwargs)
         else:
             function(*args, **kwargs)
-    return Explanation(calls)
+    return Explanation([call.explanation for call in calls], observer.torch_ops)
 
 
-def _explain_call(tensors: Tensors, options: Options) -> Call:
-    _C = importlib.import_module("flash_attn._C")  # belongs to one Python version, which the op library does not
+class _Seen:
+    """A call as it is seen: whether it trains is known only later. Keeps no tensor alive."""
 
-    given = {name: x for name, x in tensors._asdict().items() if x is not None}
-    copies = []
-    for name in ("q", "k", "v"):
-        x = given[name]
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            copies.append(f"{name}, because its last stride is {x.stride(-1)} and not 1")
-            given[name] = x.contiguous()
-    wants = [x is not None and x.requires_grad for x in tensors[:NUM_DIFFERENTIABLE]]
-    trains = torch.is_grad_enabled() and any(wants)
-    plans = _C.plan(
-        {name: _describe(x) for name, x in given.items()}, options._asdict(), wants if trains else [False] * 6
-    )
-    outputs = empty_outputs(given["q"].to("meta"), given["v"].to("meta"), options.heads_first, "cu_seqlens_q" in given)
-    output_bytes = sum(x.numel() * x.element_size() for x in outputs)
-    return Call(
-        problem=_problem(given, options),
-        forward=KernelChoice(**plans["forward"]),
-        backward=KernelChoice(**plans["backward"]) if trains else None,
-        output_bytes=output_bytes,
-        saved_bytes=output_bytes if trains else 0,
-        copies=copies,
-    )
+    def __init__(self, tensors: Tensors, options: Options) -> None:
+        given = {name: x for name, x in tensors._asdict().items() if x is not None}
+        self._copies = []
+        for name in ("q", "k", "v"):
+            x = given[name]
+            if x.shape[-1] > 1 and x.stride(-1) != 1:
+                self._copies.append(f"{name}, because its last stride is {x.stride(-1)} and not 1")
+                given[name] = x.contiguous()
+        self._wants = [x is not None and x.requires_grad for x in tensors[:NUM_DIFFERENTIABLE]]
+        self._given = {name: _describe(x) for name, x in given.items()}
+        self._options = options
+        self._problem = _problem(given, options)
+        outputs = empty_outputs(
+            given["q"].to("meta"), given["v"].to("meta"), options.heads_first, "cu_seqlens_q" in given
+        )
+        self._output_bytes = sum(x.numel() * x.element_size() for x in outputs)
+        self.had_backward = False
+        self.explanation = self._explain([False] * NUM_DIFFERENTIABLE)
+
+    def train(self, needs: Sequence[bool] | None = None) -> None:
+        self.explanation = self._explain(self._wants if needs is None else needs)
+
+    def awaits_backward_of(self, other: _Seen) -> bool:
+        return not self.had_backward and self._problem == other._problem
+
+    def _explain(self, needs: Sequence[bool]) -> Call:
+        _C = importlib.import_module("flash_attn._C")  # belongs to one Python version, which the op library does not
+
+        plans = _C.plan(self._given, self._options._asdict(), list(needs))
+        trains = any(needs)
+        return Call(
+            problem=self._problem,
+            forward=KernelChoice(**plans["forward"]),
+            backward=KernelChoice(**plans["backward"]) if trains else None,
+            output_bytes=self._output_bytes,
+            saved_bytes=self._output_bytes if trains else 0,
+            copies=self._copies,
+        )
 
 
 def _describe(x: Tensor) -> tuple[int, str, int, list[int], list[int]]:
-    """As csrc/bindings.cpp takes it. Meta tensors count as well aligned ones on the CPU."""
-    address = 0 if x.is_meta else x.data_ptr()
+    """As csrc/bindings.cpp takes it. Tensors without storage, meta and fake ones, count as well aligned."""
+    has_storage = type(x) in (Tensor, Parameter) and not x.is_meta
+    address = x.data_ptr() if has_storage else 0
     device = x.get_device() if x.is_cuda else -1
     return (address or 1 << 20, str(x.dtype).removeprefix("torch."), device, list(x.shape), list(x.stride()))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,14 +11,12 @@ from torch import Tensor
 from . import checks
 from .arguments import Options, Tensors
 from .autograd import TransformedAttention, apply_attention, call_op, requires_grad
-from .library import empty_outputs, forward_op
+from .library import forward_op
 from .private import transforms_active
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
-Observer = Callable[[Tensors, Options], None]
-
-_observer: Observer | None = None
+RNG_STATE_RANGE = (-(2**63), 2**63 - 1)
 _CHECK_LENGTHS = os.environ.get("FLASH_ATTN_CHECK") == "1"
 
 
@@ -30,7 +26,7 @@ def make_rng_state(device: torch.device | str) -> Tensor:
     Safe in CUDA graphs (each replay draws anew), repeatable under `torch.manual_seed`, and subject to vmap's
     `randomness`.
     """
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.randint(*RNG_STATE_RANGE, (2,), dtype=torch.int64, device=device)
 
 
 def attention(
@@ -123,10 +119,6 @@ def attention(
     )
     if torch.compiler.is_compiling():
         return forward_op(*tensors, *options)
-    if _observer is not None:
-        _observer(tensors, options)
-        out, lse = empty_outputs(q, v, heads_first, cu_seqlens_q is not None)
-        return out.zero_(), lse.zero_()
     if _CHECK_LENGTHS:
         _check_lengths(tensors, options)
     if transforms_active():
@@ -165,14 +157,3 @@ def _check_lengths(tensors: Tensors, options: Options) -> None:
             lengths = [longest] * x.shape[0]
         if used is not None and any(n < 0 or n > m for n, m in zip(used.tolist(), lengths, strict=True)):
             raise RuntimeError(f"seqused_{name} must lie in [0, length of its sequence], but is {used.tolist()}")
-
-
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """While it is open, calls are shown to `observer` (tensors and options of the op) and return zeros."""
-    global _observer
-    previous, _observer = _observer, observer
-    try:
-        yield
-    finally:
-        _observer = previous

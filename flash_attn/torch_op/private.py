@@ -5,6 +5,8 @@ Names are looked up once, at import: a call of what is found costs no more than 
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the name that its users are told
 
 
 def _below_autograd() -> Callable[[], AbstractContextManager[None]]:
@@ -50,6 +53,11 @@ flash_sdp_enabled: Callable[[], bool] = getattr(
     torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled
 )
 """Whether `torch.nn.attention.sdpa_kernel` lets FLASH_ATTENTION take part. Dynamo can't trace the public name."""
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled so far. Asking torch.compiler itself would load the compiler."""
+    return "torch._dynamo" in sys.modules or importlib.util.find_spec("torch._dynamo") is None
 
 
 def ragged_dim(x: Tensor) -> int:
