@@ -17,8 +17,9 @@ from pathlib import Path
 
 import report
 import torch
-from backends import BACKENDS, DTYPES, Contender, Inputs, contenders
-from shapes import Problem
+from backends import BACKENDS, Contender, contenders
+from inputs import DTYPES, Inputs
+from problem import Problem
 from torch import Tensor
 
 TENSORS = ("out", "dq", "dk", "dv")

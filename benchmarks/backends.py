@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,69 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from shapes import Problem
+from inputs import Inputs
+from problem import DROPOUT, SOFTCAP
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATH_LIMIT = 2 << 30  # bytes of scores beyond which torch's math path is left out
-
-
-class Inputs:
-    """The tensors of one problem, shared by all backends."""
-
-    def __init__(self, problem: Problem, device: torch.device, seed: int = 0) -> None:
-        self.problem, self.device = problem, device
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def random(heads: int, seqlen: int) -> Tensor:
-            rows = (problem.tokens,) if problem.lengths else (problem.batch, seqlen)
-            shape = (*rows, heads, problem.head_dim)
-            return torch.randn(shape, device=device, generator=generator).to(DTYPES[problem.dtype])
-
-        # (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) when packed
-        self.q, self.dout = (random(problem.heads, problem.seqlen) for _ in range(2))
-        self.k, self.v = (random(problem.kv_heads, problem.keys) for _ in range(2))
-        self.mask = self._mask(generator)
-        if problem.lengths:
-            starts = torch.tensor([0, *problem.lengths]).cumsum(0)
-            self.cu_seqlens = starts.to(device, torch.int32)
-            columns = torch.arange(problem.seqlen, device=device)
-            self.valid = columns < torch.tensor(problem.lengths, device=device)[:, None]  # (batch, max_seqlen)
-
-    def _mask(self, generator: torch.Generator) -> Tensor | None:
-        problem, n, device = self.problem, self.problem.seqlen, self.device
-        if problem.mask == "padding":
-            lengths = torch.tensor(problem.padded_lengths, device=device)
-            return (torch.arange(n, device=device) < lengths[:, None])[:, None, None, :]
-        if problem.mask == "documents":
-            document = torch.arange(n, device=device) * 4 // n
-            return (document[:, None] == document)[None, None]
-        if problem.mask == "random":
-            return torch.rand(1, 1, n, n, device=device, generator=generator) < 0.5
-        if problem.mask in ("bias", "bias_gradient"):
-            bias = torch.randn(1, problem.heads, n, n, device=device, generator=generator)
-            return bias.to(DTYPES[problem.dtype]).requires_grad_(problem.mask == "bias_gradient")
-        return None
-
-    def dense_mask(self) -> Tensor | None:
-        """The mask, or window and lengths as one, for an implementation that has neither windows nor packed input."""
-        p = self.problem
-        if not p.lengths and p.window < 0:
-            return self.mask
-        causal = torch.ones(p.seqlen, p.seqlen, dtype=torch.bool, device=self.device).tril()
-        if p.lengths:
-            keep = self.valid[:, None, None, :]
-            return keep & causal if p.causal else keep
-        return causal.triu(-p.window)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(tokens, heads, head_dim) to (batch, max_seqlen, heads, head_dim) with zeros."""
-        padded = x.new_zeros(*self.valid.shape, *x.shape[1:])
-        padded[self.valid] = x
-        return padded
 
 
 @dataclass
@@ -132,6 +78,16 @@ def _contender(name: str, inputs: Inputs, layout: str, attention: Attention, **s
     return Contender(name, lambda: attention(q, k, v), leaves, dout, common, **settings)  # type: ignore[arg-type]
 
 
+def _func(name: str, inputs: Inputs, **options: object) -> Contender:
+    """This package's `flash_attn_func`."""
+    return _contender(
+        name,
+        inputs,
+        "as given",
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **options),  # type: ignore[arg-type]
+    )
+
+
 def ours(inputs: Inputs) -> Contender:
     """This package, by the public function that fits."""
     p = inputs.problem
@@ -144,35 +100,40 @@ def ours(inputs: Inputs) -> Contender:
             lambda q, k, v: flash_attn.flash_attn_varlen_func(q, k, v, cu, cu, p.seqlen, p.seqlen, causal=p.causal),
         )
     if p.window >= 0:
-        return _contender(
-            "ours",
-            inputs,
-            "as given",
-            lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(p.window, 0)),
-        )
+        return _func("ours", inputs, causal=True, window_size=(p.window, 0))
+    if p.score == "softcap":
+        return _func("ours", inputs, causal=p.causal, softcap=SOFTCAP)
+    if p.score == "alibi":
+        return _func("ours", inputs, causal=p.causal, alibi_slopes=inputs.slopes)
     return _contender(
         "ours", inputs, "heads first", _sdpa(flash_attn.scaled_dot_product_attention, inputs, inputs.mask)
     )
 
 
+def rule(inputs: Inputs) -> Contender:
+    """This package, told of the rule behind a dense mask: what a mask could cost at best."""
+    p = inputs.problem
+    if p.mask == "tril":
+        return _func("rule", inputs, causal=True)
+    if p.mask == "window":
+        return _func("rule", inputs, causal=True, window_size=(p.dense_window, 0))
+    raise UnsuitedError("for dense masks that an argument can say")
+
+
 def deterministic(inputs: Inputs) -> Contender:
     """This package with repeatable gradients."""
     p = inputs.problem
-    if p.lengths or p.mask != "none":
+    if p.lengths or p.case != "none":
         raise UnsuitedError("for dense problems without a mask")
     window = (p.window, 0) if p.window >= 0 else (-1, -1)
-    return _contender(
-        "deterministic",
-        inputs,
-        "as given",
-        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=p.causal, window_size=window, deterministic=True),
-    )
+    return _func("deterministic", inputs, causal=p.causal, window_size=window, deterministic=True)
 
 
 def _sdpa(function: Callable[..., Tensor], inputs: Inputs, mask: Tensor | None) -> Attention:
     p = inputs.problem
     causal = p.causal and p.window < 0 and not p.lengths
-    return lambda q, k, v: function(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=p.kv_heads != p.heads)
+    dropout, gqa = (DROPOUT if p.score == "dropout" else 0.0), p.kv_heads != p.heads
+    return lambda q, k, v: function(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=gqa)
 
 
 def _torch(backend: SDPBackend) -> Callable[[Inputs], Contender]:
@@ -182,6 +143,10 @@ def _torch(backend: SDPBackend) -> Callable[[Inputs], Contender]:
         p = inputs.problem
         if inputs.device.type == "cpu" and backend not in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             raise UnsuitedError("not for the CPU")
+        if p.score == "softcap":
+            raise UnsuitedError("has no softcap")
+        if p.score == "alibi":
+            raise UnsuitedError("has no ALiBi but as a dense bias: see the case bias")
         if p.lengths and p.batch * p.seqlen > 4 * p.tokens:
             raise UnsuitedError("padding would more than quadruple the tokens")
         scores = 4 * p.batch * p.heads * p.seqlen * p.keys
@@ -224,51 +189,61 @@ def fa3(inputs: Inputs) -> Contender:
     p = inputs.problem
     if inputs.device.type == "cpu" or not importlib.util.find_spec("flash_attn_interface"):
         raise UnsuitedError("not installed")
-    if p.mask != "none" or p.dtype == "fp32":
-        raise UnsuitedError("no masks, no fp32")
+    if p.case not in ("none", "softcap") or p.dtype == "fp32":
+        raise UnsuitedError("no masks, no dropout, no ALiBi, no fp32")
     import flash_attn_interface as interface
 
     window = (p.window, 0) if p.window >= 0 else (-1, -1)
+    softcap = SOFTCAP if p.score == "softcap" else 0.0
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if p.lengths:
             cu = inputs.cu_seqlens
             out = interface.flash_attn_varlen_func(q, k, v, cu, cu, p.seqlen, p.seqlen, causal=p.causal)
         else:
-            out = interface.flash_attn_func(q, k, v, causal=p.causal, window_size=window)
+            out = interface.flash_attn_func(q, k, v, causal=p.causal, window_size=window, softcap=softcap)
         return out[0] if isinstance(out, tuple) else out
 
     return _contender("fa3", inputs, "as given", attention)
+
+
+def compiled(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+    """By torch.compile, anew for every shape. Backward is timed on one graph again and again, so it may not use what
+    forward has kept for buffers of its own, as compiled graphs do (which saves them memory in a step)."""
+    torch._dynamo.config.recompile_limit = 1000
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False, **options)  # type: ignore[call-overload]
 
 
 def flex(inputs: Inputs) -> Contender:
     """Compiled FlexAttention, which is told of the mask as a block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    p, device = inputs.problem, inputs.device
-    if device.type == "cpu" or p.lengths or p.mask in ("random", "bias", "bias_gradient"):
-        raise UnsuitedError("CUDA, and masks that are rules, only")
-    torch._dynamo.config.recompile_limit = 1000
-    lengths = torch.tensor(p.padded_lengths, device=device)
+    p, device, slopes = inputs.problem, inputs.device, inputs.slopes
+    if device.type == "cpu" or p.lengths or p.score == "dropout" or (p.mask != "none" and inputs.rule is None):
+        raise UnsuitedError("CUDA, masks that are rules, and no dropout")
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if p.mask == "padding":
-            return j < lengths[b]
-        if p.mask == "documents":
-            return i * 4 // p.seqlen == j * 4 // p.seqlen
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (i - j <= p.window) if p.window >= 0 else i >= j
 
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return SOFTCAP * (score / SOFTCAP).tanh()
+
+    def with_alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - slopes[h] * (i - j).abs()
+
+    visible = inputs.rule or (causal if p.causal else None)
     block_mask = None
-    if p.causal or p.mask != "none":
+    if visible is not None:
         batch = p.batch if p.mask == "padding" else None
-        block_mask = create_block_mask(visible, batch, None, p.seqlen, p.seqlen, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = p.kv_heads != p.heads
+        block_mask = create_block_mask(visible, batch, None, p.seqlen, p.keys, device=device)
+    score_mod = {"softcap": capped, "alibi": with_alibi}.get(p.score)
+    function, gqa = compiled(flex_attention), p.kv_heads != p.heads
     return _contender(
         "flex",
         inputs,
         "heads first",
-        lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa),
+        lambda q, k, v: function(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa),
     )
 
 
@@ -280,6 +255,7 @@ BACKENDS: dict[str, Callable[[Inputs], Contender]] = {
     "fa3": fa3,
     "flex": flex,
     "deterministic": deterministic,
+    "rule": rule,
 }
 
 
@@ -301,33 +277,8 @@ def contenders(names: list[str], inputs: Inputs, train: bool) -> tuple[list[Cont
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 if name == "ours":
                     raise
-                reasons[name] = " ".join([str(error), *(str(warning.message) for warning in caught)]).splitlines()[0]
+                text = " ".join([str(error), *(str(warning.message) for warning in caught)])
+                reasons[name] = re.sub(r" *\(Triggered internally at [^)]*\)", "", text).splitlines()[0]
                 continue
         able.append(contender)
     return able, reasons
-
-
-def check(able: list[Contender], dtype: str, train: bool) -> str:
-    """Compares ours with the first other one. Raises if they differ by more than the dtype explains.
-
-    Returns:
-        The largest relative difference, in words; or that there was nothing to compare with.
-    """
-    mine = next((contender for contender in able if contender.name == "ours"), None)
-    other = next((contender for contender in able if contender.name != "ours"), None)
-    if mine is None or other is None:
-        return "nothing to compare with"
-    results = []
-    for contender in (mine, other):
-        with contender.entered(grad=train):
-            out = contender.forward()
-            gradients = torch.autograd.grad(out, contender.leaves, contender.dout) if train else ()
-        values = [out, *gradients[:3]]
-        results.append([*(contender.common(x.detach()).float() for x in values), *(x.float() for x in gradients[3:])])
-    worst = 0.0
-    for name, a, b in zip(("out", "dq", "dk", "dv", "dmask"), *results, strict=False):
-        difference = float((a - b).norm() / b.norm())
-        if not difference <= {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-3}[dtype]:
-            raise SystemExit(f"WRONG RESULT: {name} of ours and of {other.name} differ by {difference:.1e}")
-        worst = max(worst, difference)
-    return f"{worst:.0e} from {other.name}"

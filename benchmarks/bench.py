@@ -15,8 +15,11 @@ from pathlib import Path
 import report
 import timing
 import torch
-from backends import BACKENDS, DTYPES, Contender, Inputs, check, contenders
-from shapes import SUITES, Problem, Selection, problems_of
+from agreement import check
+from backends import BACKENDS, Contender, contenders
+from inputs import DTYPES, Inputs
+from problem import Problem
+from shapes import SUITES, Selection, problems_of
 
 import flash_attn
 
@@ -82,7 +85,7 @@ def measure(problem: Problem, args: argparse.Namespace, peaks: Peaks, clock: tim
     wanted = HOST_PASSES if args.suite == "host" else PASSES[args.passes]
     train = any(passes not in ("fwd", "host_fwd") for passes in wanted)
     able, unsuited = contenders(args.backends, inputs, train)
-    agreement = check(able, problem.dtype, train)
+    agreement = check(able, inputs, train)
     timer: Callable[..., list[float]] = timing.device_times if device.type == "cuda" else timing.cpu_times
     if args.suite == "host":
         timer = timing.host_times
@@ -123,12 +126,13 @@ def parse_arguments() -> argparse.Namespace:
         "flex": not args.flex,
         "math": args.device == "cuda" and args.suite in ("peers", "sweep"),
         "deterministic": args.suite != "deterministic",
+        "rule": args.suite != "mask",
     }
     if args.suite == "deterministic":
         left_out |= {name: True for name in BACKENDS if name not in ("ours", "cudnn", "deterministic")}
     args.backends = args.only_backend or [name for name in BACKENDS if not left_out.get(name, False)]
-    narrowed = args.head_dims or args.seqlens or args.dtype or args.causal != "both" or args.only_backend
-    if args.out is None and not narrowed:
+    whole = Selection.of_arguments(args).is_whole and not args.only_backend
+    if args.out is None and whole:
         args.out = Path(__file__).parent / "results" / report.folder_name(torch.device(args.device))
     return args
 
@@ -138,19 +142,19 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     problems = problems_of(args.suite, Selection.of_arguments(args))
-    if not problems:
-        raise SystemExit(f"suite {args.suite} has no problem of these sizes")
     head = report.header(torch.device(args.device))
     print(f"{head['device']}, {head['threads']} threads, {head['versions']}, commit {head['commit']}", flush=True)
     progress = report.Progress(len(problems))
     progress.draw()
     rows: list[report.Row] = []
+    refused: set[str] = set()
     with timing.ClockLog(enabled=args.device == "cuda") as clock:
         peaks = Peaks(torch.device(args.device), clock)
         for problem in problems:
             new = measure(problem, args, peaks, clock)
             rows += new
-            progress.step([report.row_text(problem, row) for row in new])
+            lines = [report.row_text(problem, row) for row in new]
+            progress.step([*lines, f"          agreement: {new[0]['agreement']}", *report.refusals(new[0], refused)])
             if args.out is not None:
                 head["sm_clock"] = clock.summary()
                 head["matmul"] = {dtype: peak._asdict() for dtype, peak in peaks.found.items()}

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SUITES, Problem, Selection, problems_of
+from problem import Problem
+from shapes import SUITES, Selection, problems_of
 
 SAMPLES = 3  # of a build before it is another one's turn
 
@@ -69,8 +70,9 @@ def serve(device: str, passes: str) -> None:
     """In a build's process: for a problem from standard input prepares its call and says where the package is; for null
     says how many milliseconds a call takes."""
     import timing
-    from backends import Inputs, ours
+    from backends import ours
     from bench import timed_call
+    from inputs import Inputs
 
     import flash_attn
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ Group = tuple[str, int, bool]  # dtype, head_dim, causal
 
 
 MAX_COLUMNS = 8
+MIN_WIDTH = 6.0  # inches; one column has to leave room for title and legend
+LEGEND_ENTRY = 2.2  # inches
+TITLE_LETTER = 0.11
 
 
 def group_of(row: Row) -> Group:
@@ -68,8 +72,8 @@ def _length(seqlen: int) -> str:
     return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
 
 
-def plot(folder: Path) -> Path:
-    """Draws a panel for each file, dtype, head dimension and mask."""
+def compose(folder: Path) -> Figure:
+    """A panel for each file, dtype, head dimension and mask."""
     files = [path for name in ("forward", "backward") if (path := folder / f"{name}.json").exists()]
     if not files:
         raise SystemExit(f"neither forward.json nor backward.json in {folder}: run bench.py first")
@@ -78,7 +82,8 @@ def plot(folder: Path) -> Path:
     columns = min(len(groups), MAX_COLUMNS)
     lines_per_file = -(-len(groups) // columns)
     lines = lines_per_file * len(files)
-    figure = Figure(figsize=(2.6 * columns + 1, 3.0 * lines + 0.8), layout="constrained")
+    width = max(2.6 * columns + 1, MIN_WIDTH)
+    figure = Figure(figsize=(width, 3.0 * lines + 0.8), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
     for n, (path, content) in enumerate(zip(files, data, strict=True)):
         own = panels[n * lines_per_file : (n + 1) * lines_per_file]
@@ -98,11 +103,18 @@ def plot(folder: Path) -> Path:
     handles = {}  # one panel may show what another does not
     for axes in panels.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    entries = min(len(handles), int(width / LEGEND_ENTRY))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries, fontsize=9)
     head = data[0]["header"]
-    figure.suptitle(f"{head['device']}, torch {head['versions']['torch']}; number: ours over the reference, 1 is even")
+    title = f"{head['device']}, torch {head['versions']['torch']}; number: ours over the reference, 1 is even"
+    figure.suptitle(textwrap.fill(title, int(width / TITLE_LETTER)))
+    return figure
+
+
+def plot(folder: Path) -> Path:
+    """Draws `compose` to peers.png."""
     path = folder / "peers.png"
-    figure.savefig(path, dpi=110)
+    compose(folder).savefig(path, dpi=110)
     return path
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from shapes import Problem
+from problem import Problem
 
 import flash_attn
 
@@ -106,6 +106,7 @@ def make_row(
         "heads_k": problem.kv_heads,
         "dtype": problem.dtype,
         "mask": problem.mask,
+        "score": problem.score,
         "window": problem.window,
         "lengths": list(problem.lengths),
         **notes,
@@ -139,6 +140,14 @@ def row_text(problem: Problem, row: Row) -> str:
             text += f" x{row[f'ratio_{name}']:.2f}"
         parts.append(text)
     return " | ".join(parts)
+
+
+def refusals(row: Row, known: set[str]) -> list[str]:
+    """A line for each backend that does not run the problem, unless it has been said of it before."""
+    lines = [f"          {name} does not run this: {reason}" for name, reason in row["unsuited"].items()]
+    new = [line for line in lines if line not in known]
+    known.update(new)
+    return new
 
 
 def _names(rows: list[Row]) -> list[str]:

@@ -5,88 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-MASKS = ("none", "padding", "documents", "random", "bias", "bias_gradient")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One attention problem. Tensors are (batch, seqlen, heads, head_dim) in memory, packed when `lengths` are given.
-
-    Attributes:
-        mask: what is handed over as a dense attn_mask: nothing; bool (batch, 1, 1, seqlen), keys beyond each length;
-            bool (1, 1, seqlen, seqlen), four documents; the same shape at random, half of it true; a bias
-            (1, heads, seqlen, seqlen) of q's dtype; that bias with its gradient.
-        window: keys left of the diagonal that a causal row sees; -1 is all.
-        lengths: of the packed sequences, for the varlen functions.
-        seqlen_k: rows of k and v where they are others than those of q; full attention of dense tensors.
-    """
-
-    head_dim: int
-    causal: bool
-    seqlen: int
-    batch: int
-    heads: int
-    dtype: str = "bf16"
-    heads_k: int = 0
-    mask: str = "none"
-    window: int = -1
-    lengths: tuple[int, ...] = ()
-    seqlen_k: int = 0
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads_k or self.heads
-
-    @property
-    def keys(self) -> int:
-        return self.seqlen_k or self.seqlen
-
-    @property
-    def padded_lengths(self) -> tuple[int, ...]:
-        """Keys that each sequence keeps under the padding mask: from all of them down to a half."""
-        return tuple(self.seqlen - self.seqlen * i // (2 * self.batch) for i in range(self.batch))
-
-    @property
-    def visible_pairs(self) -> float:
-        """(query, key) pairs a head that take part; causal counts as half, as everybody counts it."""
-        n = self.seqlen
-        half = 0.5 if self.causal else 1.0
-        if self.lengths:
-            return half * sum(length * length for length in self.lengths)
-        if self.mask == "padding":
-            return half * n * sum(self.padded_lengths)
-        if self.mask == "documents":
-            return half * self.batch * n * n / 4
-        if 0 <= self.window < n:
-            return self.batch * (n * (self.window + 1) - self.window * (self.window + 1) / 2)
-        return half * self.batch * n * self.keys
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths) if self.lengths else self.batch * self.seqlen
-
-    def flops(self, passes: str) -> float:
-        """Of the two matrix products forward; backward counts 2.5 times that, as everybody counts it."""
-        forward = 4.0 * self.visible_pairs * self.heads * self.head_dim
-        return forward * {"fwd": 1.0, "bwd": 2.5, "step": 3.5}[passes]
-
-    def bytes(self, passes: str) -> float:
-        """Least traffic: q, k, v, out forward; those, dout, dq, dk, dv backward."""
-        size = {"bf16": 2, "fp16": 2, "fp32": 4}[self.dtype]
-        keys = self.batch * self.seqlen_k if self.seqlen_k else self.tokens
-        forward = 2 * self.head_dim * (self.tokens * self.heads + keys * self.kv_heads) * size
-        return forward * {"fwd": 1, "bwd": 2, "step": 3}[passes]
-
-    def __str__(self) -> str:
-        parts = [f"d{self.head_dim}", "causal" if self.causal else "full", self.dtype]
-        size = f"{len(self.lengths)} packed, {self.tokens} in all" if self.lengths else f"{self.batch}x{self.seqlen}"
-        parts.append(size + (f" on {self.seqlen_k} keys" if self.seqlen_k else ""))
-        parts.append(f"{self.heads} heads" + (f" on {self.heads_k}" if self.heads_k else ""))
-        parts += [self.mask] * (self.mask != "none") + [f"window {self.window}"] * (self.window >= 0)
-        return " ".join(parts)
+from problem import CASES, MASKS, SCORES, Problem
 
 
 @dataclass(frozen=True)
@@ -98,6 +20,7 @@ class Selection:
     causal: Sequence[bool] | None = None
     seqlens: Sequence[int] | None = None
     dtypes: Sequence[str] | None = None
+    cases: Sequence[str] | None = None
     count: int = 20
     seed: int = 0
 
@@ -108,6 +31,7 @@ class Selection:
         add("--seqlens", type=int, nargs="+", metavar="S")
         add("--causal", choices=["full", "causal", "both"], default="both")
         add("--dtype", choices=["bf16", "fp16", "fp32"], nargs="+", help="default: what the suite says")
+        add("--case", dest="cases", choices=CASES, nargs="+", metavar="CASE", help=f"mask or score: {', '.join(CASES)}")
         add("--count", type=int, default=20, help="problems of the sweep suite (default 20)")
         add("--seed", type=int, default=0, help="of the sweep's and varlen's random sizes")
 
@@ -115,7 +39,13 @@ class Selection:
     def of_arguments(cls, args: argparse.Namespace) -> Selection:
         """`args.device` is "cpu" or "cuda"."""
         causal = {"full": (False,), "causal": (True,), "both": None}[args.causal]
-        return cls(args.device == "cuda", args.head_dims, causal, args.seqlens, args.dtype, args.count, args.seed)
+        sizes = args.head_dims, causal, args.seqlens, args.dtype, args.cases
+        return cls(args.device == "cuda", *sizes, args.count, args.seed)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of a suite is left out."""
+        return all(x is None for x in (self.head_dims, self.causal, self.seqlens, self.dtypes, self.cases))
 
     def apply(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems of the chosen sizes, each in every chosen dtype."""
@@ -125,6 +55,7 @@ class Selection:
             if (self.head_dims is None or problem.head_dim in self.head_dims)
             and (self.causal is None or problem.causal in self.causal)
             and (self.seqlens is None or problem.seqlen in self.seqlens)
+            and (self.cases is None or problem.case in self.cases)
         ]
         if self.dtypes is None:
             return kept
@@ -243,13 +174,17 @@ def window(selection: Selection) -> list[Problem]:
 
 
 def mask(selection: Selection) -> list[Problem]:
-    """Dense masks and biases."""
-    batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
-    return [
-        Problem(head_dim, False, seqlen, batch, heads, _dtype(selection), mask=kind)
-        for head_dim in (64, 128)
-        for kind in MASKS[1:]
-    ]
+    """Dense masks and biases, and what changes scores: dropout, softcap, ALiBi."""
+    batch, seqlen, width = (4, 4096, 2048) if selection.on_cuda else (2, 512, 512)
+    problems = []
+    for head_dim in (64, 128):
+        plain = Problem(head_dim, False, seqlen, batch, width // head_dim, _dtype(selection))
+        long = replace(plain, seqlen=4 * seqlen, batch=1)
+        tree = replace(plain, seqlen=64, seqlen_k=2 * seqlen)
+        shapes = {"window": long, "tree": tree}
+        problems += [replace(shapes.get(kind, plain), mask=kind) for kind in MASKS[1:]]
+        problems += [replace(plain, score=kind) for kind in SCORES[1:]]
+    return problems
 
 
 def extra(selection: Selection) -> list[Problem]:
@@ -291,6 +226,21 @@ def _dtype(selection: Selection) -> str:
     return "bf16" if selection.on_cuda else "fp32"
 
 
+def _choices(problems: Sequence[Problem]) -> str:
+    """What a suite has of each thing that the command line selects by."""
+
+    def listed(values: Iterable[object]) -> str:
+        return ", ".join(map(str, dict.fromkeys(values)))
+
+    head_dims, lengths = listed(sorted(p.head_dim for p in problems)), listed(sorted(p.seqlen for p in problems))
+    masks = listed("causal" if p.causal else "full" for p in problems)
+    return f"head dims {head_dims}; lengths {lengths}; {masks}; cases {listed(p.case for p in problems)}"
+
+
 def problems_of(suite: str, selection: Selection) -> list[Problem]:
-    """The problems of a suite that the command line asks for."""
-    return selection.apply(SUITES[suite](selection))
+    """The problems of a suite that the command line asks for; exits if there are none."""
+    problems = SUITES[suite](selection)
+    if kept := selection.apply(problems):
+        return kept
+    device = "CUDA" if selection.on_cuda else "the CPU"
+    raise SystemExit(f"suite {suite} has no such problem; on {device} it has {_choices(problems)}")

@@ -1,22 +1,145 @@
-"""The benchmarks' own rules: generated pages are current, links lead somewhere."""
+"""The benchmarks: every suite runs, wrong results are noticed, generated pages are current, links lead somewhere."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
 import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+SUITES = ("peers", "extra", "sweep", "few", "varlen", "gqa", "window", "deterministic", "mask", "fp32", "host")
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of benchmarks/ by its name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tables
+    return importlib.import_module
 
-    return tables
+
+@pytest.fixture
+def tables(module: Callable[[str], ModuleType]) -> ModuleType:
+    return module("tables")
+
+
+def _small(problem: Any) -> Any:
+    """A sixteenth of the lengths, few heads."""
+    group = problem.heads // problem.kv_heads
+    return replace(
+        problem,
+        seqlen=max(16, problem.seqlen // 16),
+        batch=len(problem.lengths) or min(problem.batch, 2),
+        heads=group,
+        heads_k=1 if group > 1 else 0,
+        window=problem.window // 16 if problem.window >= 0 else -1,
+        lengths=tuple(max(1, length // 16) for length in problem.lengths),
+    )
+
+
+def _arguments(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", "--rounds", "1", *words])
+    return bench.parse_arguments()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs(suite: str, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, shapes, report, timing = map(module, ("bench", "shapes", "report", "timing"))
+    monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "HOST_CALLS", 1)
+    monkeypatch.setattr(bench.Peaks, "of", lambda self, dtype: report.Peak(1.0, None))
+    args = _arguments(bench, monkeypatch, "--suite", suite)
+    assert tuple(shapes.SUITES) == SUITES
+    problems = list(dict.fromkeys(_small(p) for p in shapes.problems_of(suite, shapes.Selection.of_arguments(args))))
+    with timing.ClockLog(enabled=False) as clock:
+        for problem in problems:
+            rows = bench.measure(problem, args, bench.Peaks(torch.device("cpu"), clock), clock)
+            assert [row["pass"] for row in rows] == list(bench.HOST_PASSES if suite == "host" else ("fwd", "bwd"))
+            for row in rows:
+                assert row["ours_ms"] > 0 and "from" in row["agreement"]
+                assert problem.case == module("tables").case_of(row)
+                assert "ours" in report.row_text(problem, row)
+
+
+@pytest.mark.parametrize("case", ["none", "random", "padding", "bias", "tril", "prefix", "softcap", "alibi", "dropout"])
+def test_a_wrong_result_ends_the_run(case: str, module: Callable[[str], ModuleType]) -> None:
+    agreement, backends, inputs, problem = map(module, ("agreement", "backends", "inputs", "problem"))
+    which = "score" if case in problem.SCORES[1:] else "mask"
+    small = problem.Problem(16, False, 256, 2, 2, "fp32", **{which: case})
+    given = inputs.Inputs(small, torch.device("cpu"))
+    mine = backends.ours(given)
+    agreement.check([mine], given, train=True)  # without another: with a head in float32, or with the mean
+    right = mine.call
+    mine.call = lambda: 1.2 * right()
+    with pytest.raises(SystemExit, match="WRONG RESULT"):
+        agreement.check([mine], given, train=False)
+    mine.call, out_only = right, mine.common
+    taken = []
+
+    def wrong_gradients(x: torch.Tensor) -> torch.Tensor:
+        taken.append(x)
+        return out_only(x) * (1.0 if len(taken) == 1 else 1.2)
+
+    mine.common = wrong_gradients
+    with pytest.raises(SystemExit, match=r"WRONG RESULT: .*dq"):
+        agreement.check([mine], given, train=True)
+
+
+def test_visible_pairs_are_those_of_the_mask(module: Callable[[str], ModuleType]) -> None:
+    inputs, problem = map(module, ("inputs", "problem"))
+    for case in ("padding", "documents", "tril", "window", "prefix"):
+        p = problem.Problem(8, False, 512, 4, 1, "fp32", mask=case)
+        mask = inputs.Inputs(p, torch.device("cpu")).mask
+        seen = int(mask.expand(p.batch, 1, p.seqlen, p.seqlen).sum())
+        assert p.visible_pairs == pytest.approx(seen, rel=0.01), case
+
+
+def test_what_a_suite_has_is_said_when_nothing_is_chosen(module: Callable[[str], ModuleType]) -> None:
+    shapes = module("shapes")
+    selection = shapes.Selection(on_cuda=True, head_dims=[96], cases=["dropout"])
+    with pytest.raises(
+        SystemExit, match=r"on CUDA it has head dims 64, 128; lengths 64, 4096, 16384; full; cases random"
+    ):
+        shapes.problems_of("mask", selection)
+    chosen = shapes.problems_of("mask", replace(selection, head_dims=[64]))
+    assert [(p.head_dim, p.case, p.batch, p.heads, p.seqlen) for p in chosen] == [(64, "dropout", 4, 32, 4096)]
+
+
+def test_backward_of_a_compiled_peer_is_taken_again_and_again(module: Callable[[str], ModuleType]) -> None:
+    compiled = module("backends").compiled(lambda q, k: (q @ k.mT).exp() @ k, backend="aot_eager")
+    q, k = (torch.randn(2, 8, 8, requires_grad=True) for _ in range(2))
+    torch.autograd.grad(compiled(q, k).sum(), (q, k))  # how it is tried first
+    out = compiled(q, k)
+    first, second = (torch.autograd.grad(out, (q, k), torch.ones_like(out), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 6])
+def test_a_plot_shows_its_title_and_legend(columns: int, module: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for name in ("forward", "backward"):
+        content = json.loads((ROOT / f"benchmarks/results/h200/{name}.json").read_text())
+        groups = sorted({(row["head_dim"], row["causal"]) for row in content["rows"]})[:columns]
+        content["rows"] = [row for row in content["rows"] if (row["head_dim"], row["causal"]) in groups]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    figure = module("plot").compose(tmp_path)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    for shown in (figure._suptitle, *figure.legends):
+        box = shown.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
 
 
 def test_generated_pages_are_current(tables: ModuleType) -> None:
