@@ -3,12 +3,112 @@ causal masks aligned at the bottom right, inclusive windows."""
 
 from __future__ import annotations
 
-import torch
+from typing import Literal, overload
+
 from torch import Tensor
 
-from .torch_op import attention as ops
+from . import tensor_subclasses
+from .interface_arguments import Lengths, Options, Outputs, Window, attention, distributed_attention
 
-Outputs = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ...,
+    *,
+    return_lse: Literal[True],
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, None]: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: Literal[True],
+    *,
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, None]: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: bool = ...,
+    *,
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+) -> Outputs: ...
 
 
 def flash_attn_func(
@@ -18,7 +118,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -38,8 +138,8 @@ def flash_attn_func(
         dropout_p: probability, in [0, 1], of dropping a score. 0 in evaluation.
         softmax_scale: default 1 / sqrt(head_dim).
         causal: query i sees keys up to i + seqlen_k - seqlen_q.
-        window_size: (left, right): query i sees keys i + seqlen_k - seqlen_q - left to ... + right, both included;
-            -1 is no limit.
+        window_size: (left, right): query i sees keys i + seqlen_k - seqlen_q - left to ... + right, both included; a
+            negative number or None is no limit. A tuple, a list or a tensor of two integers.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         alibi_slopes: (num_heads) or (batch, num_heads): -slope * |i + seqlen_k - seqlen_q - j| is added to the scores
             (Press et al. 2022, section 3). Trainable.
@@ -57,38 +157,178 @@ def flash_attn_func(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype, device or value; the text names it.
         ValueError: window_size is not two integers, or both names of the sink are given.
+        TypeError: an argument is of another type. A number is Python's, numpy's or a tensor of no dimensions that is
+            not differentiated, and never a bool: ``flash_attn_func(q, k, v, True)`` asks for dropout_p=True.
+        NotImplementedError: float8 or complex inputs, nested tensors, or DTensors sharded otherwise than over batch and
+            heads.
+
+    Under autocast q, k and v are cast as for torch's own attention. DTensors are taken without slopes, sinks and lse.
     """
-    left, right = _window(window_size)
-    out, lse = ops.attention(
-        q,
-        k,
-        v,
-        None,
-        _statistics(alibi_slopes, q),
-        _statistics(_sink(learnable_sink, s_aux), q),
-        softmax_scale=softmax_scale,
-        causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        deterministic=True if deterministic else None,
+    options = Options(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        return_lse,
+        learnable_sink,
+        s_aux,
     )
-    return _outputs(out, lse, return_attn_probs, return_lse)
+    if type(q) is not Tensor and tensor_subclasses.is_dtensor(q, k, v):
+        return distributed_attention(q, k, v, options)
+    return attention(q, k, v, options)
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ...,
+    block_table: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+    seqused_q: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ...,
+    block_table: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+    seqused_q: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+    block_table: Tensor | None = ...,
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+    seqused_q: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, None]: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: Literal[True],
+    block_table: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+    seqused_q: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+) -> tuple[Tensor, Tensor, None]: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_attn_probs: bool = ...,
+    block_table: Tensor | None = ...,
+    *,
+    return_lse: bool = ...,
+    learnable_sink: Tensor | None = ...,
+    s_aux: Tensor | None = ...,
+    seqused_q: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+) -> Outputs: ...
 
 
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -119,53 +359,27 @@ def flash_attn_varlen_func(
         As `flash_attn_func`, with out (total_q, num_heads, head_dim_v) and lse (num_heads, total_q).
 
     Raises:
-        NotImplementedError: block_table is given.
+        NotImplementedError: block_table or DTensors are given.
     """
     if block_table is not None:
         raise NotImplementedError("block_table must be None: paged keys and values are not supported")
-    left, right = _window(window_size)
-    out, lse = ops.attention(
-        q,
-        k,
-        v,
-        None,
-        _statistics(alibi_slopes, q),
-        _statistics(_sink(learnable_sink, s_aux), q),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        max_seqlen_q=int(max_seqlen_q) if isinstance(max_seqlen_q, Tensor) else max_seqlen_q,
-        max_seqlen_k=int(max_seqlen_k) if isinstance(max_seqlen_k, Tensor) else max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
-        window_left=left,
-        window_right=right,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        deterministic=True if deterministic else None,
+    options = Options(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        return_lse,
+        learnable_sink,
+        s_aux,
     )
-    return _outputs(out, lse, return_attn_probs, return_lse)
-
-
-def _window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size must be two integers (left, right), but is {window_size!r}")
-    return window_size[0], window_size[1]
-
-
-def _statistics(x: Tensor | None, q: Tensor) -> Tensor | None:
-    """Slopes and sinks in the dtype that the kernels compute the softmax in."""
-    return None if x is None else x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def _sink(learnable_sink: Tensor | None, s_aux: Tensor | None) -> Tensor | None:
-    if learnable_sink is not None and s_aux is not None:
-        raise ValueError("learnable_sink and s_aux are two names of one argument, but both are given")
-    return s_aux if learnable_sink is None else learnable_sink
-
-
-def _outputs(out: Tensor, lse: Tensor, return_attn_probs: bool, return_lse: bool) -> Outputs:
-    if return_attn_probs:
-        return out, lse, None
-    return (out, lse) if return_lse else out
+    if type(q) is not Tensor and tensor_subclasses.is_dtensor(q, k, v):
+        raise NotImplementedError(
+            "q must not be a DTensor, but is: sequences are packed across ranks; call the function with q.to_local(), "
+            "k.to_local(), v.to_local() and the sequences of this rank"
+        )
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    return attention(q, k, v, options, lengths)

@@ -13,8 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import shapes, tensor_subclasses
 from .autocast import autocast
-from .sdpa_arguments import DTYPES, Arguments, any_nested, check_dtypes_and_devices, with_types_checked
+from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, with_types_checked
 from .torch_op import attention as ops
+from .torch_op import checks
 
 _torch_sdpa = F.scaled_dot_product_attention
 
@@ -89,7 +90,7 @@ def _is_common(
         and query.shape == key.shape == value.shape
         and query.dim() == 4
         and query.dtype == key.dtype == value.dtype
-        and query.dtype in DTYPES
+        and query.dtype in checks.DTYPES
         and ((query.is_cuda and key.is_cuda and value.is_cuda) or (query.is_cpu and key.is_cpu and value.is_cpu))
         and not torch.is_autocast_enabled("cuda" if query.is_cuda else "cpu")
     )

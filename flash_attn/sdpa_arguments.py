@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .torch_op import checks
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Arguments(NamedTuple):
@@ -52,10 +49,7 @@ def check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
             "Expected query, key, and value to have the same dtype, but got query.dtype: "
             f"{query.dtype} key.dtype: {key.dtype} and value.dtype: {value.dtype} instead."
         )
-    if query.dtype not in DTYPES:
-        integral = not (query.dtype.is_floating_point or query.dtype.is_complex)
-        error = RuntimeError if integral else NotImplementedError
-        raise error(f"query must be float64, float32, bfloat16 or float16, but is {query.dtype}")
+    checks.dtype("query", query)
     if query.device != key.device or query.device != value.device:
         raise RuntimeError(
             "Expected query, key, and value to have the same device type, but got query.device: "

@@ -52,6 +52,12 @@ FLAGS: list[tuple[Callable[..., Any], str]] = [
     (_sdpa, "enable_gqa"),
     (_attention, "heads_first"),
     (_attention, "deterministic"),
+    *[(f, name) for f in (_func, _varlen) for name in ("causal", "deterministic", "return_attn_probs", "return_lse")],
+]
+TENSORS: list[tuple[Callable[..., Any], str]] = [
+    (_sdpa, "attn_mask"),
+    *[(f, name) for f in (_func, _varlen) for name in ("alibi_slopes", "learnable_sink", "s_aux")],
+    *[(_varlen, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")],
 ]
 
 
@@ -107,6 +113,71 @@ def test_what_is_no_flag_raises(function: Callable[..., Any], name: str) -> None
     for value in (torch.tensor(True), torch.ones(2), (-1, -1), "yes", 0.0, 2):
         with pytest.raises(TypeError, match=f"{name} must be a bool, but is "):
             function(**{name: value})
+
+
+def test_a_bool_given_for_dropout_is_refused_and_flags_may_be_numpys_or_ints() -> None:
+    x = torch.ones(1, 5, 2, 8)
+    with pytest.raises(TypeError, match=r"dropout_p must be a number, but is True \(bool\)"):
+        flash_attn_func(x, x, x, True)
+    for flag in (np.bool_(True), 1):
+        torch.testing.assert_close(_func(causal=flag), _func(causal=True))
+        assert len(_func(return_lse=flag)) == 2
+
+
+@pytest.mark.parametrize("function, name", TENSORS, ids=_names(TENSORS))
+def test_what_is_no_tensor_raises(function: Callable[..., Any], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a Tensor, but is .*torch.as_tensor\({name}\)"):
+        function(**{name: [0, 3, 5]})
+    with pytest.raises(TypeError, match=rf"{name} must be a Tensor, but is 0.5 \(float\)"):
+        function(**{name: 0.5})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_inputs_that_are_no_tensors_raise(name: str) -> None:
+    x = torch.ones(1, 5, 2, 8)
+    for value in (None, x.numpy(), x.tolist()):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor"):
+            flash_attn_func(**({"q": x, "k": x, "v": x} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "value", [5.0, "5", torch.tensor(5.0), torch.tensor([3, 3]), True, torch.tensor(True)], ids=repr
+)
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
+def test_lengths_that_are_no_integers_raise(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        _varlen(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "window", [3, None, "ab", (1,), (1, 2, 3), (3.5, 0), (True, 0), ("1", 0), torch.tensor([1.0, 2.0])], ids=repr
+)
+@pytest.mark.parametrize("function", [_func, _varlen])
+def test_windows_that_are_not_two_integers_raise(function: Callable[..., Any], window: Any) -> None:
+    with pytest.raises(ValueError, match="window_size must be two integers"):
+        function(window_size=window)
+
+
+@pytest.mark.parametrize(
+    "window, same",
+    [
+        ([2, 1], (2, 1)),
+        (torch.tensor([2, 1]), (2, 1)),
+        (np.array([2, 1]), (2, 1)),
+        ((torch.tensor(2), np.int32(1)), (2, 1)),
+        ((None, None), (-1, -1)),
+        ((2, None), (2, -1)),
+        ((-7, 0), (-1, 0)),
+        ((2, -(2**40)), (2, -1)),
+        ((2**40, 1), (-1, 1)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_in_every_form(window: Any, same: tuple[int, int], causal: bool) -> None:
+    q = torch.randn(1, 9, 2, 8)
+    expected = flash_attn_func(q, q, q, causal=causal, window_size=same)
+    assert torch.equal(flash_attn_func(q, q, q, causal=causal, window_size=window), expected)
 
 
 def test_symbolic_numbers_compile_in_one_graph() -> None:

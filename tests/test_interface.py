@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
 
@@ -88,6 +90,123 @@ def test_slopes_and_sinks_of_16_bit_parameters_get_gradients() -> None:
     for x, gradient in zip((slopes, sink), torch.autograd.grad(out.sum(), (slopes, sink)), strict=True):
         assert gradient.dtype == x.dtype and gradient.abs().sum() > 0
     torch.testing.assert_close(out, flash_attn_func(q, q, q, alibi_slopes=slopes, s_aux=sink))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_for_torchs_function(dtype: torch.dtype) -> None:
+    x, double = torch.randn(9, 3, 8, requires_grad=True), torch.randn(9, 3, 8, dtype=torch.float64)
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    slopes, sink = torch.rand(3, requires_grad=True), torch.randn(3, requires_grad=True)
+
+    def batched(*qkv: Tensor, **options: Any) -> Any:
+        return flash_attn_func(*(x[None] for x in qkv), **options)
+
+    def packed(*qkv: Tensor, **options: Any) -> Any:
+        return flash_attn_varlen_func(*qkv, starts, starts, 5, 5, **options)
+
+    for attend in (batched, packed):
+        expected, _ = attend(*(x.to(dtype),) * 3, alibi_slopes=slopes, learnable_sink=sink, return_lse=True)
+        with torch.autocast("cpu", dtype):
+            for qkv in ((x, x, x), (x.to(dtype), x, x)):
+                out, lse = attend(*qkv, alibi_slopes=slopes, learnable_sink=sink, return_lse=True)
+                assert out.dtype == dtype and lse.dtype == torch.float32 and torch.equal(out, expected)
+            assert attend(double, double, double).dtype == torch.float64
+            with pytest.raises(RuntimeError, match="same dtype"):
+                attend(double, x, x)
+        for leaf, gradient in zip((x, slopes, sink), torch.autograd.grad(out.sum(), (x, slopes, sink)), strict=True):
+            assert gradient.dtype == leaf.dtype and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["strided", "expanded"])
+def test_small_tensors_have_any_strides(how: str) -> None:
+    def spread(x: Tensor) -> Tensor:
+        if how == "expanded" and bool((x == x[0]).all()):
+            return x[:1].expand_as(x)
+        return torch.stack((x, torch.full_like(x, -1)), 1)[:, 0]
+
+    q = torch.randn(9, 3, 8)
+    vectors = {
+        "cu_seqlens_q": torch.tensor([0, 4, 9], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 4, 9], dtype=torch.int32),
+        "seqused_q": torch.tensor([4, 4], dtype=torch.int32),
+        "seqused_k": torch.tensor([3, 3], dtype=torch.int32),
+        "alibi_slopes": torch.full((3,), 0.5),
+        "learnable_sink": torch.ones(3),
+    }
+    expected = flash_attn_varlen_func(q, q, q, max_seqlen_q=5, max_seqlen_k=5, **vectors)
+    spread_out = {name: spread(x) for name, x in vectors.items()}
+    assert torch.equal(flash_attn_varlen_func(q, q, q, max_seqlen_q=5, max_seqlen_k=5, **spread_out), expected)
+    sink = spread(torch.ones(3)).requires_grad_()
+    leaf = torch.ones(3, requires_grad=True)
+    outs = [flash_attn_func(q[None], q[None], q[None], learnable_sink=x).sum() for x in (sink, leaf)]
+    torch.testing.assert_close(torch.autograd.grad(outs[0], sink), torch.autograd.grad(outs[1], leaf))
+
+
+@pytest.mark.parametrize("name", ["learnable_sink", "s_aux", "alibi_slopes"])
+def test_messages_name_the_argument_that_was_given(name: str) -> None:
+    q = torch.randn(2, 4, 3, 8)
+    with pytest.raises(RuntimeError, match=rf"^{name} must have shape .*\(3,\)"):
+        flash_attn_func(q, q, q, **{name: torch.zeros(5)})
+    with pytest.raises(RuntimeError, match=f"^{name} must be real"):
+        flash_attn_func(q, q, q, **{name: torch.zeros(3, dtype=torch.complex64)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["learnable_sink", "s_aux", "alibi_slopes"])
+def test_messages_about_devices_name_the_argument_that_was_given(name: str) -> None:
+    q = torch.randn(2, 4, 3, 8, device="cuda")
+    with pytest.raises(RuntimeError, match=f"^{name} must be on q's device"):
+        flash_attn_func(q, q, q, **{name: torch.zeros(3)})
+
+
+def test_kinds_of_inputs_that_there_are_no_kernels_for() -> None:
+    q = torch.randn(2, 4, 3, 8)
+    starts = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"q must be .*float8_e4m3fn.*q.to\(torch.bfloat16\)"):
+        flash_attn_func(*(q.to(torch.float8_e4m3fn),) * 3)
+    with pytest.raises(NotImplementedError, match=r"q must be .*complex64"):
+        flash_attn_varlen_func(*(q[0].to(torch.complex64),) * 3, starts, starts, 4, 4)
+    with pytest.raises(RuntimeError, match=r"q must be .*int64"):
+        flash_attn_func(*(q.long(),) * 3)
+    nested = torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged)
+    for function in (flash_attn_func, lambda *qkv: flash_attn_varlen_func(*qkv, starts, starts, 4, 4)):
+        with pytest.raises(
+            NotImplementedError, match=r"q must be a plain tensor, but is nested.*flash_attn_varlen_func"
+        ):
+            function(nested, nested, nested)
+
+
+def test_dtensors_over_batch_and_heads() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if not dist.is_available():
+        pytest.skip("torch has no distributed package")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        q, starts = torch.randn(2, 5, 3, 8), torch.tensor([0, 5], dtype=torch.int32)
+        for placement in (Shard(0), Shard(2), Replicate()):
+            x = distribute_tensor(q, mesh, [placement]).requires_grad_()
+            out = flash_attn_func(x, x, x, causal=True, window_size=(2, 0))
+            assert out.placements == (placement,)
+            torch.testing.assert_close(out.full_tensor(), flash_attn_func(q, q, q, causal=True, window_size=(2, 0)))
+            out.sum().backward()
+            assert x.grad is not None and x.grad.placements == (placement,)
+        with pytest.raises(NotImplementedError, match=r"alibi_slopes must not be given with DTensors.*q.to_local"):
+            flash_attn_func(x, x, x, alibi_slopes=torch.ones(3))
+        with pytest.raises(NotImplementedError, match="return_lse must not be given with DTensors"):
+            flash_attn_func(x, x, x, return_lse=True)
+        with pytest.raises(NotImplementedError, match=r"q must not be a DTensor.*q.to_local"):
+            flash_attn_varlen_func(x[0], x[0], x[0], starts, starts, 5, 5)
+        x = distribute_tensor(q, mesh, [Shard(1)])
+        with pytest.raises(
+            NotImplementedError, match=r"q must be replicated or sharded over batch \(0\) or heads \(2\)"
+        ):
+            flash_attn_func(x, x, x)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_refusals() -> None:

@@ -1,8 +1,12 @@
-"""What options may be. A tensor is no number where a gradient would get lost in it, and a bool is no number at all."""
+"""What arguments may be: numbers, flags, tensors, their dtypes; and refusals in the caller's own words.
+
+A tensor is no number where a gradient would get lost in it, and a bool is no number at all.
+"""
 
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -78,6 +82,31 @@ def tensor(name: str, x: Any) -> Tensor:
         return x
     made = f": make it one, torch.as_tensor({name})" if isinstance(x, (list, tuple)) else ""
     raise TypeError(f"{name} must be a Tensor, but is {described(x)}{made}")
+
+
+def is_integral(x: Tensor) -> bool:
+    """Whether it holds one integer."""
+    return x.numel() == 1 and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def dtype(name: str, x: Tensor) -> None:
+    """Raises unless there are kernels for x's dtype: NotImplementedError if it is not integral, as in torch."""
+    if x.dtype in DTYPES:
+        return
+    integral = not (x.dtype.is_floating_point or x.dtype.is_complex)
+    remedy = "" if x.dtype.is_complex else f": convert it, {name}.to(torch.bfloat16)"
+    error = RuntimeError if integral else NotImplementedError
+    raise error(f"{name} must be float64, float32, bfloat16 or float16, but is {x.dtype}{remedy}")
+
+
+def rename(error: Exception, names: dict[str, str]) -> None:
+    """Puts the caller's names of arguments in place of the op's own into the text of `error`."""
+    if len(error.args) == 1 and isinstance(error.args[0], str):
+        pattern = r"\b(" + "|".join(names) + r")\b"
+        error.args = (re.sub(pattern, lambda match: names[match[0]], error.args[0]),)
 
 
 _CHECKS: tuple[Callable[[str, Any], Any], ...] = tuple(

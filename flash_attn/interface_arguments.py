@@ -1,0 +1,198 @@
+"""What the functions of `interface.py` share: their arguments in the forms that the op takes, and the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tensor_subclasses
+from .autocast import autocast
+from .torch_op import attention as ops
+from .torch_op import checks
+
+Window = Sequence[int | None] | Tensor
+Outputs = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]
+
+
+class Options(NamedTuple):
+    """As in :func:`flash_attn.flash_attn_func`."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: Window
+    softcap: float
+    alibi_slopes: Tensor | None
+    deterministic: bool
+    return_attn_probs: bool
+    return_lse: bool
+    learnable_sink: Tensor | None
+    s_aux: Tensor | None
+
+
+class Lengths(NamedTuple):
+    """Of packed sequences, as in :func:`flash_attn.flash_attn_varlen_func`."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    max_seqlen_q: Any = None  # int or Tensor
+    max_seqlen_k: Any = None
+
+
+ONE_LENGTH = Lengths()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths = ONE_LENGTH) -> Outputs:
+    """What :func:`flash_attn.flash_attn_func` returns, of plain tensors."""
+    q, k, v = _inputs(q, k, v)
+    options = _with_flags(options)
+    left, right = _window(options.window_size)
+    sink_name, sink = _sink(options)
+    *vectors, longest_q, longest_k = lengths if lengths is ONE_LENGTH else _plain_lengths(lengths)
+    try:
+        out, lse = ops.attention(
+            q,
+            k,
+            v,
+            None,
+            _statistics("alibi_slopes", options.alibi_slopes, q),
+            _statistics(sink_name, sink, q),
+            *vectors,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            softmax_scale=options.softmax_scale,
+            causal=ops.BOTTOM_RIGHT if options.causal else ops.NONE,
+            window_left=left,
+            window_right=right,
+            softcap=options.softcap,
+            dropout_p=options.dropout_p,
+            deterministic=True if options.deterministic else None,
+        )
+    except RuntimeError as error:
+        checks.rename(error, {"sinks": sink_name})
+        raise
+    if options.return_attn_probs:
+        return out, lse, None
+    return (out, lse) if options.return_lse else out
+
+
+def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
+    """:func:`attention` of DTensors that are sharded over batch and heads."""
+    whole = {"return_lse": options.return_lse, "return_attn_probs": options.return_attn_probs}
+    whole |= {name: getattr(options, name) is not None for name in ("alibi_slopes", "learnable_sink", "s_aux")}
+    for name, given in whole.items():
+        if given:
+            raise NotImplementedError(
+                f"{name} must not be given with DTensors, but is: call the function with q.to_local(), k.to_local() "
+                "and v.to_local(), and what belongs to the heads of this rank"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        for placement in getattr(x, "placements", ()):
+            if not (placement.is_replicate() or placement.is_shard(0) or placement.is_shard(2)):
+                raise NotImplementedError(
+                    f"{name} must be replicated or sharded over batch (0) or heads (2), but its placements are "
+                    f"{x.placements}"
+                )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return tensor_subclasses.distributed_attention(attend, q, k, v, None).transpose(1, 2)
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as autocast wants them, of a kind and dtype that there are kernels for."""
+    if not (type(q) is type(k) is type(v) is Tensor) or q.is_nested or k.is_nested or v.is_nested:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_plain(name, x)
+    if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+        q, k, v = autocast(q, k, v)
+    if q.dtype not in checks.DTYPES:
+        checks.dtype("q", q)
+    return q, k, v
+
+
+def _check_plain(name: str, x: Any) -> None:
+    if checks.tensor(name, x).is_nested:
+        raise NotImplementedError(
+            f"{name} must be a plain tensor, but is nested: give scaled_dot_product_attention the nested tensors, or "
+            "flash_attn_varlen_func their values() and offsets()"
+        )
+
+
+def _with_flags(options: Options) -> Options:
+    causal, deterministic = options.causal, options.deterministic
+    probs, lse = options.return_attn_probs, options.return_lse
+    if type(causal) is type(deterministic) is type(probs) is type(lse) is bool:
+        return options
+    return options._replace(
+        causal=checks.flag("causal", causal),
+        deterministic=checks.flag("deterministic", deterministic),
+        return_attn_probs=checks.flag("return_attn_probs", probs),
+        return_lse=checks.flag("return_lse", lse),
+    )
+
+
+def _window(window_size: Window) -> tuple[int, int]:
+    try:
+        left, right = window_size
+        if type(left) is type(right) is int and left >= -1 <= right:
+            return left, right
+        return _side(left), _side(right)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "window_size must be two integers (left, right), None or negative where there is no limit, but is "
+            f"{window_size!r}"
+        ) from None
+
+
+def _side(x: Any) -> int:
+    if isinstance(x, Tensor) and checks.is_integral(x):
+        x = int(x)
+    return -1 if x is None else max(checks.integer("window_size", x), -1)
+
+
+def _sink(options: Options) -> tuple[str, Tensor | None]:
+    if options.s_aux is None:
+        return "learnable_sink", options.learnable_sink
+    if options.learnable_sink is not None:
+        raise ValueError("learnable_sink and s_aux are two names of one argument, but both are given")
+    return "s_aux", options.s_aux
+
+
+def _statistics(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
+    """Slopes and sinks in the dtype that the kernels compute the softmax in."""
+    if x is None:
+        return None
+    if checks.tensor(name, x).is_complex():
+        raise RuntimeError(f"{name} must be real, but is {x.dtype}")
+    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _plain_lengths(lengths: Lengths) -> Lengths:
+    vectors = {
+        name: checks.tensor(name, x).contiguous()
+        for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True)
+        if x is not None
+    }
+    return lengths._replace(
+        **vectors,
+        max_seqlen_q=_longest("max_seqlen_q", lengths.max_seqlen_q),
+        max_seqlen_k=_longest("max_seqlen_k", lengths.max_seqlen_k),
+    )
+
+
+def _longest(name: str, x: Any) -> int | None:
+    if not isinstance(x, Tensor):
+        return x
+    if not checks.is_integral(x):
+        raise TypeError(f"{name} must be an int or a tensor of one integer, but is {checks.described(x)}")
+    return int(x)
