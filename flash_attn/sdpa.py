@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
         query: (..., L, E); float64, float32, bfloat16 or float16, on the CPU or a CUDA device.
         key: (..., S, E), dtype and device as query. Leading dimensions broadcast.
         value: (..., S, Ev).
-        attn_mask: at least 2-D, broadcasts to (..., L, S). bool (True takes part), or query's dtype or float32 (added
+        attn_mask: at least 1-D, broadcasts to (..., L, S). bool (True takes part), or query's dtype or float32 (added
             to the scores; its gradient is summed over broadcast dimensions); or a
             `torch.nn.attention.bias.CausalBias`. With `is_causal` too both hold. A row that sees nothing gives zeros.
         dropout_p: probability, in [0, 1], of dropping a score; whatever the training mode.
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, or dropout_p outside [0, 1].
         TypeError: an argument is of another type, such as an int for is_causal, or a scale that requires grad.
-        IndexError: attn_mask has fewer than 2 dimensions, or enable_gqa with 2-D inputs.
+        IndexError: attn_mask has no dimensions, or enable_gqa with 2-D inputs.
         ValueError: a CausalBias together with is_causal, or a mask for nested tensors.
         NotImplementedError: complex or float8 inputs, or a DTensor sharded otherwise than over batch and heads.
 
@@ -123,13 +123,17 @@ def call_torch(given: Arguments) -> Tensor:
 def _attend(given: Arguments) -> Tensor:
     given = with_types_checked(given)
     query, key, value, attn_mask = given[:4]
-    if any_nested(query, key, value):
-        return _nested_attention(given)
-    if not (query.is_cpu or query.is_cuda or query.is_meta):
-        return call_torch(given)
-    if isinstance(attn_mask, CausalBias):
-        return _attention(given._replace(attn_mask=None), _alignment(attn_mask, given))
-    return _attention(given, ops.TOP_LEFT if given.is_causal else ops.NONE)
+    try:
+        if any_nested(query, key, value):
+            return _nested_attention(given)
+        if not (query.is_cpu or query.is_cuda or query.is_meta):
+            return call_torch(given)
+        if isinstance(attn_mask, CausalBias):
+            return _attention(given._replace(attn_mask=None), _alignment(attn_mask, given))
+        return _attention(given, ops.TOP_LEFT if given.is_causal else ops.NONE)
+    except RuntimeError as error:
+        checks.rename(error, {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"})
+        raise
 
 
 def _nested_attention(given: Arguments) -> Tensor:

@@ -59,10 +59,20 @@ def broadcast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     except RuntimeError:
         raise RuntimeError(
             "the leading dimensions of query, key and value must broadcast, but their shapes are "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}{_gqa_remedy(query, key, value)}"
         ) from None
     q, k, v = (_flatten(_expand(x, lead)) for x in (query, key, value))
     return q, k, v, lead
+
+
+def _gqa_remedy(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """For heads that would fit if enable_gqa were given."""
+    if min(query.dim(), key.dim(), value.dim()) < 3:
+        return ""
+    heads, heads_k, heads_v = query.shape[-3], key.shape[-3], value.shape[-3]
+    if heads_k == 0 or heads_v == 0 or heads % heads_k != 0 or heads % heads_v != 0:
+        return ""
+    return "; heads of key and value that are shared by several of query need enable_gqa=True"
 
 
 def group(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
@@ -119,11 +129,13 @@ def mask_to_four_dims(mask: Tensor, query: Tensor, scores: Sequence[int]) -> Ten
         )
     if mask.device != query.device:
         raise RuntimeError(f"attn_mask must be on query's device ({query.device}), but is on {mask.device}")
-    if mask.dim() < 2:
-        raise IndexError(f"attn_mask must have at least 2 dimensions, but has shape {tuple(mask.shape)}")
+    if mask.dim() < 1:
+        raise IndexError(f"attn_mask must have at least 1 dimension, but has shape {tuple(mask.shape)}")
     shape = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
     if len(shape) != len(scores) or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
-        raise RuntimeError(f"attn_mask must broadcast to {tuple(scores)}, but has shape {tuple(mask.shape)}")
+        padding = mask.dim() == 2 and len(scores) == 4 and tuple(mask.shape) == (scores[0], scores[-1])
+        remedy = "; a padding mask (batch, S) is given as attn_mask[:, None, None, :]" if padding else ""
+        raise RuntimeError(f"attn_mask must broadcast to {tuple(scores)}, but has shape {tuple(mask.shape)}{remedy}")
     if len(shape) <= 4:
         return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     mask, outer = mask.reshape(shape), len(shape) - 3

@@ -43,19 +43,22 @@ def jagged_attention(given: Arguments) -> Tensor:
     heads, heads_k = query.shape[1], key.shape[1]
     if heads_k not in (heads, 1) and not given.enable_gqa:
         raise RuntimeError(f"key must have the heads of query, {heads}, or enable_gqa be True, but it has {heads_k}")
+    _check_same_lengths(key, value)
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)
-    starts_q = query.offsets().to(torch.int32)
+    holes = query.lengths() is not None or key.lengths() is not None
+    starts_q = _starts(query, holes)
     same = key.offsets() is query.offsets()  # kernels see one tensor then, and that the lengths are equal
+    starts_k = starts_q if same else _starts(key, holes)
     out, _ = ops.attention(
         q,
         k,
         v,
         cu_seqlens_q=starts_q,
-        cu_seqlens_k=starts_q if same else key.offsets().to(torch.int32),
+        cu_seqlens_k=starts_k,
         seqused_q=_used(query),
         seqused_k=_used(key),
-        max_seqlen_q=_longest(query),
-        max_seqlen_k=_longest(key),
+        max_seqlen_q=int(starts_q.diff().max()) if holes else longest(query),
+        max_seqlen_k=int(starts_k.diff().max()) if holes else longest(key),
         softmax_scale=given.scale,
         causal=ops.TOP_LEFT if given.is_causal else ops.NONE,
         dropout_p=given.dropout_p,
@@ -64,16 +67,27 @@ def jagged_attention(given: Arguments) -> Tensor:
     return packed.transpose(1, 2)
 
 
+def _check_same_lengths(key: Any, value: Any) -> None:
+    """Waits for the device where the two do not share their offsets; compiled code can't look into them."""
+    for what in ("offsets", "lengths"):
+        of_key, of_value = getattr(key, what)(), getattr(value, what)()
+        if of_key is of_value or torch.compiler.is_compiling():
+            continue
+        if of_key is None or of_value is None or not torch.equal(of_key, of_value):
+            raise RuntimeError(f"key and value must have the same {what}, but have {of_key} and {of_value}")
+
+
+def _starts(x: Any, holes: bool) -> Tensor:
+    """cu_seqlens. With holes rows may lie before the first entry too, so an entry of which nothing is used leads."""
+    starts: Tensor = x.offsets().to(torch.int32)
+    return torch.cat((starts.new_zeros(1), starts)) if holes else starts
+
+
 def _used(x: Any) -> Tensor | None:
-    lengths = x.lengths()
-    return None if lengths is None else lengths.to(torch.int32)
-
-
-def _longest(x: Any) -> int:
-    """Longest stretch between two offsets, holes included. Waits for the device unless the tensor remembers it."""
     if x.lengths() is None:
-        return longest(x)
-    return int(x.offsets().diff().max()) if x.offsets().numel() > 1 else 0
+        return None
+    lengths: Tensor = x.lengths().to(torch.int32)
+    return torch.cat((lengths.new_zeros(1), lengths))
 
 
 def is_dtensor(*tensors: Tensor) -> bool:

@@ -113,6 +113,14 @@ def test_lengths_on_a_device_are_checked_on_request_and_clamped_otherwise(
         _call("cuda", changes)
 
 
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_starts_without_their_leading_zero_are_refused_on_request(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_CHECK_LENGTHS", True)
+    starts = torch.tensor([3, 6, 9], dtype=INT32)
+    with pytest.raises(RuntimeError, match=rf"cu_seqlens_{side} must start with 0.*\[3, 6, 9\]"):
+        _call("cpu", _packed(**{f"cu_seqlens_{side}": starts}))
+
+
 def test_an_unsupported_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_CPU", "mmx")
     with pytest.raises(RuntimeError, match=r"FLASH_ATTN_CPU must name an instruction set of this processor.*mmx"):

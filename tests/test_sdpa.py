@@ -122,7 +122,9 @@ def test_no_heads_of_keys_give_zeros() -> None:
     assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))
 
 
-@pytest.mark.parametrize("mask", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7), (1, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [(7,), (1,), (5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7), (1, 3, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masks_broadcast_and_their_gradient_is_reduced(mask: tuple[int, ...], kind: str) -> None:
     q, k, v = _randn(2, 3, 5, 8), _randn(2, 3, 7, 8), _randn(2, 3, 7, 8)
@@ -237,17 +239,19 @@ def _inputs(**changes: Any) -> dict[str, Any]:
         ),
         (
             NotImplementedError,
-            "float8",
+            r"float8_e4m3fn: convert it, query.to\(torch.bfloat16\)",
             {n: torch.ones(2, 3, 5, 8).to(torch.float8_e4m3fn) for n in ("query", "key", "value")},
         ),
         (RuntimeError, "at least 2 dimensional", {"query": torch.randn(8)}),
         (RuntimeError, "last dimension", {"query": torch.randn(2, 3, 5, 9)}),
         (RuntimeError, "same length", {"value": torch.randn(2, 3, 6, 8)}),
-        (RuntimeError, "broadcast", {"query": torch.randn(2, 4, 5, 8)}),
+        (RuntimeError, r"broadcast, .*\(2, 4, 5, 8\)[^;]*$", {"query": torch.randn(2, 4, 5, 8)}),
+        (RuntimeError, "broadcast.*; .*need enable_gqa=True", {"query": torch.randn(2, 6, 5, 8)}),
         (RuntimeError, "divide", {"query": torch.randn(2, 4, 5, 8), "enable_gqa": True}),
         (IndexError, "enable_gqa", {n: torch.randn(5, 8) for n in ("query", "key", "value")} | {"enable_gqa": True}),
         (TypeError, "is_causal", {"is_causal": 1}),
-        (IndexError, "attn_mask", {"attn_mask": torch.randn(5)}),
+        (RuntimeError, r"attn_mask must broadcast.*\(4,\)[^;]*$", {"attn_mask": torch.randn(4)}),
+        (RuntimeError, r"padding mask .* attn_mask\[:, None, None, :\]", {"attn_mask": torch.ones(2, 5).bool()}),
         (IndexError, "attn_mask", {"attn_mask": torch.tensor(1.0)}),
         (RuntimeError, "attn_mask must broadcast", {"attn_mask": torch.randn(4, 5)}),
         (RuntimeError, "attn_mask must broadcast", {"attn_mask": torch.randn(1, 2, 3, 5, 5)}),

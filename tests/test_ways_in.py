@@ -126,6 +126,38 @@ def test_jagged_tensors_compile_and_are_checked() -> None:
         sdpa(torch.randn(2, 2, 5, 8), q, q)
 
 
+@pytest.mark.parametrize("who", ["query", "key", "both"])
+def test_jagged_tensors_with_holes(who: str) -> None:
+    starts, lengths = torch.tensor([2, 1, 4]), torch.tensor([3, 0, 5])
+
+    def narrowed(x: Tensor, holes: bool) -> tuple[Tensor, list[Tensor]]:
+        parts = [y[s : s + n] for y, s, n in zip(x, starts.tolist(), lengths.tolist(), strict=True)]
+        if holes:
+            return torch.nested.narrow(x, 1, starts, lengths, layout=torch.jagged).transpose(1, 2), parts
+        return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2), parts
+
+    q, qs = narrowed(torch.randn(3, 9, 2, 8, dtype=torch.float64), who != "key")
+    k, ks = narrowed(torch.randn(3, 9, 2, 8, dtype=torch.float64), who != "query")
+    for causal in (False, True):
+        out = sdpa(q, k, k, is_causal=causal)
+        for got, a, b in zip(out.unbind(), qs, ks, strict=True):
+            expected = sdpa(a.transpose(0, 1), *(b.transpose(0, 1),) * 2, is_causal=causal)
+            torch.testing.assert_close(got, expected)
+
+
+def test_jagged_keys_and_values_must_have_the_same_lengths() -> None:
+    x, same, other = (_jagged(lengths).transpose(1, 2) for lengths in ([3, 5], [3, 5], [5, 3]))
+    for got, a, b in zip(sdpa(x, x, same).unbind(), x.unbind(), same.unbind(), strict=True):
+        torch.testing.assert_close(got, sdpa(a, a, b))
+    with pytest.raises(RuntimeError, match="key and value must have the same offsets"):
+        sdpa(x, x, other)
+    with pytest.raises(
+        RuntimeError, match=r"heads of key and value must divide those of query, but query has 2 and key 3"
+    ):
+        wide = torch.nested.nested_tensor_from_jagged(torch.randn(8, 3, 8).double(), x.offsets()).transpose(1, 2)
+        sdpa(x, wide, wide, enable_gqa=True)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (0, 3, 1, 2, 4), (3, 2, 1, 0, 4)], ids=str)
 def test_output_lies_in_memory_as_query(order: tuple[int, ...]) -> None:
     sizes = (2, 5, 3, 4, 8)

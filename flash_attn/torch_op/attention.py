@@ -148,10 +148,10 @@ def _check_lengths(tensors: Tensors, options: Options) -> None:
         if cu_seqlens is not None:
             starts = cu_seqlens.tolist()
             lengths = [end - start for start, end in itertools.pairwise(starts)]
-            if starts[0] < 0 or starts[-1] > x.shape[0] or any(n < 0 or n > longest for n in lengths):
+            if starts[0] != 0 or starts[-1] > x.shape[0] or any(n < 0 or n > longest for n in lengths):
                 raise RuntimeError(
-                    f"cu_seqlens_{name} must not decrease, lie in [0, {x.shape[0]}] and have no sequence over "
-                    f"max_seqlen_{name} = {longest}, but is {starts}"
+                    f"cu_seqlens_{name} must start with 0, not decrease, end at most at {x.shape[0]} and have no "
+                    f"sequence over max_seqlen_{name} = {longest}, but is {starts}"
                 )
         else:
             lengths = [longest] * x.shape[0]
