@@ -76,11 +76,11 @@ def measure(problem: Problem, kind: str, args: argparse.Namespace) -> list[repor
             squares[contender.name] = [a + b / args.seeds for a, b in zip(sums, errors, strict=True)]
     rows = []
     for i, tensor in enumerate(TENSORS):
-        errors = {name: math.sqrt(sums[i]) for name, sums in squares.items()}
-        others = [error for name, error in errors.items() if name != "ours"]
-        ratio = errors["ours"] / min(others) if others and min(others) > 0 else None
+        rms = {name: math.sqrt(sums[i]) for name, sums in squares.items()}
+        others = [error for name, error in rms.items() if name != "ours"]
+        ratio = rms["ours"] / min(others) if others and min(others) > 0 else None
         case = {"head_dim": problem.head_dim, "causal": problem.causal, "dtype": problem.dtype, "inputs": kind}
-        rows.append({**case, "tensor": tensor, "ratio": ratio, **{f"{n}_rms": e for n, e in errors.items()}})
+        rows.append({**case, "tensor": tensor, "ratio": ratio, **{f"{n}_rms": e for n, e in rms.items()}})
     return rows
 
 

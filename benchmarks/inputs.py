@@ -45,8 +45,8 @@ class Inputs:
             keep = self.rule(batch, torch.zeros_like(batch), i, j)  # as small as the rule allows
             return keep[(None,) * (4 - keep.ndim)]
         if p.mask in ("random", "per_head"):
-            shape = (1, 1) if p.mask == "random" else (p.batch, p.heads)
-            shape += (p.seqlen, p.keys)
+            outer = (1, 1) if p.mask == "random" else (p.batch, p.heads)
+            shape = (*outer, p.seqlen, p.keys)
             return torch.randint(2, shape, dtype=torch.bool, device=self.device, generator=generator)
         if p.mask in ("bias", "bias_gradient"):
             bias = torch.randn(1, p.heads, p.seqlen, p.keys, device=self.device, generator=generator)

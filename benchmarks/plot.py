@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -100,11 +101,11 @@ def compose(folder: Path) -> Figure:
             line[0].set_ylabel("TFLOP/s")
     for axes in panels[-1]:
         axes.set_xlabel("sequence length")
-    handles = {}  # one panel may show what another does not
+    handles: dict[str, Artist] = {}  # one panel may show what another does not
     for axes in panels.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     entries = min(len(handles), int(width / LEGEND_ENTRY))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries, fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=entries, fontsize=9)
     head = data[0]["header"]
     title = f"{head['device']}, torch {head['versions']['torch']}; number: ours over the reference, 1 is even"
     figure.suptitle(textwrap.fill(title, int(width / TITLE_LETTER)))
