@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .sdpa import scaled_dot_product_attention
+from .torch_op import checks
 
 
 class FlashMHA(nn.Module):
@@ -27,6 +28,7 @@ class FlashMHA(nn.Module):
 
     Raises:
         ValueError: sizes that do not divide, or dropout outside [0, 1].
+        TypeError: an argument is of another type, such as a bool for dropout.
     """
 
     def __init__(
@@ -42,7 +44,10 @@ class FlashMHA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_heads_k = num_heads if num_heads_k is None else num_heads_k
+        d_model, num_heads = checks.integer("d_model", d_model), checks.integer("num_heads", num_heads)
+        num_heads_k = num_heads if num_heads_k is None else checks.integer("num_heads_k", num_heads_k)
+        dropout = checks.number("dropout", dropout)
+        causal, bias = checks.flag("causal", causal), checks.flag("bias", bias)
         if num_heads < 1 or d_model < 1 or d_model % num_heads != 0:
             raise ValueError(f"num_heads must divide d_model, but num_heads is {num_heads} and d_model {d_model}")
         if num_heads_k < 1 or num_heads % num_heads_k != 0:
@@ -84,12 +89,15 @@ class FlashMHA(nn.Module):
 
         Raises:
             ValueError: an input that is not (batch, seq, d_model), or a key_padding_mask of another shape.
-            TypeError: key_padding_mask is not bool.
+            TypeError: key_padding_mask is not bool, or an input is no tensor.
+            RuntimeError: attn_mask does not fit, or a mask is on another device.
+
+        Jagged nested tensors (batch, ragged seq, d_model) are inputs too; their lengths say what takes part, not masks.
         """
         key = query if key is None else key
         value = key if value is None else value
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape[-1] != self.d_model:
+            if checks.tensor(name, x).dim() != 3 or x.shape[-1] != self.d_model:
                 raise ValueError(
                     f"{name} must be (batch, seq, d_model = {self.d_model}), but has shape {tuple(x.shape)}"
                 )
@@ -112,18 +120,29 @@ class FlashMHA(nn.Module):
 
     @staticmethod
     def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor) -> Tensor:
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be bool (True keeps a key), but is {key_padding_mask.dtype}")
+        if checks.tensor("key_padding_mask", key_padding_mask).dtype != torch.bool:
+            raise TypeError(
+                f"key_padding_mask must be bool (True keeps a key), but is {key_padding_mask.dtype}: convert a mask of "
+                "zeros and ones, key_padding_mask.bool()"
+            )
+        if key.is_nested:
+            raise ValueError("key_padding_mask must be None for nested tensors, whose lengths say what takes part")
         if key_padding_mask.shape != key.shape[:2]:
             raise ValueError(
                 f"key_padding_mask must be (batch, seq_k) = {tuple(key.shape[:2])}, "
                 f"but has shape {tuple(key_padding_mask.shape)}"
             )
+        if key_padding_mask.device != key.device:
+            raise RuntimeError(
+                f"key_padding_mask must be on key's device ({key.device}), but is on {key_padding_mask.device}"
+            )
         keep = key_padding_mask[:, None, None, :]
         if attn_mask is None:
             return keep
-        if attn_mask.dtype == torch.bool:
+        if checks.tensor("attn_mask", attn_mask).dtype == torch.bool:
             return attn_mask & keep
+        if not attn_mask.is_floating_point():
+            raise RuntimeError(f"attn_mask must be bool or floating, but is {attn_mask.dtype}")
         return attn_mask.masked_fill(~keep, float("-inf"))
 
     def extra_repr(self) -> str:

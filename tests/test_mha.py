@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,46 @@ def test_bad_sizes(arguments: dict[str, float], text: str) -> None:
         FlashMHA(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("d_model", [32.0, True, "32", torch.tensor(32)]),
+        ("num_heads", [4.0, True, None, torch.tensor(4)]),
+        ("num_heads_k", [2.0, True, torch.tensor(2)]),
+        ("dropout", [True, None, "0.1", nn.Parameter(torch.tensor(0.1)), torch.zeros(1)]),
+        ("causal", [None, 2, torch.tensor(True), (-1, -1)]),
+        ("bias", [None, 2, torch.tensor(True)]),
+    ],
+)
+def test_arguments_of_other_types_are_named(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(TypeError, match=f"^{name} must be "):
+            FlashMHA(**({"d_model": 32, "num_heads": 4} | {name: value}))
+    assert FlashMHA(32, 4, dropout=1, causal=1).dropout == 1.0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    ours, x = FlashMHA(32, 4, num_heads_k=2), torch.randn(2, 5, 32, requires_grad=True)
+    keep, bias = torch.rand(2, 5) > 0.3, torch.randn(5, 5)
+    expected = ours(x, attn_mask=bias, key_padding_mask=keep)
+    with torch.autocast("cpu", dtype):
+        got = ours(x, attn_mask=bias, key_padding_mask=keep)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, atol=3e-2, rtol=0)
+    got.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+def test_jagged_inputs() -> None:
+    ours, parts = FlashMHA(32, 4, num_heads_k=2, causal=True), [torch.randn(3, 32), torch.randn(5, 32)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    for got, part in zip(ours(nested).unbind(), parts, strict=True):
+        torch.testing.assert_close(got, ours(part[None])[0])
+    with pytest.raises(ValueError, match="key_padding_mask must be None for nested tensors"):
+        ours(nested, key_padding_mask=torch.ones(2, 5, dtype=torch.bool))
+
+
 def test_bad_inputs() -> None:
     ours = FlashMHA(32, 4)
     x = torch.randn(2, 5, 32)
@@ -112,5 +153,19 @@ def test_bad_inputs() -> None:
         ours(x, x[..., :16])
     with pytest.raises(TypeError, match="key_padding_mask must be bool"):
         ours(x, key_padding_mask=torch.ones(2, 5))
+    with pytest.raises(TypeError, match="query must be a Tensor"):
+        ours(None)
+    with pytest.raises(TypeError, match="value must be a Tensor"):
+        ours(x, x, x.detach().numpy())
+    keep = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(TypeError, match="key_padding_mask must be a Tensor"):
+        ours(x, key_padding_mask=keep.tolist())
+    with pytest.raises(RuntimeError, match="key_padding_mask must be on key's device"):
+        ours(x, key_padding_mask=keep.to("meta"))
+    for masks in ({"key_padding_mask": keep}, {}):
+        with pytest.raises(TypeError, match="attn_mask must be a Tensor"):
+            ours(x, attn_mask=[[True]], **masks)
+        with pytest.raises(RuntimeError, match="attn_mask must be bool"):
+            ours(x, attn_mask=torch.ones(5, 5, dtype=torch.int64), **masks)
     with pytest.raises(ValueError, match="key_padding_mask must be"):
         ours(x, key_padding_mask=torch.ones(5, 2, dtype=torch.bool))
