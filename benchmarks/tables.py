@@ -174,6 +174,19 @@ def least(rows: list[Row], count: int = 10) -> list[Row]:
     return sorted((row for row in rows if key in row), key=lambda row: row[key])[:count]
 
 
+def refusals(rows: list[Row]) -> list[str]:
+    """Who does not run which cases, and why."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["unsuited"].items():
+            cases.setdefault((name, reason), []).append(case_of(row))
+    return [
+        f"- without {LABELS.get(name, name)}: {', '.join(dict.fromkeys(found))} ({reason[:200]})"
+        for (name, reason), found in cases.items()
+        if reason != "not installed"
+    ]
+
+
 def taken(head: Row) -> str:
     """When and with what."""
     versions = head["versions"]
@@ -197,6 +210,7 @@ def timing_section(name: str, content: Row) -> list[str]:
     lines += [*summary(rows), ""] if summary(rows) else []
     for other in dict.fromkeys([*names_of(rows)[:1], "deterministic"]):
         lines += matrix(rows, other)
+    lines += [*refusals(rows), ""] if suite == "mask" else []
     if len(rows) <= LONG:
         return [*lines, *full_table(rows), ""]
     return [*lines, "The problems with the least ratios; the file has all.", "", *full_table(least(rows)), ""]
