@@ -183,7 +183,7 @@ def refusals(rows: list[Row]) -> list[str]:
     return [
         f"- without {LABELS.get(name, name)}: {', '.join(dict.fromkeys(found))} ({reason[:200]})"
         for (name, reason), found in cases.items()
-        if reason != "not installed"
+        if reason != "not installed" and name not in ("torch_varlen", "rule")
     ]
 
 
