@@ -1,6 +1,6 @@
-// The order of the Hopper backward kernels' tiles (csrc/cuda/sm90/backward_order.h) for random problems, on the host:
-// no tile waits for one that comes after it, or the kernel would hang. The planner is the real one; what it launches is
-// caught here.
+// The order of the Hopper backward kernels' tiles (csrc/cuda/sm90/backward/schedule/order.h) for random problems, on
+// the host: no tile waits for one that comes after it, or the kernel would hang. The planner is the real one; what it
+// launches is caught here.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -9,25 +9,25 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/sm90/backward_order.h"
-#include "../csrc/cuda/sm90/backward_plan.h"
-#include "../csrc/cuda/sm90/backward_rows.h"
-#include "../csrc/cuda/sm90/tensor_map.h"
+#include "../csrc/cuda/sm90/backward/plan.h"
+#include "../csrc/cuda/sm90/backward/postprocess/postprocess.h"
+#include "../csrc/cuda/sm90/backward/schedule/order.h"
+#include "../csrc/cuda/sm90/hopper/tensor_map.h"
 
-namespace flash_attn::sm90 {
+namespace flash_attn::cuda::sm90::backward {
 namespace {
 
 struct Caught {
-  BackwardKernelParams kernel;
+  KernelParams kernel;
   PackedBlocksParams packed;
 };
 Caught caught;
 
-void catch_kernel(const BackwardKernelParams& params, int, cudaStream_t) { caught.kernel = params; }
+void catch_kernel(const KernelParams& params, int, cudaStream_t) { caught.kernel = params; }
 
 /// As the kernels' own files describe them, where planning looks.
-constexpr BackwardVariant variant(const char* name, int head_dim, int head_dim_v, int block_m, int cluster) {
-  BackwardVariant v{};
+constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int block_m, int cluster) {
+  Variant v{};
   v.name = name;
   v.head_dim = head_dim;
   v.head_dim_v = head_dim_v;
@@ -42,28 +42,35 @@ constexpr BackwardVariant variant(const char* name, int head_dim, int head_dim_v
   return v;
 }
 
-constexpr BackwardVariant fused_variant() {
-  BackwardVariant v = variant("d64 fused", 64, 64, 128, 1);
+constexpr Variant fused_variant() {
+  Variant v = variant("d64 fused", 64, 64, 128, 1);
   v.fused_dq = true;
   return v;
 }
 
 }  // namespace
 
-extern const BackwardVariant kBackwardD64 = variant("d64", 64, 64, 128, 1);
-extern const BackwardVariant kBackwardD64Fused = fused_variant();
-extern const BackwardVariant kBackwardD96 = variant("d96", 96, 96, 64, 1);
-extern const BackwardVariant kBackwardD128 = variant("d128", 128, 128, 64, 1);
-extern const BackwardVariant kBackwardD192V128 = variant("d192-128", 192, 128, 64, 2);
-extern const BackwardVariant kBackwardD192 = variant("d192", 192, 192, 64, 2);
-extern const BackwardVariant kBackwardD256 = variant("d256", 256, 256, 64, 2);
+extern const Variant kD64 = variant("d64", 64, 64, 128, 1);
+extern const Variant kD64Fused = fused_variant();
+extern const Variant kD96 = variant("d96", 96, 96, 64, 1);
+extern const Variant kD128 = variant("d128", 128, 128, 64, 1);
+extern const Variant kD192V128 = variant("d192-128", 192, 128, 64, 2);
+extern const Variant kD192 = variant("d192", 192, 192, 64, 2);
+extern const Variant kD256 = variant("d256", 256, 256, 64, 2);
 
-void launch_prepare_rows(const BackwardRowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
-void launch_store_dq(const BackwardRowsParams&, cudaStream_t) {}
-void launch_add_key_parts(const BackwardKeyPartsParams&, cudaStream_t) {}
+}  // namespace flash_attn::cuda::sm90::backward
+namespace flash_attn::cuda::sm90 {
+
 TensorMapSource query_rows(const ForwardParams&, const TensorView&, int64_t) { return {}; }
 TensorMapSource key_rows(const ForwardParams&, const TensorView&, int64_t, int64_t) { return {}; }
 CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
+
+}  // namespace flash_attn::cuda::sm90
+namespace flash_attn::cuda::sm90::backward {
+
+void launch_preprocess(const RowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
+void launch_store_dq(const RowsParams&, cudaStream_t) {}
+void launch_add_key_parts(const KeyPartsParams&, cudaStream_t) {}
 
 namespace {
 
@@ -121,9 +128,9 @@ BackwardParams random_problem(Random& random) {
 }
 
 /// Of a head's tiles in their order: in a fixed order a tile waits for its neighbours on one side.
-void check_turns(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles, int64_t heads) {
+void check_turns(const KernelParams& kernel, const std::vector<TilePlace>& tiles, int64_t heads) {
   std::vector<int> last(heads, -1);
-  for (const BackwardTilePlace& at : tiles) {
+  for (const TilePlace& at : tiles) {
     const bool rising = !kernel.schedule.falling || at.in_last;
     int& before = last[at.batch_head];
     require(before < 0 || (rising ? at.n_block > before : at.n_block < before), "a tile waits for a later one's turn");
@@ -131,7 +138,7 @@ void check_turns(const BackwardKernelParams& kernel, const std::vector<BackwardT
   }
 }
 
-void check_preparation(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles) {
+void check_preparation(const KernelParams& kernel, const std::vector<TilePlace>& tiles) {
   const int ahead = kernel.preparation.ahead;
   for (int i = 0; i < static_cast<int>(tiles.size()); ++i) {
     const int end = tiles[i].first + tiles[i].count;
@@ -139,8 +146,7 @@ void check_preparation(const BackwardKernelParams& kernel, const std::vector<Bac
   }
 }
 
-void check_writing(const BackwardKernelParams& kernel, const std::vector<BackwardTilePlace>& tiles,
-                   const std::vector<int>& index_of) {
+void check_writing(const KernelParams& kernel, const std::vector<TilePlace>& tiles, const std::vector<int>& index_of) {
   const DqWriting& writing = kernel.dq_writing;
   for (int64_t i = 0; i + writing.lag < static_cast<int64_t>(tiles.size()); ++i) {
     const int end = writing.by_last_block ? tiles[i].number() + 1 : tiles[i].first + tiles[i].count;
@@ -151,15 +157,15 @@ void check_writing(const BackwardKernelParams& kernel, const std::vector<Backwar
 }
 
 /// `lengths`: rows of k of each sequence.
-void check_tiles(const BackwardPlan& plan, const std::vector<int>& lengths, Counts& counts) {
-  const BackwardKernelParams& kernel = caught.kernel;
+void check_tiles(const Plan& plan, const std::vector<int>& lengths, Counts& counts) {
+  const KernelParams& kernel = caught.kernel;
   const int all_heads = kernel.heads_k.divisor, block_n = plan.variant->block_n;
   const int64_t heads = static_cast<int64_t>(lengths.size()) * all_heads;
   const int count = count_tiles(kernel);
-  std::vector<BackwardTilePlace> tiles;
+  std::vector<TilePlace> tiles;
   std::vector<int> index_of(count, -1);
   for (int i = 0; i < count; ++i) {
-    BackwardTilePlace at, same;
+    TilePlace at, same;
     require(find_place(kernel, i, at), "so many tiles");
     require(at.batch_head >= 0 && at.batch_head < heads, "no such head");
     require(at.count == (lengths[at.batch_head / all_heads] + block_n - 1) / block_n, "so many tiles of a head");
@@ -182,8 +188,8 @@ void check_tiles(const BackwardPlan& plan, const std::vector<int>& lengths, Coun
   counts.row_parts += plan.row_parts > 1;
 }
 
-void check_dense(const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
-  const BackwardKernelParams& kernel = caught.kernel;
+void check_dense(const BackwardParams& params, const Plan& plan, Counts& counts) {
+  const KernelParams& kernel = caught.kernel;
   const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
   require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
   const int64_t parts = kernel.row_parts.divisor;
@@ -211,9 +217,9 @@ std::vector<PackedBlock> list_blocks(const std::vector<int>& lengths, const Pack
   return list;
 }
 
-void check_packed(Random& random, const BackwardParams& params, const BackwardPlan& plan, Counts& counts) {
+void check_packed(Random& random, const BackwardParams& params, const Plan& plan, Counts& counts) {
   const ForwardParams& p = params.forward;
-  BackwardKernelParams& kernel = caught.kernel;
+  KernelParams& kernel = caught.kernel;
   std::vector<int> lengths(p.batch);
   for (int& rows : lengths) rows = static_cast<int>(random.one_in(4) ? 0 : random.between(1, p.seqlen_k));
   const std::vector<PackedBlock> list = list_blocks(lengths, caught.packed);
@@ -239,13 +245,13 @@ std::string describe(const BackwardParams& params, const DeviceInfo& device) {
 }
 
 }  // namespace
-}  // namespace flash_attn::sm90
+}  // namespace flash_attn::cuda::sm90::backward
 
 /// What is wrong, and with which problem; empty if nothing. `counts` (8) as in Counts.
 extern "C" __attribute__((visibility("default"))) const char* check_backward_order(int problems, unsigned seed,
                                                                                    int* counts) {
   using namespace flash_attn;
-  using namespace flash_attn::sm90;
+  using namespace flash_attn::cuda::sm90::backward;
   static std::string wrong;
   Random random(seed);
   Counts counted{};
@@ -258,9 +264,9 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
       p.cu_seqlens_q = p.cu_seqlens_k = &lengths;
       if (random.one_in(2)) p.seqlen_q = p.seqlen_k, p.total_q = p.total_k;
     }
-    const BackwardPlan plan = plan_backward(params, device);
+    const auto plan = choose_plan(params, device);
     try {
-      launch_backward(plan, params, nullptr);
+      launch_plan(plan, params, nullptr);
       params.forward.is_varlen_k() ? check_packed(random, params, plan, counted) : check_dense(params, plan, counted);
     } catch (const std::exception& error) {
       wrong = std::string(error.what()) + ": " + describe(params, device);

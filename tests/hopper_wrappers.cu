@@ -2,14 +2,21 @@
 // what the wrapper's comment promises. Every launch ends in a synchronisation and returns its error.
 #include <cuda_runtime.h>
 
-#include "../csrc/cuda/sm90/backward_ptx.h"
-#include "../csrc/cuda/sm90/backward_statistics.h"
-#include "../csrc/cuda/sm90/backward_turns.h"
-#include "../csrc/cuda/sm90/launch.h"
-#include "../csrc/cuda/sm90/tensor_map.h"
+#include "../csrc/cuda/common/counters.h"
+#include "../csrc/cuda/common/dependent_launch.h"
+#include "../csrc/cuda/common/launch.h"
+#include "../csrc/cuda/sm90/backward/dq/turns.h"
+#include "../csrc/cuda/sm90/backward/preprocess/statistics.h"
+#include "../csrc/cuda/sm90/hopper/cluster.h"
+#include "../csrc/cuda/sm90/hopper/stmatrix.h"
+#include "../csrc/cuda/sm90/hopper/tensor_map.h"
+#include "../csrc/cuda/sm90/hopper/tma.h"
+#include "../csrc/cuda/sm90/hopper/wgmma.h"
 
 using namespace flash_attn;
-using namespace flash_attn::sm90;
+using namespace flash_attn::cuda;
+using namespace flash_attn::cuda::sm90;
+using namespace flash_attn::cuda::sm90::backward;
 
 namespace {
 

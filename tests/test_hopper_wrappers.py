@@ -1,4 +1,4 @@
-"""The small layer over Hopper's instructions (csrc/cuda/sm90/ptx.h, wgmma.h, ...), each wrapper alone, bit for bit.
+"""The small layer over Hopper's instructions (csrc/cuda/sm90/hopper), each wrapper alone, bit for bit.
 
 The kernels of hopper_wrappers.cu are compiled here, for which `nvcc` must be there; to run they need compute capability
 9.0. Matrices hold small integers, so that sums are exact in any order.
@@ -27,7 +27,7 @@ COLUMNS, ROWS = 0, 1  # enum Major
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled(tmp_path_factory.mktemp("wrappers"), "tests/hopper_wrappers.cu", "csrc/cuda/sm90/tensor_map.cpp")
+    return compiled(tmp_path_factory.mktemp("wrappers"), "tests/hopper_wrappers.cu", "csrc/cuda/sm90/hopper/tensor_map.cpp")
 
 
 def run(function: Callable[..., int], *arguments: Tensor | int | bool) -> None:

@@ -83,15 +83,15 @@ const Backend& cuda_backend() {
   static const Backend backend = {
       {
 #ifdef FLASH_ATTN_WITH_SM90
-          &sm90::kForward,
+          &cuda::sm90::forward::kKernel,
 #endif
-          &universal::kForward,
+          &cuda::universal::kForward,
       },
       {
 #ifdef FLASH_ATTN_WITH_SM90
-          &sm90::kBackward,
+          &cuda::sm90::backward::kKernel,
 #endif
-          &universal::kBackward,
+          &cuda::universal::kBackward,
       },
       device_info,
       enter,

@@ -5,7 +5,7 @@
 
 #include "../../kernel.h"
 
-namespace flash_attn::sm90 {
+namespace flash_attn::cuda::sm90 {
 
 /// A maximum beyond the packed tensor itself says nothing, and would not fit the tensor maps.
 inline ForwardParams with_true_maxima(ForwardParams p) {
@@ -32,4 +32,4 @@ inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceIn
   return nullptr;
 }
 
-}  // namespace flash_attn::sm90
+}  // namespace flash_attn::cuda::sm90

@@ -3,9 +3,13 @@
 
 #include "../../kernel.h"
 
-namespace flash_attn::sm90 {
+namespace flash_attn::cuda::sm90 {
 
-extern const ForwardKernel kForward;
-extern const BackwardKernel kBackward;
+namespace forward {
+extern const ForwardKernel kKernel;
+}
+namespace backward {
+extern const BackwardKernel kKernel;
+}
 
-}  // namespace flash_attn::sm90
+}  // namespace flash_attn::cuda::sm90

@@ -7,7 +7,7 @@
 #include "rows.h"
 #include "universal.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 template <typename Params>
@@ -84,4 +84,4 @@ void backward(const BackwardParams& params, const DeviceInfo&, void* stream_poin
 extern const ForwardKernel kForward = {"universal", refuses<ForwardParams>, plan_forward, forward};
 extern const BackwardKernel kBackward = {"universal", refuses<BackwardParams>, plan_backward, backward};
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -4,7 +4,7 @@
 
 #include "backward_tile.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 __device__ __forceinline__ RowRange tile_range(const Range& range, int64_t begin, int block) {
@@ -186,4 +186,4 @@ void launch_backward(const BackwardParams& params, cudaStream_t stream) {
   (extended ? launch_backward_kernels<T, 64, true> : launch_backward_kernels<T, 64, false>)(params, stream);
 }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

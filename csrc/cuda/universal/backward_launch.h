@@ -5,7 +5,7 @@
 
 #include "extended.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 /// dq (and the rows' share of dslopes), dk and dv. T: double, float, __nv_bfloat16, __half. Instantiated in
 /// backward_*.cu.
@@ -21,4 +21,4 @@ inline int backward_bucket(const ForwardParams& p) {
   return p.head_dim <= 16 && p.head_dim_v <= 16 && !is_extended(p) ? 16 : 64;
 }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

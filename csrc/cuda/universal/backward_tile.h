@@ -6,7 +6,7 @@
 #include "rows.h"
 #include "scores.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 struct BackwardArguments {
@@ -120,4 +120,4 @@ __device__ __forceinline__ void compute_gradients(const ForwardParams& p, const 
 }
 
 }  // namespace
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -19,7 +19,7 @@
 
 #include "../../sequence.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 constexpr int kThreads = 128;
 constexpr int kThreadCols = 16;
@@ -77,4 +77,4 @@ __device__ __forceinline__ SharedStorage<C>& shared_storage() {
 __device__ __forceinline__ int thread_row() { return int(threadIdx.x) / kThreadCols; }
 __device__ __forceinline__ int thread_col() { return int(threadIdx.x) % kThreadCols; }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

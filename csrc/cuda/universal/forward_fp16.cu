@@ -1,7 +1,7 @@
 #include "forward_kernel.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 template void launch_forward<__half>(const ForwardParams&, cudaStream_t);
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -6,7 +6,7 @@
 #include "forward_launch.h"
 #include "scores.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 struct ForwardArguments {
@@ -211,4 +211,4 @@ void launch_forward(const ForwardParams& p, cudaStream_t stream) {
   }
 }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

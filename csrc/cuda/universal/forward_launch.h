@@ -5,7 +5,7 @@
 
 #include "extended.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 /// T: double, float, __nv_bfloat16, __half. Instantiated in forward_*.cu.
 template <typename T>
@@ -21,4 +21,4 @@ inline int forward_bucket(const ForwardParams& p) {
 template <typename T, int kHeadDim, bool kExtended>
 constexpr int kForwardBlocksPerSm = sizeof(T) == 8 ? 2 : (kHeadDim > 64 ? 3 : 4) - (kExtended ? 1 : 0);
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

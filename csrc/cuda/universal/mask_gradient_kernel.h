@@ -4,7 +4,7 @@
 
 #include "backward_kernel.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 /// Which tiles a block of the mask was added to along one dimension: all of them where the mask is broadcast.
@@ -97,4 +97,4 @@ void launch_mask_gradient(const BackwardParams& params, cudaStream_t stream) {
                       kThreads, int(sizeof(SharedStorage<C>)), stream, "universal dmask");
 }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -2,7 +2,7 @@
 #include "rows.h"
 #include "scores.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 constexpr int kWarp = 32;
@@ -170,4 +170,4 @@ void reduce_rows(const BackwardParams& params, cudaStream_t stream) {
   }
 }
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -6,7 +6,7 @@
 
 #include "../../params.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 /// A place for each (head, row of all of q): head * total_q + row.
 struct RowWorkspace {
@@ -28,4 +28,4 @@ void prepare_rows(const BackwardParams& params, cudaStream_t stream);
 /// dsinks and dslopes from what stands in RowWorkspace, if wanted.
 void reduce_rows(const BackwardParams& params, cudaStream_t stream);
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

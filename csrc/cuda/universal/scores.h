@@ -9,7 +9,7 @@
 #include "../../sequence.h"
 #include "tile.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 template <typename Acc>
@@ -213,4 +213,4 @@ __device__ __forceinline__ bool is_kept(const SharedStorage<C>& shared, int i, i
 }
 
 }  // namespace
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

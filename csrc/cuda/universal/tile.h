@@ -3,7 +3,7 @@
 
 #include "config.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 namespace {
 
 __device__ __forceinline__ float to_acc(float x) { return x; }
@@ -215,4 +215,4 @@ __device__ __forceinline__ void clear(Acc (&x)[kN][kM]) {
 }
 
 }  // namespace
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -4,9 +4,9 @@
 
 #include "../../kernel.h"
 
-namespace flash_attn::universal {
+namespace flash_attn::cuda::universal {
 
 extern const ForwardKernel kForward;
 extern const BackwardKernel kBackward;
 
-}  // namespace flash_attn::universal
+}  // namespace flash_attn::cuda::universal

@@ -1,0 +1,20 @@
+// Puts together the tiles whose columns several CTAs shared out (TileSchedule::split_begin).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../params.h"
+#include "tile_schedule.h"
+
+namespace flash_attn::cuda {
+
+struct CombineParams {
+  ForwardParams problem;
+  TileSchedule schedule;
+  int block_m;
+  int head_dim_v;  // of the kernel: columns of partial_out
+};
+
+void launch_combine(const CombineParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn::cuda

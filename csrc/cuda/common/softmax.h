@@ -1,0 +1,121 @@
+// Online softmax over the blocks of a tile (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018),
+// for a thread's two rows of the accumulator fragment S (see fragment.h).
+#pragma once
+
+#include "fragment.h"
+
+namespace flash_attn::cuda {
+
+/// Least row_max: finite, so that exp(-inf - row_max) of a row that sees nothing is 0, not NaN.
+constexpr float kMinMax = -1e30f;
+
+/// Natural logarithm of sum * 2^max_log2.
+FLASH_ATTN_DEVICE float log_sum_exp(float max_log2, float sum) { return (max_log2 + __log2f(sum)) * 0.69314718f; }
+
+/// After each block: P = exp(scale (S - row_max)), in place of S, and row_sum is the sum of this thread's P so far.
+///
+/// row_max is a reference, not always the maximum: it moves, and what has been summed is rescaled, only when a row's
+/// maximum has grown by 2^kGrowth. Results are the same, for P is relative to whatever row_max is; rescaling O costs
+/// tensor-core time [2% at 512 to 3.5% at 8192 keys, head dim 128, H200]. A growth of 2^8 would not be slower, but the
+/// largest P is exact in 16 bits only when it is 1.
+template <int kBlockN>
+struct OnlineSoftmax {
+  static constexpr int kSize = kBlockN / 2;
+  static constexpr float kGrowth = 4.f;
+  // Of a lazy block's sum over a thread's kSize / 2 columns. Equal scores give kSize / 2, and a row's first block may
+  // have shown it few columns: not much lower; the larger it is, the less exact are P far above 1.
+  static constexpr float kLazyLimit = 128.f;
+
+  const float scale_log2;  // softmax_scale / ln 2
+  float row_max[2];        // in log2, scaled
+  float row_sum[2];
+  float rescale[2];    // of O and row_sum, when `grown`
+  bool grown = false;  // the same in all lanes of the warp
+
+  FLASH_ATTN_DEVICE OnlineSoftmax(float scale) : scale_log2(scale) {}
+
+  /// Before the mask of a tile's first block: leaves this thread's maxima of it in row_max, not scaled, for
+  /// start<true>().
+  FLASH_ATTN_DEVICE void note_unmasked_max(const float (&s)[kSize]) { thread_max(s, row_max); }
+
+  /// A tile's first block. With kLift its mask may have left a row few columns, above whose maximum later blocks would
+  /// soon rise too far for advance_lazily(): row_max is taken higher then, by up to 2^kGrowth, if the columns that the
+  /// row does not see suggest it; by a power of 2, which leaves P as exact as it was.
+  template <bool kLift = false>
+  FLASH_ATTN_DEVICE void start(float (&s)[kSize]) {
+    float largest[2], sum[2];
+    thread_max(s, largest);
+    quad_max(largest);
+    if constexpr (kLift) quad_max(row_max);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float unmasked = row_max[r];
+      row_max[r] = fmaxf(largest[r] * scale_log2, kMinMax);
+      if constexpr (kLift) row_max[r] += floorf(fminf(fmaxf(unmasked * scale_log2 - row_max[r], 0.f), kGrowth));
+    }
+    grown = false;
+    exponentials(s, sum);
+    row_sum[0] = sum[0];
+    row_sum[1] = sum[1];
+  }
+
+  /// A later block.
+  FLASH_ATTN_DEVICE void advance(float (&s)[kSize]) {
+    float largest[2], sum[2];
+    thread_max(s, largest);
+    largest[0] *= scale_log2;
+    largest[1] *= scale_log2;
+    grown = __any_sync(~0u, fmaxf(largest[0] - row_max[0], largest[1] - row_max[1]) > kGrowth);
+    if (grown) {
+      quad_max(largest);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        largest[r] = fmaxf(row_max[r], largest[r]);
+        rescale[r] = fast_exp2(row_max[r] - largest[r]);
+        row_max[r] = largest[r];
+        row_sum[r] *= rescale[r];
+      }
+    }
+    exponentials(s, sum);
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+  }
+
+  /// A later block without looking for its maximum. False: some P is too far above 1, S is lost, nothing else has
+  /// changed; compute S again and call advance(). The whole warpgroup agrees, because S is a product of all its warps.
+  FLASH_ATTN_DEVICE bool advance_lazily(float (&s)[kSize], int vote_barrier) {
+    float sum[2];
+    exponentials(s, sum);
+    if (named_barrier_any(vote_barrier, 128, !(fmaxf(sum[0], sum[1]) <= kLazyLimit))) return false;
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+    grown = false;
+    return true;
+  }
+
+ private:
+  static FLASH_ATTN_DEVICE void thread_max(const float (&s)[kSize], float (&largest)[2]) {
+    largest[0] = s[0];
+    largest[1] = s[2];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+  }
+  static FLASH_ATTN_DEVICE void quad_max(float (&x)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      x[r] = fmaxf(x[r], __shfl_xor_sync(~0u, x[r], 1));
+      x[r] = fmaxf(x[r], __shfl_xor_sync(~0u, x[r], 2));
+    }
+  }
+  FLASH_ATTN_DEVICE void exponentials(float (&s)[kSize], float (&sum)[2]) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) s[i] = fast_exp2(fmaf(s[i], scale_log2, -row_max[i / 2 % 2]));
+    float partial[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int i = 4; i < kSize; ++i) partial[i % 4] += s[i];
+    sum[0] = partial[0] + partial[1];
+    sum[1] = partial[2] + partial[3];
+  }
+};
+
+}  // namespace flash_attn::cuda

@@ -1,0 +1,70 @@
+// The Hopper family's backward entry: what it takes, its plan, its launch.
+#include "../hopper/tensor_map.h"
+#include "../refusals.h"
+#include "../sm90.h"
+#include "plan.h"
+
+namespace flash_attn::cuda::sm90::backward {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 27;  // so that bounds and differences of rows stay in 32 bits
+
+const char* refuses_sizes(const ForwardParams& p) {
+  if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
+  const double heads = double(p.batch) * double(p.num_heads);
+  // Blocks of 64 rows, of which the row kernels launch up to two CTAs each.
+  if (heads * (double(p.seqlen_q) / 64 + 2) >= double(1 << 30) ||
+      heads * (double(p.seqlen_k) / 64 + 2) >= double(1 << 30)) {
+    return "there are over 2^30 tiles";
+  }
+  return nullptr;
+}
+
+const char* refuses_tensors(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const TensorMapSource sources[] = {
+      query_rows(p, p.q, p.head_dim),
+      query_rows(p, p.out, p.head_dim_v),
+      query_rows(p, params.dout, p.head_dim_v),
+      query_rows(p, params.dq, p.head_dim),
+      key_rows(p, p.k, p.num_heads_k, p.head_dim),
+      key_rows(p, p.v, p.num_heads_k, p.head_dim_v),
+      key_rows(p, params.dk, p.num_heads_k, p.head_dim),
+      key_rows(p, params.dv, p.num_heads_k, p.head_dim_v),
+  };
+  for (const TensorMapSource& source : sources) {
+    if (const char* reason = source.view.data != nullptr ? tensor_map_refuses(source) : nullptr) return reason;
+  }
+  return nullptr;
+}
+
+BackwardParams with_true_maxima(BackwardParams params) {
+  params.forward = sm90::with_true_maxima(params.forward);
+  return params;
+}
+
+const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
+  const BackwardParams params = with_true_maxima(given);
+  const ForwardParams& p = params.forward;
+  if (const char* reason = refuses_in_both_passes(p, device)) return reason;
+  if (const char* reason = refuses_sizes(p)) return reason;
+  if (!(p.softmax_scale >= 1e-4 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-4 and 1e6";
+  return refuses_tensors(params);
+}
+
+flash_attn::Plan plan(const BackwardParams& given, const DeviceInfo& device) {
+  const BackwardParams params = with_true_maxima(given);
+  const Plan chosen = choose_plan(params, device);
+  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, workspace_bytes(chosen, params)};
+}
+
+void launch(const BackwardParams& given, const DeviceInfo& device, void* stream) {
+  const BackwardParams params = with_true_maxima(given);
+  launch_plan(choose_plan(params, device), params, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+const BackwardKernel kKernel = {"sm90", refuses, plan, launch};
+
+}  // namespace flash_attn::cuda::sm90::backward

@@ -1,0 +1,7 @@
+#include "../pair/launch.h"
+
+namespace flash_attn::cuda::sm90::backward {
+
+const Variant kD192 = pair::make_variant<192, 192>("wgmma d192 64x128 pair");
+
+}  // namespace flash_attn::cuda::sm90::backward

@@ -1,0 +1,195 @@
+// From a plan to what the kernels are given, and their launches.
+#include <algorithm>
+#include <type_traits>
+
+#include "../hopper/tensor_map.h"
+#include "params.h"
+#include "plan.h"
+#include "postprocess/postprocess.h"
+#include "preprocess/preprocess.h"
+
+namespace flash_attn::cuda::sm90::backward {
+namespace {
+
+/// The parts of the workspace, each from a multiple of 256 bytes on; null what the plan does not need.
+struct Workspace {
+  float* dq_accum = nullptr;
+  uint4* statistics = nullptr;
+  int *next_tile = nullptr, *dq_turns = nullptr, *dq_flags = nullptr, *prepared = nullptr;  // 0 at first
+  uint16_t *dk_parts = nullptr, *dv_parts = nullptr;
+  PackedBlock* packed_blocks = nullptr;
+  int64_t bytes = 0, cleared_bytes = 0;  // of all; of those that are 0 at first, which lie side by side
+
+  /// With `begin` null, sizes alone.
+  Workspace(const Plan& plan, const BackwardParams& params, void* begin) {
+    const auto place = [&](auto*& part, int64_t count) {
+      if (begin != nullptr && count > 0) {
+        part = reinterpret_cast<std::decay_t<decltype(part)>>(static_cast<char*>(begin) + bytes);
+      }
+      bytes += ceil_div(count * static_cast<int64_t>(sizeof(*part)), 256) * 256;
+    };
+    const ForwardParams& p = params.forward;
+    const Variant& variant = *plan.variant;
+    const int64_t blocks = p.num_heads * plan.num_blocks;
+    const int64_t dq_blocks = variant.fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
+    place(dq_accum, dq_blocks * variant.block_m * variant.dq_columns);
+    place(statistics, blocks * variant.block_m);
+    cleared_bytes -= bytes;
+    place(next_tile, 1);
+    place(dq_turns, plan.ordered_dq || plan.claims_dq ? blocks * kDqTurns : 0);
+    place(dq_flags, plan.dq_writing.enabled ? plan.num_tiles : 0);
+    place(prepared, plan.prepared_ahead > 0 ? p.batch * p.num_heads : 0);
+    cleared_bytes += bytes;
+    const int64_t part_rows = plan.key_parts > 1 ? p.total_k * p.num_heads_k * stored_parts(plan) : 0;
+    place(dk_parts, params.dk.data != nullptr ? part_rows * p.head_dim : 0);
+    place(dv_parts, params.dv.data != nullptr ? part_rows * p.head_dim_v : 0);
+    place(packed_blocks, p.is_varlen_k() ? plan.max_packed_blocks + 1 : 0);
+  }
+};
+
+/// dk and dv as the kernel stores them: with parts (rows of k, heads, columns) in the workspace.
+struct KeyGradients {
+  TensorView dk, dv;
+  int64_t heads;
+
+  KeyGradients(const Plan& plan, const BackwardParams& params, const Workspace& workspace)
+      : dk(params.dk), dv(params.dv), heads(params.forward.num_heads_k * stored_parts(plan)) {
+    if (plan.key_parts == 1) return;
+    dk = parts(params.forward, workspace.dk_parts, params.forward.head_dim);
+    dv = parts(params.forward, workspace.dv_parts, params.forward.head_dim_v);
+  }
+
+ private:
+  TensorView parts(const ForwardParams& p, void* data, int64_t columns) const {
+    return {data, p.is_varlen_k() ? 0 : p.seqlen_k * heads * columns, heads * columns, columns};
+  }
+};
+
+PackedBlocksParams packed_blocks_params(const Plan& plan, const ForwardParams& p, const Workspace& workspace) {
+  if (!p.is_varlen_k()) return {};
+  return {workspace.packed_blocks, plan.max_packed_blocks, plan.variant->block_n,
+          static_cast<int>(p.num_heads_k * plan.key_parts), plan.last_packed_blocks};
+}
+
+Schedule schedule(const Plan& plan, const ForwardParams& p, const Workspace& workspace) {
+  return {static_cast<int>(p.batch * p.num_heads_k * plan.key_parts),
+          plan.num_n_blocks,
+          plan.num_tiles,
+          plan.heads_per_group,
+          plan.grouped_heads,
+          plan.falling,
+          plan.dynamic ? workspace.next_tile : nullptr,
+          workspace.packed_blocks,
+          plan.max_packed_blocks,
+          plan.wide_groups,
+          plan.tiles_at_once};
+}
+
+void set_tensor_maps(KernelParams& kernel, const Plan& plan, const BackwardParams& params,
+                     const KeyGradients& gradients) {
+  const ForwardParams& p = params.forward;
+  const Variant& variant = *plan.variant;
+  const auto query_map = [&](const TensorView& view, int64_t head_dim, int box_rows) {
+    return make_tensor_map(query_rows(p, view, head_dim), box_rows);
+  };
+  const auto key_map = [&](const TensorView& view, int64_t heads, int64_t head_dim, int box_rows) {
+    return make_tensor_map(key_rows(p, view, heads, head_dim), box_rows);
+  };
+  kernel.q = query_map(p.q, p.head_dim, variant.block_m);
+  kernel.dout = query_map(params.dout, p.head_dim_v, variant.block_m);
+  kernel.k = key_map(p.k, p.num_heads_k, p.head_dim, variant.map_rows);
+  kernel.v = key_map(p.v, p.num_heads_k, p.head_dim_v, variant.map_rows);
+  if (kernel.wants_dk) kernel.dk = key_map(gradients.dk, gradients.heads, p.head_dim, 16);
+  if (kernel.wants_dv) kernel.dv = key_map(gradients.dv, gradients.heads, p.head_dim_v, 16);
+  if (kernel.dq_writing.enabled()) kernel.dq_rows = query_map(params.dq, p.head_dim, kDqPieceRows);
+  if (kernel.preparation.enabled()) kernel.preparation.out = query_map(p.out, p.head_dim_v, variant.block_m);
+}
+
+KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
+                           const KeyGradients& gradients) {
+  const ForwardParams& p = params.forward;
+  KernelParams kernel{};
+  kernel.problem = p;
+  kernel.schedule = schedule(plan, p, workspace);
+  kernel.heads_k = FastDivision(p.num_heads_k * plan.key_parts);
+  kernel.key_parts = FastDivision(plan.key_parts);
+  kernel.n_blocks = FastDivision(plan.num_n_blocks);
+  kernel.heads_per_group = FastDivision(plan.heads_per_group);
+  kernel.group_tiles = FastDivision(plan.heads_per_group * plan.num_n_blocks);
+  kernel.num_blocks = plan.num_blocks;
+  kernel.num_m_blocks = plan.num_m_blocks;
+  kernel.dq_accum = workspace.dq_accum;
+  kernel.ordered_dq = plan.ordered_dq;
+  kernel.dq_turns = workspace.dq_turns;
+  kernel.spread_starts = plan.spread_starts;
+  kernel.dq = params.dq;
+  kernel.statistics = workspace.statistics;
+  if (const DqWritingPlan& writing = plan.dq_writing; writing.enabled) {
+    kernel.dq_writing = {workspace.dq_flags, writing.lag, writing.by_last_block};
+  }
+  if (plan.prepared_ahead > 0) {
+    kernel.preparation.dlse = params.dlse;
+    kernel.preparation.prepared = workspace.prepared;
+    kernel.preparation.ahead = plan.prepared_ahead;
+    kernel.preparation.zeroes_dq = plan.zeroes_dq;
+  }
+  kernel.seqlen_q = static_cast<int>(p.seqlen_q);
+  kernel.seqlen_k = static_cast<int>(p.seqlen_k);
+  kernel.group_size = static_cast<int>(p.group_size() * plan.row_parts / plan.key_parts);
+  kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
+  kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
+  kernel.dense = p.is_dense();
+  // A wider window than the longest sequence sees no more.
+  kernel.window_left = static_cast<int>(std::min(p.window_left, p.seqlen_q + p.seqlen_k));
+  kernel.window_right = static_cast<int>(std::min(p.window_right, p.seqlen_q + p.seqlen_k));
+  kernel.softmax_scale = static_cast<float>(p.softmax_scale);
+  kernel.inverse_scale = 1.f / kernel.softmax_scale;
+  kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+  kernel.wants_dk = params.dk.data != nullptr;
+  kernel.wants_dv = params.dv.data != nullptr;
+  kernel.row_parts = FastDivision(plan.row_parts);
+  kernel.part_blocks = plan.part_blocks;
+  set_tensor_maps(kernel, plan, params, gradients);
+  return kernel;
+}
+
+RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace) {
+  const ForwardParams& p = params.forward;
+  const Variant& variant = *plan.variant;
+  const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
+  return {params,
+          variant.block_m,
+          variant.dq_columns,
+          plan.num_blocks,
+          plan.num_m_blocks,
+          workspace.dq_accum,
+          static_cast<float>(p.softmax_scale) / accum_factor,
+          plan.zeroes_dq,
+          workspace.statistics,
+          plan.prepared_heads,
+          plan.prepared_tiles,
+          reinterpret_cast<uint4*>(workspace.next_tile),
+          workspace.cleared_bytes / static_cast<int64_t>(sizeof(uint4)),
+          packed_blocks_params(plan, p, workspace)};
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) {
+  return Workspace(plan, params, nullptr).bytes;
+}
+
+void launch_plan(const Plan& plan, const BackwardParams& params, cudaStream_t stream) {
+  const Variant& variant = *plan.variant;
+  const Workspace workspace(plan, params, params.forward.workspace);
+  const KeyGradients gradients(plan, params, workspace);
+  const KernelParams kernel = kernel_params(plan, params, workspace, gradients);
+  const RowsParams rows = rows_params(plan, params, workspace);
+  launch_preprocess(rows, stream);
+  const Launch& launch = plan.row_parts > 1 ? variant.launch_row_parts : variant.launch;
+  (params.forward.dtype == DType::kBFloat16 ? launch.bf16 : launch.fp16)(kernel, plan.grid, stream);
+  if (params.dq.data != nullptr && !variant.fused_dq && !plan.dq_writing.enabled) launch_store_dq(rows, stream);
+  if (plan.key_parts > 1) launch_add_key_parts({params, gradients.dk, gradients.dv, stored_parts(plan)}, stream);
+}
+
+}  // namespace flash_attn::cuda::sm90::backward

@@ -1,0 +1,40 @@
+// What the backward pass does row by row before the main kernel: statistics, zeros, the list of packed blocks.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../../../params.h"
+
+namespace flash_attn::cuda::sm90::backward {
+
+struct PackedBlock;
+
+struct PackedBlocksParams {
+  PackedBlock* blocks;  // (num_blocks + 1), see Schedule; null without cu_seqlens_k
+  int num_blocks, block_n;
+  int heads;        // tiles beside a block of keys
+  int last_blocks;  // PackedBlock::in_last: fewer than these come after the sequence
+};
+
+struct RowsParams {
+  BackwardParams problem;
+  int block_m, dq_columns;       // of the main kernel's tiles
+  int num_blocks, num_m_blocks;  // see KernelParams
+  float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
+  float dq_scale;                // dq over dq_accum
+  bool zeroes_dq;                // dq_accum, which is undefined else
+  uint4* statistics;             // (num_heads * num_blocks, block_m)
+  // The main kernel prepares the rows of other heads itself: of batch * num_heads, or of those whose tiles' numbers
+  // (TilePlace) are lower than prepared_tiles, if that is not 0.
+  int64_t prepared_heads, prepared_tiles;
+  uint4* cleared;  // (num_cleared), counters of the main kernel
+  int64_t num_cleared;
+  PackedBlocksParams packed_blocks;
+};
+
+/// Of the first heads or tiles, writes statistics (preprocess/statistics.h) from out, dout, lse and dlse and, with
+/// zeroes_dq, 0 to dq_accum. Writes 0 to the counters.
+/// With cu_seqlens also clears the rows of dq, dk and dv that belong to no sequence, and lists the blocks of keys.
+void launch_preprocess(const RowsParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn::cuda::sm90::backward

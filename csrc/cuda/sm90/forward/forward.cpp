@@ -1,0 +1,51 @@
+// The Hopper family's forward entry: what it takes, its plan, its launch.
+#include <initializer_list>
+
+#include "../hopper/tensor_map.h"
+#include "../refusals.h"
+#include "../sm90.h"
+#include "params.h"
+#include "plan.h"
+
+namespace flash_attn::cuda::sm90::forward {
+namespace {
+
+const char* refuses_tensors(const ForwardParams& p) {
+  const Sources tensors = sources(p);
+  for (const TensorMapSource& source : {tensors.q, tensors.k, tensors.v, tensors.out}) {
+    if (const char* reason = tensor_map_refuses(source)) return reason;
+  }
+  return nullptr;
+}
+
+const char* refuses(const ForwardParams& given, const DeviceInfo& device) {
+  const ForwardParams p = with_true_maxima(given);
+  if (const char* reason = refuses_in_both_passes(p, device)) return reason;
+  // Tile indices are 32-bit, parts of split tiles included.
+  const double tiles = double(p.batch) * double(p.num_heads) * (double(p.seqlen_q) / 128 + 1);
+  if (tiles >= double(1 << 27)) return "there are over 2^27 tiles";
+  // The running maximum is one of unscaled scores, and -inf times the scale has to stay -inf.
+  if (!(p.softmax_scale >= 1e-20 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-20 and 1e6";
+  return refuses_tensors(p);
+}
+
+flash_attn::Plan plan(const ForwardParams& given, const DeviceInfo& device) {
+  const ForwardParams p = with_true_maxima(given);
+  Plan chosen = choose_plan(p, device);
+  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, place_workspace(chosen, p, nullptr)};
+}
+
+void launch(const ForwardParams& given, const DeviceInfo& device, void* stream) {
+  const ForwardParams p = with_true_maxima(given);
+  Plan chosen = choose_plan(p, device);
+  place_workspace(chosen, p, p.workspace);
+  const Variant& variant = *chosen.variant;
+  const auto launch_variant = p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16;
+  launch_variant(p, chosen, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+const ForwardKernel kKernel = {"sm90", refuses, plan, launch};
+
+}  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,68 @@
+// Forward pass: out = softmax(scale Q K^T) V and lse, a tile of query rows at a time (Dao et al., "FlashAttention",
+// 2022; "FlashAttention-2", 2023), with Hopper's asynchronous copies and products (Shah et al., "FlashAttention-3",
+// 2024).
+//
+// A CTA stays for the whole launch and works on one tile after the other. Two threads of its last warpgroup are the
+// scheduler, which picks tiles, and the producer, which copies their Q, K and V to shared memory by TMA, as far ahead
+// as the buffers reach. Each other warpgroup is a consumer and owns 64 of the tile's rows: S, P and O stay in its
+// registers.
+//
+//   producer   Q | K(n) | K(n-1) V(n) | K(n-2) V(n-1) | ...            blocks of columns from right to left
+//   consumer   S(n), softmax | S(n-1) and O += P V(n) in flight, softmax(n-1) as soon as S is done | ...
+//
+// Consumers take turns in issuing products (Turn), so that the softmax of one runs under the products of the others.
+#pragma once
+
+#include "consumer.h"
+#include "producer.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+/// Q and K, whose panels beyond head_dim no copy will write.
+template <typename Config>
+FLASH_ATTN_DEVICE void clear_tiles(SharedStorage<Config>& shared) {
+  uint4* const begin = reinterpret_cast<uint4*>(shared.q);
+  constexpr int kBytes = Config::kStagesQ * Config::kBytesQ + Config::kStagesKV * Config::kBytesK;
+  static_assert(sizeof(shared.q) + sizeof(shared.k) == kBytes, "k follows q");
+  for (int i = threadIdx.x; i < kBytes / 16; i += Config::kThreads) begin[i] = {0, 0, 0, 0};
+  async_proxy_fence();  // wgmma reads it
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) {
+    const auto init = [](uint64_t* barriers, int stages, int arrivals) {
+      for (int i = 0; i < stages; ++i) mbarrier_init(&barriers[i], arrivals);
+    };
+    init(&shared.tile_ready, 1, 1);
+    init(&shared.tile_wanted, 1, 1);
+    init(shared.q_full, Config::kStagesQ, 1);
+    init(shared.k_full, Config::kStagesKV, 1);
+    init(shared.v_full, Config::kStagesKV, 1);
+    init(shared.q_empty, Config::kStagesQ, 4 * Config::kConsumers);  // every warp, when it has stored its rows of out
+    init(shared.k_empty, Config::kStagesKV, Config::kConsumers);
+    init(shared.v_empty, Config::kStagesKV, Config::kConsumers);
+    mbarrier_init_fence();
+    tma_prefetch_map(&params.q);
+    tma_prefetch_map(&params.k);
+    tma_prefetch_map(&params.v);
+    tma_prefetch_map(&params.out);
+  }
+  if (params.panels < Config::kPanels) clear_tiles(shared);
+  __syncthreads();
+  grid_launch_dependents();  // combine.h waits for the end of this kernel
+  if (warpgroup == Config::kConsumers) {
+    register_budget_lower<Config::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0) Producer<Config>{params, shared}.run();
+    if (threadIdx.x % 128 == 32) schedule_tiles<Config>(params, shared);
+  } else {
+    register_budget_raise<Config::kConsumerRegisters>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+    Consumer<Config>{params, shared, warpgroup, warp, lane, {params.scale_log2}}.run();
+  }
+}
+
+}  // namespace flash_attn::cuda::sm90::forward

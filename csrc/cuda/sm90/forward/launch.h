@@ -1,0 +1,67 @@
+// From a compiled configuration to an entry of plan.h's list. Only instantiation files include this.
+#pragma once
+
+#include "../../common/combine.h"
+#include "../../common/launch.h"
+#include "../hopper/tensor_map.h"
+#include "kernel.h"
+#include "plan.h"
+#include "prepare.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+template <typename Config>
+void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
+  static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
+  const Sources tensors = sources(problem);
+  const float scale_log2 = static_cast<float>(problem.softmax_scale * 1.4426950408889634);
+  const KernelParams params{make_tensor_map(tensors.q, Config::kBlockM),
+                            make_tensor_map(tensors.k, Config::kBlockN),
+                            make_tensor_map(tensors.v, Config::kBlockN),
+                            make_tensor_map(tensors.out, 16),
+                            problem,
+                            plan.schedule,
+                            scale_log2,
+                            static_cast<int>((problem.head_dim + 63) / 64),
+                            static_cast<int>((problem.head_dim_v + 63) / 64),
+                            new_launch_id()};
+
+  if (plan.needs_prepare()) {
+    launch_prepare(problem, Config::kBlockM, plan.schedule.first_m_block, stream);
+  }
+  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
+  const auto kernel = forward_kernel<Config>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "sm90 shared memory");
+  if (plan.needs_prepare()) {
+    launch_dependent(kernel, dim3(plan.grid), Config::kThreads, kSharedBytes, stream, params, "sm90 forward");
+  } else {
+    kernel<<<plan.grid, Config::kThreads, kSharedBytes, stream>>>(params);
+    check(cudaGetLastError(), "sm90 forward");
+  }
+  if (plan.is_split()) {
+    launch_combine({problem, plan.schedule, Config::kBlockM, Config::kHeadDimV}, stream);
+  }
+}
+
+template <typename Shape, bool kMasked>
+constexpr Variant make_variant(const char* name, double efficiency, double tile_clocks) {
+  using Config = KernelConfig<__nv_bfloat16, Shape, kMasked>;
+  return {name,
+          Config::kHeadDim,
+          Config::kHeadDimV,
+          kMasked,
+          Config::kOutBuffer,
+          Config::kBlockM,
+          Config::kBlockN,
+          efficiency,
+          tile_clocks,
+          launch_kernel<Config>,
+          launch_kernel<KernelConfig<__half, Shape, kMasked>>};
+}
+
+template <int kCount>
+constexpr Variants list_of(const Variant (&variants)[kCount]) {
+  return {variants, kCount};
+}
+
+}  // namespace flash_attn::cuda::sm90::forward

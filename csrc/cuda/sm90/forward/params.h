@@ -1,0 +1,30 @@
+// What the host hands to the forward kernel.
+#pragma once
+
+#include <cuda.h>
+
+#include "../../common/tile_schedule.h"
+#include "../hopper/tensor_map.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+/// The four tensors of a problem.
+struct Sources {
+  TensorMapSource q, k, v, out;
+};
+
+inline Sources sources(const ForwardParams& p) {
+  return {query_rows(p, p.q, p.head_dim), key_rows(p, p.k, p.num_heads_k, p.head_dim),
+          key_rows(p, p.v, p.num_heads_k, p.head_dim_v), query_rows(p, p.out, p.head_dim_v)};
+}
+
+struct KernelParams {
+  CUtensorMap q, k, v, out;  // see tensor_map.h
+  ForwardParams problem;
+  TileSchedule schedule;
+  float scale_log2;      // softmax_scale / ln 2
+  int panels, panels_v;  // of 64 columns that q and k, and v and out have
+  uint64_t launch_id;    // no other launch's, see open_counter()
+};
+
+}  // namespace flash_attn::cuda::sm90::forward

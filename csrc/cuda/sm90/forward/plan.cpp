@@ -1,0 +1,222 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../../../sequence.h"
+
+namespace flash_attn::cuda::sm90::forward {
+namespace {
+
+// The model. A CTA needs for a tile
+//   blocks * block_clocks + tile_clocks,   block_clocks = the products' clocks at full rate / variant.efficiency,
+// and a launch needs
+//   static tiles      full waves of tiles, and a last one whose tiles may be split,
+//   longest first     the mean load of a CTA, but no less than the longest tile; half a short tile of imbalance.
+// The kernels' constants were fitted to an H200's times at 512 to 16,384 rows, within 3%; the others measured there.
+constexpr double kProductsPerClock = 2048;    // multiply-adds of an SM
+constexpr double kCombineClocks = 9000;       // launching combine.h's kernel, and its latency
+constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth, partial results written and read
+constexpr int kMaxSplits = 8;
+constexpr int kSampledTiles = 32;
+
+/// Blocks a tile visits, over one head.
+struct TileLengths {
+  int64_t num_m_blocks;
+  double mean, longest;
+};
+
+TileLengths tile_lengths(const ForwardParams& p, const Variant& variant) {
+  const SequenceInfo info = sequence_info(p, 0);
+  TileLengths lengths{ceil_div(p.seqlen_q, variant.block_m), 0, 1};
+  const int64_t step = std::max<int64_t>(1, lengths.num_m_blocks / kSampledTiles);
+  int64_t samples = 0;
+  for (int64_t m_block = lengths.num_m_blocks - 1; m_block >= 0; m_block -= step, ++samples) {
+    const int64_t begin = m_block * variant.block_m, end = std::min(begin + variant.block_m, p.seqlen_q);
+    const auto blocks_seen = [&](int64_t row_begin) {
+      const Range cols = visible_columns(p, info, row_begin, end);
+      const int64_t visible = std::min(cols.end, p.seqlen_k) - std::max<int64_t>(cols.begin, 0);
+      return static_cast<double>(std::max<int64_t>(1, ceil_div(visible, variant.block_n)));
+    };
+    // A warpgroup passes over blocks that only others see, which takes half as long as working on them.
+    const double blocks = blocks_seen(begin);
+    lengths.mean += (blocks + blocks_seen(std::max(begin, end - 64))) / 2;
+    lengths.longest = std::max(lengths.longest, blocks);
+  }
+  lengths.mean /= samples;
+  return lengths;
+}
+
+struct Cost {
+  const Variant& variant;
+  double block_clocks;
+
+  explicit Cost(const Variant& v)
+      : variant(v),
+        block_clocks(double(v.block_m) * v.block_n * (v.head_dim + v.head_dim_v) / kProductsPerClock / v.efficiency) {}
+
+  double tile(double blocks) const { return blocks * block_clocks + variant.tile_clocks; }
+  /// Beyond the parts' own tile(): writing them, and the launch that adds them up.
+  double combine(int64_t parts_per_sm) const {
+    const double bytes = 2.0 * 4 * variant.block_m * variant.head_dim_v;
+    return kCombineClocks + parts_per_sm * bytes / kCombineBytesPerClock;
+  }
+};
+
+/// The number of parts for the tiles of the last, partial wave that makes them end first. Sets split_begin, num_splits.
+void share_out_waves(int num_sms, const Cost& cost, const TileLengths& lengths, Plan& plan) {
+  TileSchedule& schedule = plan.schedule;
+  const int64_t waves = schedule.num_tiles / num_sms, rest = schedule.num_tiles % num_sms;
+  double best = rest > 0 ? cost.tile(lengths.mean) : 0;
+  for (int splits = 2; splits <= kMaxSplits && rest > 0 && splits <= lengths.mean; ++splits) {
+    const int64_t rounds = ceil_div(rest * splits, num_sms);
+    const double clocks = rounds * cost.tile(std::ceil(lengths.mean / splits)) + cost.combine(rounds);
+    if (clocks >= best) continue;
+    best = clocks;
+    schedule.num_splits = splits;
+    schedule.split_begin = static_cast<int>(waves * num_sms);
+  }
+  plan.clocks = waves * cost.tile(lengths.mean) + best;
+}
+
+/// All tiles are split alike when the longest would outlast the mean load.
+void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& lengths, Plan& plan) {
+  TileSchedule& schedule = plan.schedule;
+  const double tiles_per_sm = double(schedule.num_tiles) / num_sms;
+  const double shortest = cost.tile(std::max(1.0, lengths.longest / 8));
+  plan.clocks = HUGE_VAL;
+  for (int splits = 1; splits <= kMaxSplits; ++splits) {
+    if (splits > 1 && (tiles_per_sm * splits > 3 || splits > lengths.longest)) break;
+    const double mean_load = tiles_per_sm * splits * cost.tile(lengths.mean / splits);
+    const double clocks = std::max(mean_load + shortest / 2, cost.tile(std::ceil(lengths.longest / splits))) +
+                          (splits > 1 ? cost.combine(std::ceil(tiles_per_sm * splits)) : 0);
+    if (clocks >= 0.9 * plan.clocks) continue;
+    plan.clocks = clocks;
+    schedule.num_splits = splits;
+    schedule.split_begin = splits > 1 ? 0 : schedule.num_tiles;
+  }
+  plan.dynamic = int64_t{schedule.num_tiles} * schedule.num_splits > num_sms;
+}
+
+/// Heads whose K and V together take a share of L2 that grows with their length. Of the H200's 60 MB, at head dim 128
+/// and 256, 8 MB were best at 512 keys, 16 at 1024, 32 from 2048 on; at 64, where copies weigh less, 32 throughout.
+int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
+  const int64_t bytes_per_key = p.head_dim + p.head_dim_v < 256 ? int64_t{64} << 10 : int64_t{16} << 10;
+  const int64_t bytes = std::min(l2_bytes * 8 / 15, p.seqlen_k * bytes_per_key);
+  const int64_t bytes_per_head = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  return std::min(std::max<int64_t>(1, bytes / bytes_per_head) * p.group_size(), p.batch * p.num_heads);
+}
+
+/// "d128 192x64" is both "wgmma d128 192x64" and "wgmma d128 192x64 masked".
+bool is_named(const Variant& variant, const std::string& name) {
+  const std::string full = "wgmma " + name;
+  return variant.name == full || variant.name == full + " masked";
+}
+
+void set_groups(TileSchedule& schedule, int64_t heads_per_group, int64_t batch_heads) {
+  const int64_t num_m_blocks = schedule.num_m_blocks.value;
+  schedule.heads_per_group = Divisor(heads_per_group);
+  schedule.group_tiles = Divisor(heads_per_group * (num_m_blocks - num_m_blocks / 4));
+  schedule.batch_heads = Divisor(batch_heads);
+}
+
+}  // namespace
+
+const Variants& variants_for(const ForwardParams& p) {
+  const Variants* const all[] = {&kD64, &kD96, &kD128, &kD192V128, &kD192, &kD256V128, &kD256};
+  for (const Variants* variants : all) {
+    const Variant& first = *variants->begin();
+    if (p.head_dim > first.head_dim || p.head_dim_v > first.head_dim_v) continue;
+    // Panels of Q beyond head_dim are zeroed once: out must not go through them.
+    if (ceil_div(p.head_dim, 64) < ceil_div(first.head_dim, 64) && !first.out_buffer) continue;
+    return *variants;
+  }
+  return kD256;
+}
+
+Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant) {
+  const TileLengths lengths = tile_lengths(mean_problem(params), variant);
+  const Cost cost(variant);
+  Plan plan;
+  plan.variant = &variant;
+  TileSchedule& schedule = plan.schedule;
+  const int64_t num_m_blocks = ceil_div(params.seqlen_q, variant.block_m);
+  schedule.num_m_blocks = Divisor(num_m_blocks);
+  schedule.num_heads = Divisor(params.num_heads);
+  schedule.queries_per_head = Divisor(params.group_size());
+  schedule.alike = params.is_dense();
+  if (schedule.alike) schedule.sequence = sequence_info(params, 0);
+  // With cu_seqlens_q an upper bound: every sequence may end inside a tile.
+  schedule.num_tiles =
+      params.is_varlen_q()
+          ? static_cast<int>(params.num_heads *
+                             std::min(params.total_q / variant.block_m + params.batch, params.batch * num_m_blocks))
+          : static_cast<int>(params.batch * params.num_heads * num_m_blocks);
+  schedule.split_begin = INT32_MAX;
+  schedule.num_splits = 1;
+  if (params.is_varlen_q()) {
+    schedule.order = TileSchedule::kPacked;
+    plan.dynamic = true;
+    plan.clocks = double(schedule.num_tiles) / device.num_sms * cost.tile(lengths.mean);
+  } else if (params.window_right >= 0 && params.window_left < 0) {
+    schedule.order = TileSchedule::kLongestFirst;
+    set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
+    share_out_longest_first(device.num_sms, cost, lengths, plan);
+  } else {
+    schedule.order = TileSchedule::kRowsFirst;
+    share_out_waves(device.num_sms, cost, lengths, plan);
+    // Equal tiles stay in step by themselves; those of a window take unequal time [2 to 10% at windows of 1024, 4096].
+    plan.dynamic = params.has_window() && int64_t{schedule.num_tiles} > device.num_sms;
+  }
+  const int64_t split_tiles = plan.is_split() ? schedule.num_tiles - schedule.split_begin : 0;
+  plan.grid =
+      static_cast<int>(std::min<int64_t>(device.num_sms, schedule.num_tiles + split_tiles * (schedule.num_splits - 1)));
+  if (!plan.is_split()) schedule.split_begin = INT32_MAX;
+  return plan;
+}
+
+Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
+  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
+  Plan best;
+  for (const Variant& variant : variants_for(params)) {
+    if (variant.masked != params.has_window()) continue;
+    if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
+    const Plan plan = choose_plan(params, device, variant);
+    if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;
+  }
+  if (best.variant == nullptr) {
+    std::string names;
+    for (const Variant& variant : variants_for(params)) {
+      names += std::string(names.empty() ? "" : ", ") + variant.name;
+    }
+    throw std::runtime_error("FLASH_ATTN_FORWARD_KERNEL=" + std::string(forced) +
+                             " takes no problem of these head dimensions, whose kernels are: " + names);
+  }
+  return best;
+}
+
+int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace) {
+  int64_t bytes = 0;
+  const auto place = [&](auto*& pointer, int64_t count) {
+    if (workspace != nullptr && count > 0) {
+      pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(static_cast<char*>(workspace) + bytes);
+    }
+    bytes += ceil_div(count * int64_t(sizeof(*pointer)), 256) * 256;
+  };
+  TileSchedule& schedule = plan.schedule;
+  place(schedule.next_tile, plan.dynamic ? 1 : 0);
+  place(schedule.first_m_block, params.is_varlen_q() ? params.batch + 1 : 0);
+  const int64_t partial_rows =
+      plan.is_split() ? int64_t{schedule.num_tiles - schedule.split_begin} * schedule.num_splits * plan.variant->block_m
+                      : 0;
+  place(schedule.partial_out, partial_rows * plan.variant->head_dim_v);
+  place(schedule.partial_statistics, partial_rows);
+  return bytes;
+}
+
+}  // namespace flash_attn::cuda::sm90::forward

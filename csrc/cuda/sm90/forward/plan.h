@@ -1,0 +1,59 @@
+// Which kernel runs a problem, and how its tiles are shared out. Everything here is arithmetic on sizes known to the
+// host; lengths on the device count as their upper bounds, or as the mean with cu_seqlens.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../../kernel.h"
+#include "../../common/tile_schedule.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+struct Plan;
+
+/// One compiled kernel, for bf16 and fp16, and its constants in the model of plan.cpp, fitted to an H200.
+struct Variant {
+  const char* name;
+  int head_dim, head_dim_v;  // the largest it takes
+  bool masked;
+  bool out_buffer;  // out does not go through Q's buffer
+  int block_m, block_n;
+  double efficiency;   // share of the tensor cores' peak in the middle of a long tile
+  double tile_clocks;  // a tile's fixed cost: filling and draining the pipeline
+  void (*launch_bf16)(const ForwardParams&, const Plan&, cudaStream_t);
+  void (*launch_fp16)(const ForwardParams&, const Plan&, cudaStream_t);
+};
+
+struct Variants {
+  const Variant* first;
+  int count;
+  const Variant* begin() const { return first; }
+  const Variant* end() const { return first + count; }
+};
+
+// Each in its own .cu file, the smallest head dimensions first.
+extern const Variants kD64, kD96, kD128, kD192V128, kD192, kD256V128, kD256;
+
+struct Plan {
+  const Variant* variant = nullptr;
+  TileSchedule schedule{};  // its pointers are set by place_workspace()
+  int grid = 0;
+  bool dynamic = false;  // CTAs take tiles from a common counter
+  double clocks = 0;     // what the model expects, to compare plans
+
+  bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
+  bool is_split() const { return schedule.num_splits > 1; }
+};
+
+/// Bytes that the plan needs; with `workspace` also sets the schedule's pointers into it.
+int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace);
+
+/// The plan that the model expects to be fastest; with FLASH_ATTN_FORWARD_KERNEL, of the kernels so named (for tests
+/// and measurements), or std::runtime_error if the problem's head dimensions have none.
+Plan choose_plan(const ForwardParams& params, const DeviceInfo& device);
+/// The plan with this kernel.
+Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant);
+/// All kernels for the problem's head dimensions.
+const Variants& variants_for(const ForwardParams& params);
+
+}  // namespace flash_attn::cuda::sm90::forward

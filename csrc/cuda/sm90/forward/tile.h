@@ -1,0 +1,85 @@
+// A tile is kBlockM query rows of one head, with the columns they see. The scheduler turns an index in the order of
+// tiles (common/tile_order.h) into a Tile, and the others work on the Tile alone.
+#pragma once
+
+#include "../../common/tile_order.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+struct Tile {
+  int num_blocks;          // of kBlockN columns, at least 1; 0: no more tiles
+  int num_cols;            // columns; what lies beyond in the last block is zero and masked
+  int m_begin;             // first row, in the sequence
+  int num_rows;            // rows to write: seqlen_q_padded
+  int seqlen_q;            // rows from here on are written as 0
+  int head, batch, q_row;  // for lse
+  // TMA coordinates (tensor_map.h) of the first row of q and out and of the first column's row of k and v.
+  int q_x, q_y, out_x, out_y, q_batch;
+  int kv_x, kv_y, kv_head, kv_batch;
+  int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound] of the tile's
+  int partial_row;              // first row of the tile's partial results; -1: not split
+
+  /// Without columns nothing is loaded: what the buffers hold is masked, and rows that see nothing are written as 0. A
+  /// box wholly outside its tensor would be no way out: TMA touches the map's base address then, which is moved.
+  FLASH_ATTN_DEVICE bool has_columns() const { return num_cols > 0; }
+};
+
+/// Half of the 32-bit range, so that adding a row does not overflow.
+constexpr int kUnbounded = 1 << 30;
+
+FLASH_ATTN_DEVICE int clamp_to_int(int64_t x) { return static_cast<int>(clamp<int64_t>(x, -kUnbounded, kUnbounded)); }
+
+/// Writes field by field to shared memory: the scheduler has few registers.
+template <int kBlockM, int kBlockN>
+FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, Tile& tile) {
+  int split_tile = -1, part = 0;
+  if (index >= s.split_begin) {
+    split_tile = (index - s.split_begin) / s.num_splits;
+    part = index - s.split_begin - split_tile * s.num_splits;
+    index = s.split_begin + split_tile;
+  }
+  tile.partial_row = split_tile < 0 ? -1 : (split_tile * s.num_splits + part) * kBlockM;
+
+  const TilePlace at = tile_place(s, p, index);
+  tile.head = at.head;
+  tile.batch = at.batch;
+  tile.q_batch = p.cu_seqlens_q != nullptr ? 0 : at.batch;
+  tile.kv_batch = p.cu_seqlens_k != nullptr ? 0 : at.batch;
+  tile.kv_head = s.queries_per_head.divide(at.head);
+
+  const SequenceInfo info = s.alike ? s.sequence : sequence_info(p, at.batch);
+  const int m_begin = at.m_block * kBlockM;
+  const int seqlen_q = static_cast<int>(info.seqlen_q), num_rows = static_cast<int>(info.seqlen_q_padded);
+  const int q_row = static_cast<int>(info.q_row);
+  tile.m_begin = m_begin;
+  tile.num_rows = num_rows;
+  tile.seqlen_q = seqlen_q;
+  tile.q_row = q_row;
+  tile.q_x = static_cast<int>(p.seqlen_q) - seqlen_q + m_begin;
+  tile.q_y = q_row + seqlen_q;
+  tile.out_x = static_cast<int>(p.seqlen_q) - num_rows + m_begin;
+  tile.out_y = q_row + num_rows;
+
+  int col_begin = 0, col_end = 0;
+  if (m_begin < seqlen_q) {
+    const Range cols = visible_columns(p, info, m_begin, min(m_begin + kBlockM, seqlen_q));
+    col_begin = static_cast<int>(clamp<int64_t>(cols.begin, 0, info.seqlen_k));
+    col_end = static_cast<int>(clamp<int64_t>(cols.end, col_begin, info.seqlen_k));
+  }
+  if (split_tile >= 0) {
+    const int blocks = (col_end - col_begin + kBlockN - 1) / kBlockN;
+    const int first = blocks * part / s.num_splits, last = blocks * (part + 1) / s.num_splits;
+    col_end = min(col_end, col_begin + last * kBlockN);
+    col_begin += first * kBlockN;
+  }
+  const int num_cols = col_end - col_begin;
+  tile.num_cols = num_cols;
+  tile.num_blocks = max(1, (num_cols + kBlockN - 1) / kBlockN);
+  tile.kv_x = static_cast<int>(p.seqlen_k) - num_cols;
+  tile.kv_y = static_cast<int>(info.k_row) + col_end;
+  const int64_t shift = info.diagonal - col_begin;
+  tile.right_bound = p.window_right >= 0 ? clamp_to_int(shift + p.window_right) : kUnbounded;
+  tile.left_bound = p.window_left >= 0 ? clamp_to_int(shift - p.window_left) : -kUnbounded;
+}
+
+}  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,75 @@
+#include "tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace flash_attn::cuda::sm90 {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 30;         // coordinates are 32-bit
+constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;  // of a tensor map
+
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  return encoder;
+}
+
+bool holds(int64_t stride, int64_t size) {
+  return size <= 1 || (stride >= 0 && stride * 2 % 16 == 0 && stride * 2 < kMaxStrideBytes);
+}
+
+}  // namespace
+
+TensorMapSource query_rows(const ForwardParams& p, const TensorView& view, int64_t head_dim) {
+  const bool packed = p.is_varlen_q();
+  return {view, p.dtype, packed ? 1 : p.batch, packed ? p.total_q : p.seqlen_q, p.seqlen_q, p.num_heads, head_dim};
+}
+
+TensorMapSource key_rows(const ForwardParams& p, const TensorView& view, int64_t heads, int64_t head_dim) {
+  const bool packed = p.is_varlen_k();
+  return {view, p.dtype, packed ? 1 : p.batch, packed ? p.total_k : p.seqlen_k, p.seqlen_k, heads, head_dim};
+}
+
+const char* tensor_map_refuses(const TensorMapSource& s) {
+  if (reinterpret_cast<uintptr_t>(s.view.data) % 16 != 0) return "a tensor does not start on 16 bytes";
+  if (s.rows >= kMaxRows || s.heads >= kMaxRows || s.batch >= kMaxRows) return "a size is over 2^30";
+  if (!holds(s.view.row, s.rows) || !holds(s.view.head, s.heads) || !holds(s.view.batch, s.batch)) {
+    return "a stride is not a multiple of 16 bytes below 2^40";
+  }
+  return nullptr;
+}
+
+CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
+  constexpr cuuint32_t kBoxColumns = 64;
+  // The stride of a dimension of one element is never used, but the encoder checks it.
+  const auto bytes = [](int64_t stride, int64_t size) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
+  const cuuint64_t row_bytes = bytes(s.view.row, s.rows);
+  const cuuint64_t sizes[5] = {cuuint64_t(s.head_dim), cuuint64_t(s.max_rows), cuuint64_t(s.rows + 1),
+                               cuuint64_t(s.heads), cuuint64_t(s.batch)};
+  const cuuint64_t strides[4] = {row_bytes, row_bytes, bytes(s.view.head, s.heads), bytes(s.view.batch, s.batch)};
+  const cuuint32_t box[5] = {kBoxColumns, cuuint32_t(box_rows), 1, 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  const auto type = s.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const uintptr_t base = reinterpret_cast<uintptr_t>(s.view.data) - cuuint64_t(s.max_rows) * row_bytes;
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder()(
+      &map, type, 5, reinterpret_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(int(result)));
+  }
+  return map;
+}
+
+}  // namespace flash_attn::cuda::sm90
