@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +79,13 @@ def _contender(name: str, inputs: Inputs, layout: str, attention: Attention, **s
     return Contender(name, lambda: attention(q, k, v), leaves, dout, common, **settings)  # type: ignore[arg-type]
 
 
-def _func(name: str, inputs: Inputs, **options: object) -> Contender:
+def _func(name: str, inputs: Inputs, **options: Any) -> Contender:
     """This package's `flash_attn_func`."""
     return _contender(
         name,
         inputs,
         "as given",
-        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **options),  # type: ignore[arg-type]
+        lambda q, k, v: flash_attn.flash_attn_func(q, k, v, **options),
     )
 
 
@@ -180,7 +181,7 @@ def torch_varlen(inputs: Inputs) -> Contender:
         "torch_varlen",
         inputs,
         "as given",
-        lambda q, k, v: varlen_attn(q, k, v, cu, cu, p.seqlen, p.seqlen, **causal),  # type: ignore[arg-type]
+        lambda q, k, v: varlen_attn(q, k, v, cu, cu, p.seqlen, p.seqlen, **causal),  # type: ignore[arg-type,return-value]
     )
 
 
@@ -191,7 +192,7 @@ def fa3(inputs: Inputs) -> Contender:
         raise UnsuitedError("not installed")
     if p.case not in ("none", "softcap") or p.dtype == "fp32":
         raise UnsuitedError("no masks, no dropout, no ALiBi, no fp32")
-    import flash_attn_interface as interface
+    import flash_attn_interface as interface  # type: ignore[import-not-found]
 
     window = (p.window, 0) if p.window >= 0 else (-1, -1)
     softcap = SOFTCAP if p.score == "softcap" else 0.0
@@ -210,8 +211,11 @@ def fa3(inputs: Inputs) -> Contender:
 def compiled(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
     """By torch.compile, anew for every shape. Backward is timed on one graph again and again, so it may not use what
     forward has kept for buffers of its own, as compiled graphs do (which saves them memory in a step)."""
-    torch._dynamo.config.recompile_limit = 1000
-    torch._functorch.config.donated_buffer = False
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
+    dynamo.recompile_limit = 1000
+    functorch.donated_buffer = False
     return torch.compile(function, dynamic=False, **options)  # type: ignore[call-overload]
 
 
