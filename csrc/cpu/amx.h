@@ -5,7 +5,8 @@
 #include "isa.h"
 #include "transpose.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 constexpr int kTileRows = 16, kTilePairs = 16;
 constexpr int64_t kMaxTransposedPairs = 64;  // depth of a product whose A lies depth-major
@@ -134,4 +135,5 @@ void gemm_on_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t*
   configure_tiles(kTilePairs);
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

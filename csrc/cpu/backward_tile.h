@@ -7,7 +7,8 @@
 #include "random.h"
 #include "scores.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 /// lse and delta = sum(dout * out) - dlse, (batch, num_heads, seqlen_q). lse is +inf where a row sees nothing: P is 0.
 template <typename T>
@@ -244,4 +245,5 @@ class BackwardTile {
   const RowStatistics<Acc>& statistics_;
 };
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -8,7 +8,8 @@
 #include "amx.h"
 #endif
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 /// How products are formed: `Operand` is what one multiplication takes, kPack neighbouring numbers of the sum's index.
 template <typename T>
@@ -133,4 +134,5 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const typename Arithmeti
 #endif
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -1,13 +1,8 @@
-// Which instruction set the CPU family runs on: the best the processor has, or what FLASH_ATTN_CPU names.
 #include "isa.h"
 
-#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <vector>
-
-#include "cpu.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -19,19 +14,6 @@
 
 namespace flash_attn::cpu {
 namespace {
-
-constexpr int kDTypes = 4;  // fp64, fp32, bf16, fp16: the first of DType
-
-struct Isa {
-  const char* name;
-  bool (*supported)();
-  void (*forward)(const ForwardParams&);
-  void (*backward)(const BackwardParams&);
-  void (*forward_bf16)(const ForwardParams&);
-  void (*backward_bf16)(const BackwardParams&);
-};
-
-bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx2() {
@@ -57,84 +39,50 @@ bool has_amx() {
   return false;
 #endif
 }
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
+bool has_amx() { return false; }
 #endif
 
-// Best last.
-constexpr Isa kIsas[] = {
-    {"generic", always, generic::run_forward, generic::run_backward, generic::run_forward, generic::run_backward},
-#if defined(__x86_64__)
-    {"avx2", has_avx2, avx2::run_forward, avx2::run_backward, avx2::run_forward, avx2::run_backward},
-    {"avx512", has_avx512, avx512::run_forward, avx512::run_backward, avx512::run_forward, avx512::run_backward},
-    {"avx512_bf16", has_avx512_bf16, avx512::run_forward, avx512::run_backward, avx512_bf16::run_forward,
-     avx512_bf16::run_backward},
-    {"amx", has_amx, avx512::run_forward, avx512::run_backward, amx::run_forward, amx::run_backward},
-#endif
+struct KnownIsa {
+  const char* name;
+  bool (*supported)();
 };
 
-const Isa& best_isa() {
-  const Isa* best = &kIsas[0];
-  for (const Isa& isa : kIsas) {
-    if (isa.supported()) best = &isa;
+constexpr KnownIsa kIsas[] = {
+    {"generic", [] { return true; }}, {"avx2", has_avx2}, {"avx512", has_avx512},
+    {"avx512_bf16", has_avx512_bf16}, {"amx", has_amx},
+};
+constexpr int kCount = int(sizeof(kIsas) / sizeof(kIsas[0]));
+
+Isa best_isa() {
+  int best = 0;
+  for (int i = 0; i < kCount; ++i) {
+    if (kIsas[i].supported()) best = i;
   }
-  return *best;
+  return Isa(best);
 }
 
-/// Throws for a FLASH_ATTN_CPU that names nothing this processor can run.
-const Isa& select_isa() {
+}  // namespace
+
+Isa select_isa() {
   const char* wanted = std::getenv("FLASH_ATTN_CPU");
   if (wanted == nullptr || *wanted == '\0') {
-    static const Isa& best = best_isa();
+    static const Isa best = best_isa();
     return best;
   }
   std::string supported;
-  for (const Isa& isa : kIsas) {
-    if (!isa.supported()) continue;
-    if (std::string(wanted) == isa.name) return isa;
-    supported += std::string(supported.empty() ? "" : ", ") + isa.name;
+  for (int i = 0; i < kCount; ++i) {
+    if (!kIsas[i].supported()) continue;
+    if (std::string(wanted) == kIsas[i].name) return Isa(i);
+    supported += std::string(supported.empty() ? "" : ", ") + kIsas[i].name;
   }
   throw std::runtime_error("FLASH_ATTN_CPU must name an instruction set of this processor (" + supported +
                            "), but is \"" + wanted + "\"");
 }
 
-/// "cpu avx512 fp32"; lives as long as the program.
-const char* kernel_name(const Isa& isa, DType dtype) {
-  static const auto names = [] {
-    std::vector<std::array<std::string, kDTypes>> all;
-    for (const Isa& each : kIsas) {
-      const std::string family = std::string("cpu ") + each.name;
-      all.push_back({family + " fp64", family + " fp32", family + " bf16", family + " fp16"});
-    }
-    return all;
-  }();
-  return names[size_t(&isa - kIsas)][size_t(dtype)].c_str();
-}
-
-Plan plan_forward(const ForwardParams& p, const DeviceInfo&) {
-  return {kernel_name(select_isa(), p.dtype), int(kForwardBlockM), int(kForwardBlockN), 0};
-}
-
-Plan plan_backward(const BackwardParams& params, const DeviceInfo&) {
-  return {kernel_name(select_isa(), params.forward.dtype), int(kBackwardBlockM), int(kBackwardBlockN), 0};
-}
-
-void launch_forward(const ForwardParams& p, const DeviceInfo&, void*) {
-  const Isa& isa = select_isa();
-  (p.dtype == DType::kBFloat16 ? isa.forward_bf16 : isa.forward)(p);
-}
-
-void launch_backward(const BackwardParams& params, const DeviceInfo&, void*) {
-  const Isa& isa = select_isa();
-  (params.forward.dtype == DType::kBFloat16 ? isa.backward_bf16 : isa.backward)(params);
-}
-
-template <typename Params>
-const char* refuses_nothing(const Params&, const DeviceInfo&) {
-  return nullptr;
-}
-
-}  // namespace
-
-const ForwardKernel kForward = {"cpu", refuses_nothing<ForwardParams>, plan_forward, launch_forward};
-const BackwardKernel kBackward = {"cpu", refuses_nothing<BackwardParams>, plan_backward, launch_backward};
+const char* name_of(Isa isa) { return kIsas[int(isa)].name; }
 
 }  // namespace flash_attn::cpu

@@ -1,4 +1,6 @@
-// The passes, once for every instruction set they are compiled for.
+// The instruction sets that the passes are compiled for. passes.cpp is compiled once for each, with its name as
+// FLASH_ATTN_ISA; what the headers there define lies in unnamed namespaces, so that the linker keeps the code of every
+// instruction set apart. Only passes() is seen from outside.
 #pragma once
 
 #include "../params.h"
@@ -9,18 +11,29 @@ namespace flash_attn::cpu {
 constexpr int64_t kForwardBlockM = 96, kForwardBlockN = 64;
 constexpr int64_t kBackwardBlockM = 96, kBackwardBlockN = 128;
 
+enum class Isa { generic, avx2, avx512, avx512_bf16, amx };  // best last
+
+struct Passes {
+  void (*forward)(const ForwardParams&);
+  void (*backward)(const BackwardParams&);
+};
+
+template <Isa isa>
+Passes passes();
+template <>
+Passes passes<Isa::generic>();
+template <>
+Passes passes<Isa::avx2>();
+template <>
+Passes passes<Isa::avx512>();
+template <>
+Passes passes<Isa::avx512_bf16>();  // of bfloat16 alone
+template <>
+Passes passes<Isa::amx>();  // of bfloat16 alone
+
+/// The best that the processor has, or what FLASH_ATTN_CPU names. Throws if that is none it can run.
+Isa select_isa();
+/// What FLASH_ATTN_CPU calls it.
+const char* name_of(Isa isa);
+
 }  // namespace flash_attn::cpu
-
-#define FLASH_ATTN_CPU_DECLARE_PASSES(isa)    \
-  namespace flash_attn::cpu::isa {            \
-  void run_forward(const ForwardParams& p);   \
-  void run_backward(const BackwardParams& p); \
-  }
-
-FLASH_ATTN_CPU_DECLARE_PASSES(generic)
-FLASH_ATTN_CPU_DECLARE_PASSES(avx2)
-FLASH_ATTN_CPU_DECLARE_PASSES(avx512)
-FLASH_ATTN_CPU_DECLARE_PASSES(avx512_bf16)
-FLASH_ATTN_CPU_DECLARE_PASSES(amx)
-
-#undef FLASH_ATTN_CPU_DECLARE_PASSES

@@ -4,7 +4,8 @@
 
 #include "backward_tile.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 template <typename T>
 struct MaskGradientContext {
@@ -107,4 +108,5 @@ void run_mask_gradient(const BackwardParams& params, const RowStatistics<typenam
   run_tasks(tasks, size.scratch_bytes(), mask_gradient_task<Arithmetic>, &context);
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -4,7 +4,8 @@
 #include "../philox.h"
 #include "scores.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 /// The low and the high half of a * factor in every lane.
 FLASH_ATTN_INLINE void multiply_wide(Words a, uint32_t factor, Words& low, Words& high) {
@@ -63,4 +64,5 @@ void draw_dropout(const ScoreRules<T>& rules, const Tile& tile, uint8_t* keep, i
   }
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -3,7 +3,8 @@
 
 #include "backward_tile.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 template <typename T>
 struct RowStatisticsContext {
@@ -72,4 +73,5 @@ void sink_gradient_task(const void* context, int64_t index, void*) {
   static_cast<T*>(params.dsinks)[index] = T(sum);
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

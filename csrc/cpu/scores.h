@@ -6,7 +6,8 @@
 #include "../sequence.h"
 #include "tile.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 template <typename T>
 constexpr T kInfinity = T(__builtin_huge_val());
@@ -351,4 +352,5 @@ bool find_dead_columns(const Tile& tile, const T* s, int64_t ld, uint8_t* dead) 
   return any;
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -12,7 +12,8 @@
 
 #define FLASH_ATTN_INLINE inline __attribute__((always_inline))
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -346,4 +347,5 @@ FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
   return x != x ? x : (x < T(0) ? -t : t);
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -8,7 +8,8 @@
 #include "gemm.h"
 #include "transpose.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -198,4 +199,5 @@ inline void clear_rows(void* dst, DType dtype, int64_t rows, int64_t columns, in
   }
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

@@ -3,7 +3,8 @@
 
 #include "simd.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 // kLanes x kLanes elements take log2(kLanes) rounds of the perfect shuffle.
 
@@ -68,4 +69,5 @@ FLASH_ATTN_INLINE void transpose_bytes(const uint8_t* src, int64_t src_stride, i
   for (int64_t j = 0; j < 16 && j < columns; ++j) store_vector(dst + j * dst_stride, r[j]);
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

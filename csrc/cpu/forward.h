@@ -3,16 +3,18 @@
 // P, so that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they
 // lie. All the task's blocks use a tile of k and v before the next is packed. When there are few tasks, the keys of
 // each are shared out in parts, whose results are put together in order.
+#pragma once
+
 #include "isa.h"
 #include "parallel.h"
 #include "random.h"
 #include "scores.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
-namespace {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
 constexpr int64_t kMaxRowBlocks = 4;                    // of a task
-constexpr int64_t kTasks = 32;                          // as many as there should be at least
+constexpr int64_t kForwardTasks = 32;                   // as many as there should be at least
 constexpr int64_t kPartColumns = 512;                   // of a part of a task at least
 constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
 
@@ -52,7 +54,7 @@ struct ForwardScratch {
     const int64_t blocks = (params.seqlen_q + ldm - 1) / ldm,
                   block_bytes = (ldk + ldv) * ldm * int64_t(sizeof(Acc)) + 1;
     row_blocks =
-        min(min(params.batch * params.num_heads * blocks / kTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
+        min(min(params.batch * params.num_heads * blocks / kForwardTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
     row_blocks = max(1, min(row_blocks, blocks));
     k = arena.take<Operand>((kN + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
     v = arena.take<Operand>(kN / kPack * ldv);
@@ -361,7 +363,7 @@ struct ForwardContext {
     runs = (params.seqlen_q + row_blocks * scratch.ldm - 1) / (row_blocks * scratch.ldm);
     tasks = params.batch * params.num_heads * runs;
     scratch_bytes = size.used();
-    parts = max(1, min((kTasks + tasks - 1) / max(1, tasks), params.seqlen_k / kPartColumns));
+    parts = max(1, min((kForwardTasks + tasks - 1) / max(1, tasks), params.seqlen_k / kPartColumns));
     part_columns = round_up((params.seqlen_k + parts - 1) / parts, kForwardBlockN);
     partial_size = (2 + params.head_dim_v) * scratch.ldm;
   }
@@ -433,8 +435,6 @@ void run(const ForwardParams& params) {
   run_all(context.tasks, combine_parts<Arithmetic>);
 }
 
-}  // namespace
-
 void run_forward(const ForwardParams& params) {
 #if defined(__AVX512BF16__)
   if (params.dtype == DType::kBFloat16) return run<BFloat16Pairs>(params);
@@ -444,4 +444,5 @@ void run_forward(const ForwardParams& params) {
 #endif
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

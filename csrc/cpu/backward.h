@@ -3,15 +3,17 @@
 // dq grows in memory of the task. Where there are few heads, keys are split among tasks, whose dq are then added up in
 // order: the shape alone decides, so results do not depend on the number of threads. Query heads that share a head of k
 // follow one after the other.
+#pragma once
+
 #include "backward_tile.h"
 #include "isa.h"
 #include "mask_gradient.h"
 #include "row_statistics.h"
 
-namespace flash_attn::cpu::FLASH_ATTN_ISA {
-namespace {
+namespace flash_attn::cpu {
+namespace {  // see isa.h
 
-constexpr int64_t kTasks = 32;                // as many as there should be at least ...
+constexpr int64_t kBackwardTasks = 32;        // as many as there should be at least ...
 constexpr int64_t kMaxSplits = 8;             // ... but no more than this for a head, since each has a dq of its own
 constexpr int64_t kMaxSplitBytes = 68 << 20;  // ... and all of these take no more than this: 4 of 65,536 x 64 floats
 constexpr int64_t kQueryBytes = 16 << 20;     // for a head's queries, packed once by a task; where they need more, they
@@ -43,7 +45,7 @@ struct BackwardContext {
     n_blocks = (p.seqlen_k + kBackwardBlockN - 1) / kBackwardBlockN;
     const int64_t heads = max(1, p.batch * p.num_heads_k);
     const int64_t affordable = kMaxSplitBytes / max(1, heads * m_blocks * ldd * ldm * int64_t(sizeof(Acc)));
-    splits = max(1, min(min((kTasks + heads - 1) / heads, kMaxSplits), min(n_blocks, affordable)));
+    splits = max(1, min(min((kBackwardTasks + heads - 1) / heads, kMaxSplits), min(n_blocks, affordable)));
     wants_ds = params.dq.data != nullptr || params.dk.data != nullptr || params.dslopes != nullptr;
   }
   int64_t dq_size() const { return params.dq.data != nullptr ? m_blocks * ldd * ldm : 0; }
@@ -301,8 +303,6 @@ void run(const BackwardParams& params) {
   if ((context.wants_ds || params.dv.data != nullptr) && p.num_heads_k > 0) run_keys(context);
 }
 
-}  // namespace
-
 void run_backward(const BackwardParams& params) {
 #if defined(__AVX512BF16__)
   if (params.forward.dtype == DType::kBFloat16) return run<BFloat16Pairs>(params);
@@ -312,4 +312,5 @@ void run_backward(const BackwardParams& params) {
 #endif
 }
 
-}  // namespace flash_attn::cpu::FLASH_ATTN_ISA
+}  // namespace
+}  // namespace flash_attn::cpu

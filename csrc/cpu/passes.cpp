@@ -1,0 +1,13 @@
+// The passes on the instruction set that FLASH_ATTN_ISA names.
+#include "backward.h"
+#include "forward.h"
+#include "isa.h"
+
+namespace flash_attn::cpu {
+
+template <>
+Passes passes<Isa::FLASH_ATTN_ISA>() {
+  return {run_forward, run_backward};
+}
+
+}  // namespace flash_attn::cpu
