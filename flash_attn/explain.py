@@ -117,7 +117,8 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
         before are not seen.
 
     Raises:
-        RuntimeError: the call would be refused, with the text of that refusal.
+        RuntimeError: the call would be refused, with the text of that refusal; or the function makes a
+            `torch.nn.attention.bias.CausalBias`, which torch can't do while ops are observed: make it before.
 
     Example:
         >>> print(flash_attn.explain(q, k, v, is_causal=True))
@@ -142,10 +143,17 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
         call.had_backward = True
 
     with Observer(on_forward, on_trained, on_backward) as observer:
-        if isinstance(function, Tensor):
-            scaled_dot_product_attention(function, *args, **kwargs)
-        else:
-            function(*args, **kwargs)
+        try:
+            if isinstance(function, Tensor):
+                scaled_dot_product_attention(function, *args, **kwargs)
+            else:
+                function(*args, **kwargs)
+        except RuntimeError as error:
+            if "Creating a new Tensor subclass" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}. While attention is explained no CausalBias can be made: make it before"
+            ) from None
     return Explanation([call.explanation for call in calls], observer.torch_ops)
 
 

@@ -3,68 +3,267 @@
 from __future__ import annotations
 
 import functools
+import sys
+import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.nn.attention import SDPBackend
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .sdpa import call_torch, overridden, scaled_dot_product_attention
+from . import open_blocks, sdpa
+from .causal_bias import is_causal_bias
+from .open_blocks import any_is_open
 from .sdpa_arguments import Arguments
-from .torch_op.private import flash_sdp_enabled
+from .torch_op.private import (
+    constant_when_traced,
+    flash_sdp_enabled,
+    jit_is_tracing,
+    register_as_builtin,
+    sdp_priority,
+    torch_sdpa,
+)
+
+_lock = threading.Lock()
+_process_wide = 0  # how many replacements hold for the whole process
+_usual_priority = sdp_priority()
 
 
-@functools.wraps(scaled_dot_product_attention)
-def _replacement(
+class _Layer:
+    """A function that stands in F over what stood there before, and how many need it there."""
+
+    function: Any
+
+    def __init__(self, before: Callable[..., Tensor]) -> None:
+        self.before = before
+        self.needed = 0
+        self.function = _standing_over(before, self)
+        self.function.layer = self
+
+
+def _standing_over(before: Callable[..., Tensor], layer: _Layer) -> Callable[..., Tensor]:
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        traced = torch.compiler.is_compiling()
+        if _is_wanted_in_trace() if traced else (_process_wide or any_is_open()):
+            return _attend(
+                scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+        if not traced and layer.needed == 0:
+            _put_back()
+        if is_causal_bias(attn_mask):  # it compares with what stands in F
+            given = (query, key, value, attn_mask)
+            dispatch: Any = handle_torch_function
+            function: Callable[..., Tensor] = functools.partial(dispatch, scaled_dot_product_attention, given)
+        else:
+            function = before
+        result: Tensor = function(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return result
+
+    scaled_dot_product_attention.__doc__ = sdpa.scaled_dot_product_attention.__doc__
+    scaled_dot_product_attention.__qualname__ = scaled_dot_product_attention.__name__
+    return scaled_dot_product_attention
+
+
+def _attend(
+    function: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    # `sdpa_kernel` without FLASH_ATTENTION asks for another of torch's kernels: comparisons with them must stay true.
-    if not flash_sdp_enabled():
-        return call_torch(given)
+    torchs = _torchs_is_asked_for_in_trace() if torch.compiler.is_compiling() else _torchs_is_asked_for()
+    if torchs:
+        return sdpa.call_torch(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     if has_torch_function((query, key, value, attn_mask)):
         # Who looks out for torch's function compares with what stands in its place, not with ours.
-        return overridden(_replacement, given)
-    return scaled_dot_product_attention(
+        return sdpa.overridden(
+            function, Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        )
+    return sdpa.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _torchs_is_asked_for() -> bool:
+    """By `sdpa_kernel` for another kernel than FLASH_ATTENTION, since comparisons with those must stay true, or by
+    `torch.jit.trace`, since what it records must be known wherever it is loaded."""
+    if not flash_sdp_enabled() or jit_is_tracing():
+        return True
+    priority = sdp_priority()
+    return priority != _usual_priority and not _flash_comes_first(priority)
+
+
+def _flash_comes_first(priority: list[int]) -> bool:
+    cuda = torch.backends.cuda
+    enabled = {
+        SDPBackend.FLASH_ATTENTION.value: True,
+        SDPBackend.MATH.value: cuda.math_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION.value: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION.value: cuda.cudnn_sdp_enabled(),
+    }
+    return next(backend for backend in priority if enabled.get(backend)) == SDPBackend.FLASH_ATTENTION.value
+
+
+@constant_when_traced
+def _is_wanted_in_trace() -> bool:
+    return _process_wide > 0 or any_is_open()
+
+
+@constant_when_traced
+def _torchs_is_asked_for_in_trace() -> bool:
+    """By the ONNX exporter too, which knows no op of ours."""
+    onnx: Any = sys.modules.get("torch.onnx")  # nobody exports who has not loaded it
+    return _torchs_is_asked_for() or (onnx is not None and onnx.is_in_onnx_export())
+
+
+def _in_traced_block(*args: Any, **kwargs: Any) -> Tensor:
+    """Stands in F where Dynamo traces a block: it can look neither into context variables nor behind locks."""
+    return _attend(_in_traced_block, *args, **kwargs)
+
+
+_in_traced_block.__name__ = "scaled_dot_product_attention"
+
+_lowest = _Layer(torch_sdpa)
+scaled_dot_product_attention = _lowest.function  # by this name it is pickled
+register_as_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")
+
+
+def _stand() -> _Layer:
+    """Puts a function in place, unless one stands there. With the lock held."""
+    current: Any = F.scaled_dot_product_attention
+    layer: _Layer | None = getattr(current, "layer", None)
+    if layer is None:
+        if current is torch_sdpa:
+            layer = _lowest
+        else:
+            _check_what_stands(current)
+            layer = _Layer(current)
+            layer.function.__module__ = F.__name__  # where pickle finds it as long as it stands there
+        F.scaled_dot_product_attention = layer.function
+    layer.needed += 1
+    return layer
+
+
+def _check_what_stands(function: Any) -> None:
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    if module.startswith("torch."):
+        raise NotImplementedError(
+            "replace_sdpa can't be entered here: in place of scaled_dot_product_attention torch has put a function of "
+            f"its own from {module}, as context_parallel does, and each rank would attend to its own part of the "
+            "sequence only"
+        )
+
+
+def _unstack() -> None:
+    """Takes away what nobody needs. With the lock held.
+
+    What lies below a function of others comes to light once they take that away, and is taken away when it is called.
+    """
+    layer: _Layer | None
+    while (layer := getattr(F.scaled_dot_product_attention, "layer", None)) is not None and layer.needed == 0:
+        F.scaled_dot_product_attention = layer.before  # type: ignore[assignment]
+
+
+def _put_back() -> None:
+    with _lock:
+        _unstack()
 
 
 class replace_sdpa:  # noqa: N801 - used as a function
     """Puts this package's function in place of `torch.nn.functional.scaled_dot_product_attention`.
 
-    ``replace_sdpa()`` does so for the whole process, until `restore` is called on the result;
-    ``with replace_sdpa():`` until the block ends. What was there before is put back exactly. Inside
-    `torch.nn.attention.sdpa_kernel([...])` without FLASH_ATTENTION torch's own function runs; compiled code keeps to
-    what held when it was traced. Code that imported the function by name beforehand, and the inference fast path of
-    `nn.TransformerEncoderLayer`, are not reached.
+    ``replace_sdpa()`` does so for the whole process, until `restore` is called on the result.
+    ``with replace_sdpa():`` does so until the block ends, in its thread or async task alone, with what that hands its
+    context variables to, and in the backward passes that it runs: keep a backward pass that computes checkpointed
+    layers again in the block. Threads that others start, as `nn.DataParallel` does, need the first way.
+
+    What was there before is put back exactly once nobody needs the replacement. Torch's own function runs inside
+    `torch.nn.attention.sdpa_kernel` without FLASH_ATTENTION or with another kernel before it, and is what
+    `torch.jit` and the ONNX exporters record; compiled code keeps to what held when it was traced. Code that imported
+    the function by name beforehand, the inference fast paths of `nn.TransformerEncoderLayer` and
+    `nn.MultiheadAttention`, and the latter with ``need_weights=True``, are not reached.
+
+    Raises:
+        NotImplementedError: torch's `context_parallel` is active.
     """
 
     def __init__(self) -> None:
-        self._previous: Any = None
-        self.__enter__()
+        self._layer: _Layer | None = None  # while it holds for the whole process
+        self._blocks: list[tuple[open_blocks.Block, _Layer]] = []
+        self._before: Any = None  # while it holds in code that is traced
+        self._begin()
+
+    def _begin(self) -> None:
+        global _process_wide
+        if torch.compiler.is_compiling():
+            self._before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _in_traced_block
+            return
+        with _lock:
+            self._layer = _stand()
+            _process_wide += 1
 
     def restore(self) -> None:
-        """Puts back what was there before. More than one replacement are restored last first."""
-        if self._previous is not None:
-            F.scaled_dot_product_attention, self._previous = self._previous, None
+        """Ends it, wherever it holds."""
+        if self._before is not None:
+            F.scaled_dot_product_attention, self._before = self._before, None
+        self._end_process_wide()
+        while self._blocks:
+            self._leave(self._blocks[-1])
+
+    def _end_process_wide(self) -> None:
+        global _process_wide
+        if self._layer is not None:
+            with _lock:
+                _process_wide -= 1
+                self._layer.needed -= 1
+                _unstack()
+            self._layer = None
+
+    def _leave(self, entered: tuple[open_blocks.Block, _Layer]) -> None:
+        self._blocks.remove(entered)
+        open_blocks.leave(entered[0])
+        with _lock:
+            entered[1].needed -= 1
+            _unstack()
 
     def __enter__(self) -> replace_sdpa:
-        if self._previous is None:
-            self._previous = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _replacement  # type: ignore[assignment]
+        if torch.compiler.is_compiling():
+            if self._before is None:
+                self._begin()
+            return self
+        with _lock:
+            layer = _stand()
+        self._blocks.append((open_blocks.enter(), layer))
+        self._end_process_wide()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.restore()
+        if self._before is not None:
+            F.scaled_dot_product_attention, self._before = self._before, None
+            return
+        here = open_blocks.entered_here()
+        entered = [entry for entry in self._blocks if entry[0] in here] or self._blocks
+        if entered:
+            self._leave(entered[-1])

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import shapes, tensor_subclasses
 from .autocast import autocast
-from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, with_types_checked
+from .causal_bias import is_causal_bias, is_top_left, to_mask
+from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .torch_op import attention as ops
 from .torch_op import checks
+from .torch_op.private import torch_sdpa
 
-_torch_sdpa = F.scaled_dot_product_attention
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 
 def scaled_dot_product_attention(
@@ -99,7 +100,7 @@ def _is_common(
 def overridden(function: Callable[..., Tensor], given: Arguments) -> Tensor:
     """A call that torch function modes or tensor subclasses take part in; they are told that `function` was called."""
     mode = has_torch_function((None,))  # modes come first
-    if not mode and (isinstance(given.attn_mask, CausalBias) or any_nested(*given[:3])):
+    if not mode and (is_causal_bias(given.attn_mask) or is_nested_call(given)):
         return _attend(given)
     inputs, options = given[:3], given._asdict()
     for name in ("query", "key", "value"):
@@ -109,15 +110,14 @@ def overridden(function: Callable[..., Tensor], given: Arguments) -> Tensor:
 
 def call_torch(given: Arguments) -> Tensor:
     """Torch's own function."""
-    if isinstance(given.attn_mask, CausalBias) and not any_nested(*given[:3]):
+    bias = given.attn_mask
+    if is_causal_bias(bias) and not any_nested(*given[:3]):
         # A CausalBias knows torch's function as `F.scaled_dot_product_attention` only, and there may stand ours.
-        size, offset = _size_and_offset(given.attn_mask)
-        if _alignment(given.attn_mask, given) == ops.TOP_LEFT:
+        if _alignment(bias, given) == ops.TOP_LEFT:
             given = given._replace(attn_mask=None, is_causal=True)
         else:
-            mask = torch.ones(size, dtype=torch.bool, device=given.query.device).tril(offset)
-            given = given._replace(attn_mask=mask)
-    return _torch_sdpa(*given[:6], scale=given.scale, enable_gqa=given.enable_gqa)
+            given = given._replace(attn_mask=to_mask(bias, given.query.device))
+    return torch_sdpa(*given[:6], scale=given.scale, enable_gqa=given.enable_gqa)
 
 
 def _attend(given: Arguments) -> Tensor:
@@ -128,7 +128,7 @@ def _attend(given: Arguments) -> Tensor:
             return _nested_attention(given)
         if not (query.is_cpu or query.is_cuda or query.is_meta):
             return call_torch(given)
-        if isinstance(attn_mask, CausalBias):
+        if is_causal_bias(attn_mask):
             return _attention(given._replace(attn_mask=None), _alignment(attn_mask, given))
         return _attention(given, ops.TOP_LEFT if given.is_causal else ops.NONE)
     except RuntimeError as error:
@@ -146,18 +146,13 @@ def _nested_attention(given: Arguments) -> Tensor:
     return tensor_subclasses.jagged_attention(given)
 
 
-def _size_and_offset(bias: CausalBias) -> tuple[tuple[int, int], int]:
-    return (bias.seq_len_q, bias.seq_len_kv), bias.seq_len_kv - bias.seq_len_q
-
-
 def _alignment(bias: CausalBias, given: Arguments) -> int:
     """Top-left masks, as square ones are too, look the same whatever their size, and fit any scores."""
     if given.is_causal:
         raise ValueError("is_causal must be False when attn_mask is a CausalBias, but is True")
-    size, offset = _size_and_offset(bias)
-    if bias.variant == CausalVariant.UPPER_LEFT or offset == 0:
+    if is_top_left(bias):
         return ops.TOP_LEFT
-    scores = (given.query.shape[-2], given.key.shape[-2])
+    size, scores = (bias.seq_len_q, bias.seq_len_kv), (given.query.shape[-2], given.key.shape[-2])
     if size != scores:
         raise RuntimeError(f"attn_mask must be a CausalBias for (L, S) = {scores}, but is for {size}")
     return ops.BOTTOM_RIGHT

@@ -43,6 +43,11 @@ def any_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.is_nested or key.is_nested or value.is_nested
 
 
+def is_nested_call(given: Arguments) -> bool:
+    """As `any_nested` where an argument may be anything, such as a proxy that stands for a tensor."""
+    return any(isinstance(x, Tensor) and x.is_nested for x in given[:3])
+
+
 def check_dtypes_and_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dtype != key.dtype or query.dtype != value.dtype:
         raise RuntimeError(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
@@ -170,6 +171,13 @@ def test_fake_tensors_can_be_explained() -> None:
         q = torch.randn(1, 2, 64, 32)
         (call,) = explain(q, q, q).calls
     assert call.output_bytes == 4 * 2 * 64 * (32 + 1)
+
+
+def test_what_cant_be_made_meanwhile_is_said() -> None:
+    q, bias = torch.randn(1, 2, 5, 8), causal_lower_right(5, 5)
+    assert explain(lambda: sdpa(q, q, q, bias)).calls
+    with pytest.raises(RuntimeError, match="make it before"):
+        explain(lambda: sdpa(q, q, q, causal_lower_right(5, 5)))
 
 
 def test_results_lie_in_memory_as_they_would() -> None:

@@ -9,12 +9,16 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from contextvars import Context
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the name that its users are told
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _below_autograd() -> Callable[[], AbstractContextManager[None]]:
@@ -53,6 +57,44 @@ flash_sdp_enabled: Callable[[], bool] = getattr(
     torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled
 )
 """Whether `torch.nn.attention.sdpa_kernel` lets FLASH_ATTENTION take part. Dynamo can't trace the public name."""
+
+sdp_priority: Callable[[], list[int]] = getattr(torch._C, "_get_sdp_priority_order", list)
+"""torch's kernels for attention, `int(SDPBackend)`, in the order in which it tries them. Empty where it doesn't say."""
+
+torch_sdpa: Callable[..., Tensor] = getattr(
+    torch._C._nn, "scaled_dot_product_attention", F.scaled_dot_product_attention
+)
+"""Torch's own function, also where something else already stands in its public place."""
+
+jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+"""Whether torch.jit.trace runs. The public name takes twice as long to say so."""
+
+
+def register_as_builtin(function: Callable[..., Any], op: str) -> None:
+    """TorchScript then compiles a call of `function`, which must live for ever, as one of `op`. Without the name it
+    says that it can't compile it."""
+    if register := getattr(torch.jit._builtins, "_register_builtin", None):
+        register(function, op)
+
+
+def constant_when_traced(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does, which would load the compiler: Dynamo calls the function while
+    it traces, and keeps to the result."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def _caller_of_backward() -> Callable[[], Context | None]:
+    has: Callable[[str], bool] | None = getattr(torch._C, "_is_key_in_tls", None)
+    get: Callable[[str], Context] | None = getattr(torch._C, "_get_obj_in_tls", None)
+    if has is None or get is None:
+        return lambda: None
+    return lambda: get("context") if has("context") else None
+
+
+caller_of_backward = _caller_of_backward()
+"""In a backward pass, in whichever of autograd's threads, the context variables of whoever called it. None elsewhere,
+and where torch doesn't say."""
 
 
 def compiler_is_loaded() -> bool:
