@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from flash_attn.torch_op.arguments import Options, Tensors
 from flash_attn.torch_op.library import LIBRARY, backward_op, forward_op
 
-pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+reads_elf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
 _ALLOWED = re.compile(
     r"lib(torch|torch_cpu|c10|stdc\+\+|m|gcc_s|c|dl|rt|pthread|asan|ubsan)\.so[.\d]*|ld-linux[\w-]*\.so[.\d]*"
@@ -23,12 +24,14 @@ def _read(option: str) -> str:
     return subprocess.run(["readelf", option, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
 
 
+@reads_elf
 def test_it_needs_libtorch_and_nothing_of_cuda_or_python() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _read("-dW"))
     assert "libtorch.so" in needed
     assert [name for name in needed if not _ALLOWED.fullmatch(name)] == []
 
 
+@reads_elf
 def test_what_it_takes_from_torch_is_the_stable_c_interface() -> None:
     undefined = [line.split()[-1].split("@")[0] for line in _read("-sW").splitlines() if " UND " in line]
     mangled = [name for name in undefined if re.match(r"_ZNK?(3c10|2at|5torch)", name)]
@@ -37,6 +40,7 @@ def test_what_it_takes_from_torch_is_the_stable_c_interface() -> None:
     assert any(name.startswith("aoti_torch_") for name in undefined)
 
 
+@reads_elf
 def test_the_stream_of_cuda_is_a_weak_symbol() -> None:
     lines = [line for line in _read("-sW").splitlines() if "aoti_torch_get_current_cuda_stream" in line]
     if not lines:
@@ -44,6 +48,7 @@ def test_the_stream_of_cuda_is_a_weak_symbol() -> None:
     assert all("WEAK" in line for line in lines)
 
 
+@reads_elf
 def test_it_exports_nothing_of_the_cuda_runtime() -> None:
     exported = [
         line.split()[-1] for line in _read("--dyn-syms").splitlines() if " GLOBAL " in line and " UND " not in line
@@ -57,3 +62,36 @@ def test_its_schemas_and_the_named_tuples_of_python_agree() -> None:
 
     assert names(forward_op) == [*Tensors._fields, *Options._fields]
     assert names(backward_op) == ["dout", "dlse", *Tensors._fields, "out", "lse", "needs", *Options._fields]
+
+
+_IMPORT_TWICE = """
+import sys, torch, torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+def check(attend):
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    loss = lambda f: (lambda x: f(x, x, x).square().sum())
+    expected = torch.autograd.grad(loss(F.scaled_dot_product_attention)(x), x)[0]
+    with FlopCounterMode(display=False) as flops:
+        torch.testing.assert_close(torch.autograd.grad(loss(attend)(x), x)[0], expected)
+    assert flops.get_total_flops() == 2 * 2 * 5 * 5 * 8 * 7
+    torch.testing.assert_close(torch.func.grad(loss(attend))(x.detach()), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss(attend), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+functions = []
+for _ in range(3):
+    import flash_attn
+    functions.append(flash_attn.scaled_dot_product_attention)
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+assert functions[0] is not functions[1]
+for function in functions:
+    check(function)
+"""
+
+
+def test_importing_again_after_a_purge_of_modules() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", _IMPORT_TWICE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

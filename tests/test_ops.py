@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, compile, function transforms, counters, and derivatives that do not exist."""
+"""The ops as torch sees them: opcheck, compile, counters, checkpointing, fake tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from flash_attn import scaled_dot_product_attention
 from flash_attn.torch_op import attention as ops
@@ -100,97 +99,6 @@ def test_compile_with_inductor_gives_the_same(dropout: float) -> None:
         eager = torch.autograd.grad(scaled_dot_product_attention(q * 2, k, v, bias).square().sum(), inputs)
         for a, b in zip(gradients, eager, strict=True):
             torch.testing.assert_close(a, b)
-
-
-def test_func_grad_vmap_and_both_nestings() -> None:
-    q, k, v = _qkv(requires_grad=False)
-    weight = torch.randn_like(q)
-
-    def loss(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda q, k, v: (attend(q, k, v) * weight).sum()
-
-    def close(a: Any, b: Any) -> None:
-        torch.testing.assert_close(a, b)
-
-    close(grad(loss(_ours), (0, 1, 2))(q, k, v), grad(loss(_torchs), (0, 1, 2))(q, k, v))
-    qs, ks, vs = (torch.stack((x, 2 * x, x + 1)) for x in (q, k, v))
-    close(vmap(_ours)(qs, ks, vs), torch.stack([_torchs(*x) for x in zip(qs, ks, vs, strict=True)]))
-    close(vmap(_ours, (0, None, None))(qs, k, v), torch.stack([_torchs(x, k, v) for x in qs]))
-    close(
-        vmap(_ours, (None, 1, 1), 2)(q, ks.movedim(0, 1), vs.movedim(0, 1)).movedim(2, 0),
-        vmap(_torchs, (None, 0, 0))(q, ks, vs),
-    )
-    per_sample = [grad(loss(_torchs), (0, 1, 2))(a, k, b) for a, b in zip(qs, vs, strict=True)]
-    close(
-        vmap(grad(loss(_ours), (0, 1, 2)), (0, None, 0))(qs, k, vs),
-        tuple(torch.stack(x) for x in zip(*per_sample, strict=True)),
-    )
-    close(
-        grad(lambda *x: vmap(loss(_ours))(*x).sum(), (0, 1, 2))(qs, ks, vs),
-        grad(lambda *x: vmap(loss(_torchs))(*x).sum(), (0, 1, 2))(qs, ks, vs),
-    )
-    close(vmap(vmap(_ours))(*(x.unsqueeze(0) for x in (qs, ks, vs))), vmap(_ours)(qs, ks, vs).unsqueeze(0))
-
-
-def test_vmap_over_masks_slopes_and_packed_sequences() -> None:
-    q, k, v = _qkv(requires_grad=False)
-    masks = torch.randn(4, 3, 9, 9, dtype=torch.float64)
-
-    def with_mask(mask: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, mask)
-
-    torch.testing.assert_close(vmap(with_mask)(masks), torch.stack([with_mask(m) for m in masks]))
-    loss = grad(lambda mask: with_mask(mask).square().sum())
-    torch.testing.assert_close(vmap(loss)(masks), torch.stack([loss(m) for m in masks]))
-    slopes = torch.rand(4, 3, dtype=torch.float64)
-
-    def with_slopes(slopes: Tensor) -> Tensor:
-        return ops.attention(q, k, v, None, slopes, heads_first=True)[0]
-
-    torch.testing.assert_close(vmap(with_slopes)(slopes), torch.stack([with_slopes(s) for s in slopes]))
-    packed = torch.randn(4, 20, 2, 8)
-    starts = torch.tensor([0, 8, 20], dtype=torch.int32)
-
-    def with_packed(x: Tensor) -> Tensor:
-        options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 12, "max_seqlen_k": 12}
-        return ops.attention(x, x, x, **options)[0]
-
-    torch.testing.assert_close(vmap(with_packed)(packed), torch.stack([with_packed(x) for x in packed]))
-
-
-def test_dropout_under_vmap_follows_its_randomness() -> None:
-    x = torch.randn(3, 1, 2, 16, 8)
-
-    def attend(x: Tensor) -> Tensor:
-        return scaled_dot_product_attention(x, x, x, dropout_p=0.5)
-
-    with pytest.raises(RuntimeError, match="randomness"):
-        vmap(attend)(x)
-    same = vmap(attend, randomness="same")(x[:1].expand(3, -1, -1, -1, -1))
-    assert torch.equal(same[0], same[1])
-    different = vmap(attend, randomness="different")(x[:1].expand(3, -1, -1, -1, -1))
-    assert not torch.equal(different[0], different[1])
-
-
-def test_forward_mode_raises() -> None:
-    q, k, v = _qkv(requires_grad=False)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        jvp(lambda q: _ours(q, k, v), (q,), (q,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        _ours(torch.autograd.forward_ad.make_dual(q, q), k, v)
-
-
-def test_double_backward_raises_and_is_never_zero() -> None:
-    q, k, v = _qkv()
-    (dq,) = torch.autograd.grad(_ours(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        (dq.sum() + q.sum()).backward()
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        grad(lambda q: grad(lambda q: _ours(q, k.detach(), v.detach()).sum())(q).sum())(q.detach())
-    out, _ = torch.ops.flash_attn.forward(q, k, v, *(None,) * 8, max_seqlen_q=9, max_seqlen_k=9, **OPTIONS)
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        dq.sum().backward()
 
 
 def test_flop_counter_counts_as_for_torchs_function() -> None:

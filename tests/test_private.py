@@ -25,6 +25,9 @@ NAMES = [
     "torch._C._are_functorch_transforms_active",
     "torch._C._get_flash_sdp_enabled",
     "torch.autograd.forward_ad._current_level",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch._functorch.utils.enable_single_level_autograd_function",
+    "torch._C._vmapmode_increment_nesting",
 ]
 
 
@@ -57,10 +60,16 @@ def test_attention_works_without() -> None:
     def per_sample(attend: Callable[..., Tensor]) -> Any:
         return torch.vmap(torch.func.grad(lambda x: attend(x, k, v).square().sum()))(torch.stack((q, k, v)))
 
+    def mapped(attend: Callable[..., Tensor]) -> Any:
+        return torch.autograd.grad(attend(*leaves), leaves, torch.stack((q, k)), is_grads_batched=True)
+
     torchs, ours = F.scaled_dot_product_attention, flash_attn.scaled_dot_product_attention
     torch.testing.assert_close(ours(q, k, v), torchs(q, k, v))
     torch.testing.assert_close(gradients(ours), gradients(torchs))
     torch.testing.assert_close(per_sample(ours), per_sample(torchs))
+    torch.testing.assert_close(mapped(ours), mapped(torchs))
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(torch.func.grad(lambda x: ours(x, k, v).sum()), (q,), (q,))
     with flash_attn.replace_sdpa():
         replaced = F.scaled_dot_product_attention
         torch.testing.assert_close(gradients(replaced), gradients(torchs))

@@ -8,9 +8,9 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
-from .arguments import Options, Tensors
-from .autograd import TransformedAttention, apply_attention, call_op, requires_grad
+from . import checks, vmap  # noqa: F401 - vmap registers its rules
+from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
+from .autograd import apply_attention, call_op, requires_grad
 from .library import forward_op
 from .private import transforms_active
 
@@ -122,8 +122,8 @@ def attention(
     if _CHECK_LENGTHS:
         _check_lengths(tensors, options)
     if transforms_active():
-        return TransformedAttention.apply(options, *tensors)
-    if requires_grad(tensors):
+        return forward_op(*tensors, *options)
+    if requires_grad(tensors[:NUM_DIFFERENTIABLE]):
         return apply_attention(tensors, options)
     return call_op(forward_op, *tensors, *options)
 

@@ -1,30 +1,34 @@
-"""Derivatives of `flash_attn::forward`: eager, under function transforms, and through the dispatcher.
+"""Derivatives of `flash_attn::forward`, in two ways that share their formula.
 
-Three ways in, because each of torch's mechanisms lacks something: a thin `autograd.Function` costs least but neither
-Dynamo nor functorch can look into it; a Function with `setup_context` and a vmap rule serves functorch and can refuse
-forward mode; a kernel under the Autograd key serves whoever calls the op itself, AOTAutograd above all.
+Through the dispatcher (`Forward`, `Backward`: kernels under the Autograd key) for all that looks at ops: whoever calls
+them, AOTAutograd, function transforms, forward mode. In eager mode (`Attention`) a thin `autograd.Function` that calls
+the op below autograd: it costs least, but neither Dynamo nor functorch can look into it.
+
+There is no second derivative and no forward mode: both raise, and are never zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import private, vmap
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_backward, split_forward
-from .library import backward_op, forward_op
+from . import private
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_forward
+from .library import backward_op, forward_op, registrations
 
 Gradients = tuple[Tensor | None, ...]
 
 _NO_DOUBLE_BACKWARD = (
-    "flash_attn has no second derivative: its backward pass was differentiated (create_graph=True, or nested grad). "
+    "derivative for flash_attn::backward is not implemented: the backward pass was differentiated (create_graph=True, "
+    "or nested grad), and flash_attn has no second derivative. "
     "Use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) with torch's own function where you need one"
 )
 _NO_FORWARD_MODE = (
+    "Trying to use forward AD with flash_attn::{} that does not support it because it has not been implemented yet: "
     "flash_attn has no forward-mode derivative (jvp, jacfwd, forward_ad). "
     "Use reverse mode, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH) with torch's own function"
 )
@@ -41,41 +45,38 @@ def call_op(op: Any, *arguments: Any) -> Any:
         raise
 
 
-def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors[:NUM_DIFFERENTIABLE]:  # noqa: SIM110 - a generator would cost more than the rest
+    for tensor in tensors:  # noqa: SIM110 - a generator would cost more than the rest
         if tensor is not None and tensor.requires_grad:
             return True
     return False
 
 
-def _save(ctx: Any, options: Options, tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor) -> None:
+def _save(ctx: Any, options: Options, tensors: Sequence[Tensor | None], out: Tensor, lse: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = options
     ctx.save_for_backward(*tensors, out, lse)
 
 
-def _backward_args(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    """Of backward, up to needs: dout, dlse, tensors, out, lse."""
+def _saveable(x: Tensor | None) -> Tensor | None:
+    """Inference tensors can't be saved for backward: of masks, slopes, lengths and seeds that are such, a copy is."""
+    if x is None or x.requires_grad or not x.is_inference():
+        return x
+    once = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]  # what is broadcast stays so
+    return once.clone().expand(x.shape)
+
+
+def _backward_arguments(ctx: Any, dout: Tensor | None, dlse: Tensor | None, needs: list[bool]) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:  # only lse was used
         dout = torch.zeros_like(out)
-    return (dout, dlse, *_padded(tensors), out, lse)
+    return (dout, dlse, *_padded(tensors), out, lse, needs, *ctx.options)
 
 
 def _padded(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return (*tensors, *(None,) * (NUM_TENSORS - len(tensors)))
-
-
-def _needs(ctx: Any) -> list[bool]:
-    needs = list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
-    return needs + [False] * (NUM_DIFFERENTIABLE - len(needs))
-
-
-def _of_inputs(ctx: Any, gradients: Gradients) -> Gradients:
-    """Gradients of (options, *tensors), as many as were given."""
-    return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))[: len(ctx.needs_input_grad)]
 
 
 class Attention(torch.autograd.Function):
@@ -89,12 +90,16 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        given = len(ctx.needs_input_grad)
         if dout is None and dlse is None:
-            return _of_inputs(ctx, (None,) * NUM_DIFFERENTIABLE)
-        arguments, needs = _backward_args(ctx, dout, dlse), _needs(ctx)
-        if torch.is_grad_enabled():  # create_graph: the gradients' own derivative must raise, not be zero
-            return _of_inputs(ctx, TransformedBackward.apply(ctx.options, needs, *arguments))
-        return _of_inputs(ctx, call_op(backward_op, *arguments, needs, *ctx.options))
+            return (None,) * given
+        needs = list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
+        needs += [False] * (NUM_DIFFERENTIABLE - len(needs))
+        arguments = _backward_arguments(ctx, dout, dlse, needs)
+        # With create_graph, or a tangent of dout: the gradients' own derivative must raise, not be zero.
+        seen = torch.is_grad_enabled() or private.transforms_active()
+        gradients = backward_op(*arguments) if seen else call_op(backward_op, *arguments)
+        return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))[:given]
 
 
 _apply = private.apply_of(Attention)
@@ -105,46 +110,47 @@ def apply_attention(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]
     given = NUM_TENSORS
     while tensors[given - 1] is None:  # torch spends time on every argument, so the last ones that are None stay away
         given -= 1
-    return _apply(options, *tensors[:given])
+    return _apply(options, *tensors[:3], *map(_saveable, tensors[3:given]))
 
 
-class TransformedAttention(torch.autograd.Function):
-    """The same for functorch (grad, vmap and their nestings) and for forward mode, which it refuses."""
+class Forward(torch.autograd.Function):
+    """Forward at one level of derivatives (that of plain autograd, of one functorch transform): it calls the op again,
+    which the next level sees."""
 
     @staticmethod
-    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return call_op(forward_op, *tensors, *options)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), private.forward_mode_enabled():  # a Function turns both off, for all levels
+            return call_op(forward_op, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        options, *tensors = inputs
-        _save(ctx, options, tuple(tensors), *output)
+        tensors, options = split_forward(inputs)
+        _save(ctx, options, (*tensors[:3], *map(_saveable, tensors[3:])), *output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        given = len(ctx.needs_input_grad)
         if dout is None and dlse is None:
-            return _of_inputs(ctx, (None,) * NUM_DIFFERENTIABLE)
-        return _of_inputs(ctx, TransformedBackward.apply(ctx.options, _needs(ctx), *_backward_args(ctx, dout, dlse)))
+            return (None,) * given
+        arguments = _backward_arguments(ctx, dout, dlse, list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE]))
+        return (*backward_op(*arguments), *(None,) * (given - NUM_DIFFERENTIABLE))
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *tangents: Any) -> Any:
-        raise NotImplementedError(_NO_FORWARD_MODE)
+        raise NotImplementedError(_NO_FORWARD_MODE.format("forward"))
+
+
+class Backward(torch.autograd.Function):
+    """The backward op at one level of derivatives: a node, so that its own derivative raises."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], options: Options, *tensors: Tensor | None) -> Any:
-        return vmap.forward(TransformedAttention.apply, info.batch_size, in_dims[1:], tensors, options)
-
-
-class TransformedBackward(torch.autograd.Function):
-    """The backward op as a node of its own, so that a second derivative raises and vmap has its rule."""
-
-    @staticmethod
-    def forward(options: Options, needs: list[bool], *tensors: Tensor | None) -> Gradients:
-        return call_op(backward_op, *tensors, needs, *options)
+    def forward(*arguments: Any) -> Gradients:
+        with torch.enable_grad(), private.forward_mode_enabled():
+            return call_op(backward_op, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-        pass
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> Any:
@@ -152,28 +158,21 @@ class TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: FunctionCtx, *tangents: Any) -> Any:
-        raise NotImplementedError(_NO_FORWARD_MODE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], options: Options, needs: list[bool], *tensors: Tensor | None) -> Any:
-        return vmap.backward(TransformedBackward.apply, info.batch_size, in_dims[2:], tensors, options, needs)
+        raise NotImplementedError(_NO_FORWARD_MODE.format("backward"))
 
 
-def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors, options = split_forward(arguments)
-    if requires_grad(tensors):
-        return apply_attention(tensors, options)
-    return call_op(forward_op, *arguments)
+def _at_one_level(function: Any, op: Any, tensors: int) -> Callable[..., Any]:
+    """A kernel under the Autograd key, of an op that begins with so many tensors."""
+    apply = private.apply_of(function)
+
+    def kernel(*arguments: Any) -> Any:
+        if not private.transforms_active() and not requires_grad(arguments[:tensors]):  # as when compiled code runs
+            return call_op(op, *arguments)
+        with private.single_level():
+            return apply(*arguments)
+
+    return kernel
 
 
-def _backward_autograd(*arguments: Any) -> Gradients:
-    dout, dlse, tensors, out, lse, needs, options = split_backward(arguments)
-    inputs = (dout, dlse, *tensors, out, lse)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return TransformedBackward.apply(options, needs, *inputs)
-    return call_op(backward_op, *arguments)
-
-
-_library = torch.library.Library("flash_attn", "IMPL")
-_library.impl("forward", _forward_autograd, "Autograd")
-_library.impl("backward", _backward_autograd, "Autograd")
+registrations().impl("forward", _at_one_level(Forward, forward_op, NUM_TENSORS), "Autograd")
+registrations().impl("backward", _at_one_level(Backward, backward_op, NUM_TENSORS + 4), "Autograd")

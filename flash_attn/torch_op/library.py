@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
 
@@ -30,6 +30,17 @@ _load()
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default
+
+_namespace: Any = torch.ops.flash_attn
+if hasattr(_namespace, "registrations"):
+    del _namespace.registrations  # of an import that was purged from sys.modules: this one takes its place
+_namespace.registrations = torch.library.Library("flash_attn", "IMPL")
+
+
+def registrations() -> torch.library.Library:
+    """What this package registers with torch in Python. No module keeps it in a variable: what is registered keeps its
+    module alive, which would then keep it registered."""
+    return cast(torch.library.Library, _namespace.registrations)
 
 
 def dense_strides_like(like: Tensor, last: int) -> list[int]:
@@ -56,13 +67,13 @@ def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tupl
     return out, q.new_empty((q.shape[0], q.shape[heads], q.shape[rows]), dtype=dtype)
 
 
-@torch.library.register_fake("flash_attn::forward")
+@torch.library.register_fake("flash_attn::forward", lib=registrations())
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = split_forward(arguments)
     return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
 
 
-@torch.library.register_fake("flash_attn::backward")
+@torch.library.register_fake("flash_attn::backward", lib=registrations())
 def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     _, _, tensors, _, _, needs, _ = split_backward(arguments)
     gradients: list[Tensor | None] = []
@@ -84,6 +95,10 @@ def _matmul_flops(tensors: Tensors, options: Options) -> int:
         batch = q.shape[0] if q.dim() == 4 else k.shape[0]
         scores = batch * options.max_seqlen_q * options.max_seqlen_k
     return 2 * heads * scores
+
+
+for _op in (torch.ops.flash_attn.forward, torch.ops.flash_attn.backward):
+    flop_registry.pop(_op, None)  # of an earlier import
 
 
 @register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)

@@ -5,9 +5,11 @@ Names are looked up once, at import: a call of what is found costs no more than 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
 from typing import Any, TypeVar, cast
@@ -37,9 +39,48 @@ below_autograd = _below_autograd()
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What `function.apply` ends in when no function transform is active; the way there costs more than a small kernel.
 
-    For use outside of function transforms alone.
+    For use outside of function transforms, or in a `single_level()` of them.
     """
     return cast(Callable[..., Any], getattr(super(torch.autograd.Function, function), "apply", function.apply))
+
+
+def _switched_on(get: Callable[[], bool], put: Callable[[bool], None]) -> Callable[[], AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def on() -> Iterator[None]:
+        before = get()
+        put(True)
+        try:
+            yield
+        finally:
+            put(before)
+
+    return on
+
+
+def _single_level() -> Callable[[], AbstractContextManager[None]]:
+    try:
+        from torch._functorch.utils import enable_single_level_autograd_function
+    except ImportError:
+        functorch = torch._C._functorch
+        return _switched_on(
+            functorch.get_single_level_autograd_function_allowed, functorch.set_single_level_autograd_function_allowed
+        )
+    return enable_single_level_autograd_function
+
+
+single_level = _single_level()
+"""A context in which what `apply_of` returns may be called although function transforms are active: a kernel under the
+Autograd key does so, and is called once for each level of them."""
+
+
+def _forward_mode_enabled() -> Callable[[], AbstractContextManager[Any]]:
+    if context := getattr(forward_ad, "_set_fwd_grad_enabled", None):
+        return functools.partial(context, True)
+    return _switched_on(torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled)
+
+
+forward_mode_enabled = _forward_mode_enabled()
+"""A context in which ops compute tangents, as `torch.enable_grad()` for gradients."""
 
 
 def _transforms_active() -> Callable[[], bool]:
@@ -114,3 +155,43 @@ def longest(x: Any) -> int:
     if remembered is not None:
         return int(remembered())
     return int(x.offsets().diff().max()) if x.offsets().numel() > 1 else 0
+
+
+older_vmap: bool = all(hasattr(torch, n) for n in ("_add_batch_dim", "_remove_batch_dim")) and all(
+    hasattr(torch._C, n) for n in ("_vmapmode_increment_nesting", "_vmapmode_decrement_nesting")
+)
+"""Whether torch still has the vmap before functorch's, which `torch.autograd.grad(..., is_grads_batched=True)` uses."""
+
+
+def unwrap_batched(arguments: Sequence[Any]) -> tuple[int, int, list[int | None], list[Any]]:
+    """Takes the innermost mapped dimension off the arguments of an op that the older vmap calls.
+
+    Returns:
+        The level of that vmap, the dimension's size, where it is in each argument (None if not mapped), the arguments.
+    """
+    torch._C._vmapmode_increment_nesting()
+    for level in range(torch._C._vmapmode_decrement_nesting(), 0, -1):
+        mapped = [isinstance(x, Tensor) and _is_mapped(x, level) for x in arguments]
+        if any(mapped):
+            plain = [
+                torch._remove_batch_dim(x, level, 1, 0) if m else x for x, m in zip(arguments, mapped, strict=True)
+            ]
+            size = next(x.shape[0] for x, m in zip(plain, mapped, strict=True) if m)
+            return level, size, [0 if m else None for m in mapped], plain
+    raise AssertionError("a kernel for mapped tensors was called without one")
+
+
+def _is_mapped(x: Tensor, level: int) -> bool:
+    """A tensor that is not mapped is given as many copies as one asks for."""
+    one, two = (torch._remove_batch_dim(x, level, n, 0).shape[0] for n in (1, 2))
+    return bool(one == two)
+
+
+def wrap_batched(
+    results: tuple[Tensor | None, ...], dims: tuple[int | None, ...], level: int
+) -> tuple[Tensor | None, ...]:
+    """The results of an op, mapped over `dims` by the older vmap's `level`."""
+    return tuple(
+        x if x is None or dim is None else torch._add_batch_dim(x, dim, level)
+        for x, dim in zip(results, dims, strict=True)
+    )

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Options, Tensors
+from . import private
+from .arguments import NUM_TENSORS, Options, Tensors, split_backward, split_forward
+from .library import backward_op, forward_op, registrations
 
 Dims = Sequence[int | None]
 
@@ -62,29 +64,44 @@ def _one_by_one(function: Callable[..., Any], size: int, dims: Dims, tensors: Se
     return stacked, tuple(None if x is None else 0 for x in stacked)
 
 
-def forward(
-    apply: Callable[..., Any], size: int, dims: Dims, tensors: Sequence[Tensor | None], options: Options
-) -> Any:
-    """Rule of forward: `tensors` as in its schema, `dims` where each is mapped. Returns (results, their dims)."""
+def _forward(size: int, dims: Dims, *arguments: Any) -> Any:
+    """Rule of forward: `dims` says where each argument is mapped. Returns (results, their dims)."""
+    tensors, options = split_forward(arguments)
+    dims = dims[:NUM_TENSORS]
     if not _foldable(tensors, dims, options):
-        return _one_by_one(lambda *t: apply(options, *t), size, dims, tensors)
-    out, lse = apply(options, *_fold_all(tensors, dims, size))
+        return _one_by_one(lambda *t: forward_op(*t, *options), size, dims, tensors)
+    out, lse = forward_op(*_fold_all(tensors, dims, size), *options)
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
-def backward(
-    apply: Callable[..., Any],
-    size: int,
-    dims: Dims,
-    tensors: Sequence[Tensor | None],
-    options: Options,
-    needs: list[bool],
-) -> Any:
-    """Rule of backward: `tensors` are dout, dlse, forward's eleven, out and lse."""
+def _backward(size: int, dims: Dims, *arguments: Any) -> Any:
+    """Rule of backward."""
+    dout, dlse, given, out, lse, needs, options = split_backward(arguments)
+    tensors, dims = (dout, dlse, *given, out, lse), dims[: NUM_TENSORS + 4]
     inputs, input_dims = tensors[2:-2], dims[2:-2]
     if any(needs[3:]) or not _foldable(inputs, input_dims, options):
-        return _one_by_one(lambda *t: apply(options, needs, *t), size, dims, tensors)
+        return _one_by_one(lambda *t: backward_op(*t, needs, *options), size, dims, tensors)
     folded = [None if x is None else _fold(x, dim, size) for x, dim in zip(tensors, dims, strict=True)]
     folded[2:-2] = _fold_all(inputs, input_dims, size)
-    gradients = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in apply(options, needs, *folded))
+    results = backward_op(*folded, needs, *options)
+    gradients = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
     return gradients, tuple(None if x is None else 0 for x in gradients)
+
+
+def _register(name: str, op: Any, rule: Callable[..., Any]) -> None:
+    def of_vmap(info: Any, dims: Dims, *arguments: Any) -> Any:
+        return rule(info.batch_size, dims, *arguments)
+
+    def of_older_vmap(*arguments: Any) -> Any:
+        """The rule for the vmap that `torch.autograd.grad(..., is_grads_batched=True)` has kept."""
+        level, size, dims, plain = private.unwrap_batched(arguments)
+        results, result_dims = rule(size, dims, *plain)
+        return private.wrap_batched(results, result_dims, level)
+
+    torch.library.register_vmap(f"flash_attn::{name}", of_vmap, lib=registrations())
+    if private.older_vmap:
+        registrations().impl(name, of_older_vmap, "Batched")
+
+
+_register("forward", forward_op, _forward)
+_register("backward", backward_op, _backward)
