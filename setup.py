@@ -3,10 +3,15 @@
 FLASH_ATTN_CUDA=1|0         CUDA kernels or none; default: if nvcc is there and the torch found is not CPU-only
 FLASH_ATTN_CUDA_ARCHS=...   compute capabilities, such as "80;90"; default: see default_archs
 FLASH_ATTN_CMAKE_ARGS=...   more arguments for CMake
+
+Object files stay in build/, so that an unchanged tree builds in seconds, whoever asks for it: see `build_folder`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -15,12 +20,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
+SOURCE = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
+OLDEST = ".".join(map(str, OLDEST_TORCH))
 # Machine code of a major version runs on its later minor versions: 8.0 serves 8.6 and 8.9, 10.0 serves 10.3, 12.0
 # serves 12.1. PTX serves the rest: 7.5 for Turing, 12.0 for what comes.
 WHEEL_ARCHS = "75-virtual;80-real;90-real;100-real;120"
@@ -88,56 +97,145 @@ def default_archs(editable: bool) -> str:
     return (present_archs() if editable else "") or WHEEL_ARCHS
 
 
+# What compilers and CMake read from the environment.
+COMPILER_VARIABLES = (
+    *("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS"),
+    *("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"),
+)
+
+
+def find_tool(name: str, folder: str) -> str:
+    """The program that the Python package `name` brings, as pip's isolated build has it; else the one on PATH."""
+    found = None
+    if importlib.util.find_spec(name) is not None:
+        found = shutil.which(name, path=getattr(importlib.import_module(name), folder, os.devnull))
+    found = found or shutil.which(name)
+    if found is None:
+        raise SystemExit(
+            f"building flash_attn needs {name}: `pip install {name}`, or build without --no-build-isolation"
+        )
+    return found
+
+
+def tool_version(tool: str) -> str:
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+
+
+def build_folder(base: Path, cuda: bool, settings: list[str]) -> Path:
+    """Where the object files of this configuration stay, for the next build to find.
+
+    Its name depends on what compiles all of them anew: the settings, the compilers' environment, and the tools, since
+    each release of CMake writes other commands and each of Ninja another log. The torch and the Python to build
+    against are not in it: the few files that see them compile in seconds. Ninja finds whatever else has changed.
+    """
+    settings = [*settings, *(f"{name}={os.environ[name]}" for name in COMPILER_VARIABLES if os.environ.get(name))]
+    text = "\n".join(settings) + "\n"
+    folder = base / f"{'cuda' if cuda else 'cpu'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "configuration.txt").write_text(text)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder: two Pythons may install from one clone at once."""
+    import fcntl  # not on Windows, where setup.py still has to say that it builds on Linux only
+
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class CleanBuild(build):
+    """Starts from empty folders of setuptools': whatever lies in them goes into the wheel, removed modules too."""
+
+    def run(self) -> None:
+        base = Path(self.build_base)
+        for leftover in [Path(self.build_lib), *base.glob("bdist.*")]:
+            if leftover.resolve().is_relative_to(base.resolve()) and leftover.resolve() != base.resolve():
+                shutil.rmtree(leftover, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        if sys.platform != "linux":
+            raise SystemExit(
+                f"flash_attn builds on Linux only, and this is {sys.platform}; on Windows it builds inside WSL 2"
+            )
         # The base class clears `inplace` while it runs, and copies extensions afterwards.
-        self.into_source = bool(self.inplace or getattr(self, "editable_mode", False))
+        self.into_source = bool(self.inplace and not self.editable_mode)
         super().run()
 
     def copy_extensions_to_source(self) -> None:
-        """Nothing: CMake has installed into the source tree."""
+        """Nothing: CMake has installed them."""
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
+    def target_package(self) -> Path:
+        """The folder that gets the built files.
+
+        An editable install has them in site-packages, where uninstalling finds them, and each Python its own;
+        flash_attn/portions.py joins that folder to the package in the source tree.
+        """
+        if self.editable_mode:
+            return Path(self.get_finalized_command("install").install_lib).resolve() / "flash_attn"
+        return (SOURCE if self.into_source else Path(self.build_lib).resolve()) / "flash_attn"
+
     def build_extension(self, extension: setuptools.Extension) -> None:
         torch = find_torch()
         if torch is None:
-            raise SystemExit("building flash_attn needs torch >= 2.11: `pip install torch` first")
+            raise SystemExit(f"building flash_attn needs torch >= {OLDEST}: `pip install torch` first")
         nvcc = find_nvcc()
         cuda, reason = cuda_decision(torch, nvcc)
-        source = Path(__file__).parent.resolve()
-        package = source / "flash_attn" if self.into_source else Path(self.build_lib).resolve() / "flash_attn"
-        build = Path(self.build_temp).resolve()
-        archs = os.environ.get("FLASH_ATTN_CUDA_ARCHS") or default_archs(self.into_source)
-        print(f"flash_attn: torch {torch.version} at {torch.path}; CUDA kernels: {cuda} ({reason})", flush=True)
-        arguments = [
-            f"-DTORCH_DIR={torch.path}",
-            f"-DTORCH_VERSION={torch.version}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DFLASH_ATTN_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DFLASH_ATTN_CUDA_REASON={reason}",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
+        cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
+        settings = [
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFLASH_ATTN_CUDA={'ON' if cuda else 'OFF'}",
             *shlex.split(os.environ.get("FLASH_ATTN_CMAKE_ARGS", "")),
         ]
         if cuda:
-            arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFLASH_ATTN_CUDA_ARCHS={archs}"]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+            archs = os.environ.get("FLASH_ATTN_CUDA_ARCHS") or default_archs(self.editable_mode or self.into_source)
+            settings += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFLASH_ATTN_CUDA_ARCHS={archs}"]
+        base = SOURCE / self.get_finalized_command("build").build_base
+        folder = build_folder(base, cuda, [tool_version(cmake), f"ninja {tool_version(ninja)}", *settings])
+        print(
+            f"flash_attn: torch {torch.version} at {torch.path}; CUDA kernels: {cuda} ({reason}); {folder}", flush=True
+        )
+        with locked(folder):
+            # The cache names the tools and the torch of the build that wrote it, which may be gone: pip deletes those
+            # of an isolated build. Without it CMake looks for all of them anew, and object files stay valid.
+            (folder / "CMakeCache.txt").unlink(missing_ok=True)
+            configure = [cmake, "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            configure += [f"-DTORCH_DIR={torch.path}", f"-DTORCH_VERSION={torch.version}"]
+            configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFLASH_ATTN_CUDA_REASON={reason}", *settings]
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(folder)], check=True)
+            if self.editable_mode:
+                remove_inplace_build()
+            subprocess.run([cmake, "--install", str(folder), "--prefix", str(self.target_package())], check=True)
 
     def get_outputs(self) -> list[str]:
-        if getattr(self, "into_source", False):
+        if self.editable_mode or self.inplace or getattr(self, "into_source", False):
             return []
         package = Path(self.build_lib) / "flash_attn"
         module = Path(self.get_ext_fullpath("flash_attn._C")).name
         return [str(package / module), str(package / "lib" / "libflash_attn.so")]
 
 
+def remove_inplace_build() -> None:
+    """Built files in the source tree would hide those that an editable install brings."""
+    package = SOURCE / "flash_attn"
+    for path in [package / "lib" / "libflash_attn.so", *package.glob("_C.*.so")]:
+        if path.exists():
+            print(f"flash_attn: removing {path}, which would hide what is installed", flush=True)
+            path.unlink()
+
+
 setuptools.setup(
     ext_modules=[setuptools.Extension("flash_attn._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
     # Only when there is no torch to build against: setuptools reports it to pip, which then brings one.
-    setup_requires=[] if find_torch() else ["torch>=2.11"],
+    setup_requires=[f"torch>={OLDEST}"] if sys.platform == "linux" and not find_torch() else [],
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from . import missing
 from .explain import Explanation, explain
 from .interface import flash_attn_func, flash_attn_varlen_func
 from .mha import FlashMHA
+from .portions import FOLDERS
 from .replacement import replace_sdpa
 from .sdpa import scaled_dot_product_attention
 
-__version__ = "3.0.0"
+__version__ = "2.9.0"
+__path__ = FOLDERS
+missing.explain_imports()
 
 __all__ = [
     "Explanation",
@@ -20,3 +26,8 @@ __all__ = [
     "replace_sdpa",
     "scaled_dot_product_attention",
 ]
+
+if not TYPE_CHECKING:  # type checkers would take every name for granted
+
+    def __getattr__(name: str) -> None:
+        raise AttributeError(missing.explanation(name) or f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from flash_attn.portions import FOLDERS
+
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
 
-LIBRARY = Path(__file__).parent.parent / "lib" / "libflash_attn.so"
+_PLACES = [Path(folder) / "lib" / "libflash_attn.so" for folder in FOLDERS]
+LIBRARY = next((place for place in _PLACES if place.exists()), _PLACES[0])
 
 
 def _load() -> None:
