@@ -1,4 +1,4 @@
-"""The benchmarks: every suite runs, wrong results are noticed, generated pages are current, links lead somewhere."""
+"""The benchmarks: every suite runs, wrong results are noticed, generated pages are current, what pages name exists."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "benchmarks").rglob("*.md"))
 SUITES = ("peers", "extra", "sweep", "few", "varlen", "gqa", "window", "deterministic", "mask", "fp32", "host")
 
 
@@ -168,7 +169,7 @@ def test_a_page_without_its_two_first_lines_is_refused(tables: ModuleType, tmp_p
         tables.experiments_page(tmp_path)
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "benchmarks").rglob("*.md")), ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """To files, and to headings within them."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -181,3 +182,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
             assert heading in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    named = re.findall(r"`((?:csrc|flash_attn|tests|examples|benchmarks)/[\w./*-]*)`", page.read_text())
+    assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
