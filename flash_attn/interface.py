@@ -8,7 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from . import tensor_subclasses
-from .interface_arguments import Lengths, Options, Outputs, Window, attention, distributed_attention
+from .interface_arguments import NO_WINDOW, Lengths, Options, Outputs, Window, attention, distributed_attention
 
 
 @overload
@@ -118,7 +118,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -328,7 +328,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,

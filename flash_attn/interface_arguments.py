@@ -45,40 +45,54 @@ class Lengths(NamedTuple):
 
 
 ONE_LENGTH = Lengths()
+NO_WINDOW = (-1, -1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths = ONE_LENGTH) -> Outputs:
     """What :func:`flash_attn.flash_attn_func` returns, of plain tensors."""
-    q, k, v = _inputs(q, k, v)
-    options = _with_flags(options)
-    left, right = _window(options.window_size)
-    sink_name, sink = _sink(options)
-    *vectors, longest_q, longest_k = lengths if lengths is ONE_LENGTH else _plain_lengths(lengths)
+    dropout_p, scale, causal, window, softcap, slopes, deterministic, with_probs, with_lse, sink, s_aux = options
+    if not (type(q) is type(k) is type(v) is Tensor):
+        _check_plain(q, k, v)
+    if not (type(causal) is type(deterministic) is type(with_probs) is type(with_lse) is bool):
+        causal, deterministic, with_probs, with_lse = _flags(options)
+    if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+        q, k, v = autocast(q, k, v)
+    left, right = (-1, -1) if window is NO_WINDOW else _window(window)
+    if s_aux is not None:
+        sink = _only_sink(sink, s_aux)
+    starts_q, starts_k, used_q, used_k, longest_q, longest_k = (
+        lengths if lengths is ONE_LENGTH else _plain_lengths(lengths)
+    )
     try:
         out, lse = ops.attention(
             q,
             k,
             v,
             None,
-            _statistics("alibi_slopes", options.alibi_slopes, q),
-            _statistics(sink_name, sink, q),
-            *vectors,
+            None if slopes is None else _statistics("alibi_slopes", slopes, q),
+            None if sink is None else _statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
+            starts_q,
+            starts_k,
+            used_q,
+            used_k,
             max_seqlen_q=longest_q,
             max_seqlen_k=longest_k,
-            softmax_scale=options.softmax_scale,
-            causal=ops.BOTTOM_RIGHT if options.causal else ops.NONE,
+            softmax_scale=scale,
+            causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
             window_left=left,
             window_right=right,
-            softcap=options.softcap,
-            dropout_p=options.dropout_p,
-            deterministic=True if options.deterministic else None,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            deterministic=True if deterministic else None,
         )
     except RuntimeError as error:
-        checks.rename(error, {"sinks": sink_name})
+        _check_plain(q, k, v)
+        checks.dtype("q", q)
+        checks.rename(error, {"sinks": "learnable_sink" if s_aux is None else "s_aux"})
         raise
-    if options.return_attn_probs:
+    if with_probs:
         return out, lse, None
-    return (out, lse) if options.return_lse else out
+    return (out, lse) if with_lse else out
 
 
 def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
@@ -108,37 +122,18 @@ def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
     return tensor_subclasses.distributed_attention(attend, q, k, v, None).transpose(1, 2)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v as autocast wants them, of a kind and dtype that there are kernels for."""
-    if not (type(q) is type(k) is type(v) is Tensor) or q.is_nested or k.is_nested or v.is_nested:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_plain(name, x)
-    if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
-        q, k, v = autocast(q, k, v)
-    if q.dtype not in checks.DTYPES:
-        checks.dtype("q", q)
-    return q, k, v
+def _check_plain(*qkv: Any) -> None:
+    for name, x in zip("qkv", qkv, strict=True):
+        if checks.tensor(name, x).is_nested:
+            raise NotImplementedError(
+                f"{name} must be a plain tensor, but is nested: give scaled_dot_product_attention the nested tensors, "
+                "or flash_attn_varlen_func their values() and offsets()"
+            )
 
 
-def _check_plain(name: str, x: Any) -> None:
-    if checks.tensor(name, x).is_nested:
-        raise NotImplementedError(
-            f"{name} must be a plain tensor, but is nested: give scaled_dot_product_attention the nested tensors, or "
-            "flash_attn_varlen_func their values() and offsets()"
-        )
-
-
-def _with_flags(options: Options) -> Options:
-    causal, deterministic = options.causal, options.deterministic
-    probs, lse = options.return_attn_probs, options.return_lse
-    if type(causal) is type(deterministic) is type(probs) is type(lse) is bool:
-        return options
-    return options._replace(
-        causal=checks.flag("causal", causal),
-        deterministic=checks.flag("deterministic", deterministic),
-        return_attn_probs=checks.flag("return_attn_probs", probs),
-        return_lse=checks.flag("return_lse", lse),
-    )
+def _flags(options: Options) -> tuple[bool, ...]:
+    names = ("causal", "deterministic", "return_attn_probs", "return_lse")
+    return tuple(checks.flag(name, getattr(options, name)) for name in names)
 
 
 def _window(window_size: Window) -> tuple[int, int]:
@@ -160,24 +155,24 @@ def _side(x: Any) -> int:
     return -1 if x is None else max(checks.integer("window_size", x), -1)
 
 
-def _sink(options: Options) -> tuple[str, Tensor | None]:
-    if options.s_aux is None:
-        return "learnable_sink", options.learnable_sink
-    if options.learnable_sink is not None:
+def _only_sink(learnable_sink: Tensor | None, s_aux: Tensor) -> Tensor:
+    if learnable_sink is not None:
         raise ValueError("learnable_sink and s_aux are two names of one argument, but both are given")
-    return "s_aux", options.s_aux
+    return s_aux
 
 
-def _statistics(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
+def _statistics(name: str, x: Tensor, q: Tensor) -> Tensor:
     """Slopes and sinks in the dtype that the kernels compute the softmax in."""
-    if x is None:
-        return None
     if checks.tensor(name, x).is_complex():
         raise RuntimeError(f"{name} must be real, but is {x.dtype}")
     return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _plain_lengths(lengths: Lengths) -> Lengths:
+    starts_q, starts_k, used_q, used_k, longest_q, longest_k = lengths
+    plain = type(starts_q) is type(starts_k) is Tensor and type(longest_q) is type(longest_k) is int
+    if plain and used_q is used_k is None and starts_q.is_contiguous() and starts_k.is_contiguous():  # type: ignore[union-attr]
+        return lengths
     vectors = {
         name: checks.tensor(name, x).contiguous()
         for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True)

@@ -85,7 +85,7 @@ def _is_common(
     return (
         type(query) is type(key) is type(value) is Tensor
         and type(is_causal) is type(enable_gqa) is bool
-        and type(dropout_p) is float
+        and (type(dropout_p) is float or type(dropout_p) is int)
         and (scale is None or type(scale) is float)
         and not any_nested(query, key, value)
         and query.shape == key.shape == value.shape
