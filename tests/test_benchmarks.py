@@ -188,3 +188,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_pages_name_exist(page: Path) -> None:
     named = re.findall(r"`((?:csrc|flash_attn|tests|examples|benchmarks)/[\w./*-]*)`", page.read_text())
     assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+def test_experiments_that_the_code_names_have_pages() -> None:
+    pages = {page.name[:3] for page in (ROOT / "benchmarks/experiments").glob("[0-9]*.md")}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for text in re.findall(r"benchmarks/experiments/(\d+(?: and \d+)*)", path.read_text()):
+            assert set(text.split(" and ")) <= pages, f"{path}: {text}"

@@ -29,7 +29,7 @@ TensorMapSource key_rows(const ForwardParams& params, const TensorView& view, in
 /// rows: box (x, y) starts at row x + y - max_rows. A box that starts at row r of a sequence that ends before row e has
 /// y = e and x = max_rows - (e - r): x leaves its dimension, whose size is max_rows, exactly at row e. Only addresses
 /// inside the bounds are accessed, so the moved base needs no memory behind it - but a box wholly out of bounds touches
-/// the base itself: none may be loaded (storing one is harmless). [H200, with the base in unmapped memory]
+/// the base itself: none may be loaded (storing one is harmless): benchmarks/experiments/023.
 ///
 /// Dimensions (head_dim, x, y, heads, batch); a box is 64 columns of `box_rows` rows, written in the 128-byte swizzle.
 /// Columns from head_dim on are zero as well. Throws std::runtime_error when the driver rejects the map.

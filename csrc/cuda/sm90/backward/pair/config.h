@@ -30,11 +30,11 @@ struct KernelConfig {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   /// dS comes of a P that passes from one warpgroup to the other in fp16, which has three bits more than bf16 but a
   /// small range: so P, and with it dV, dS, dQ and dK until they are written, are so many times what they are. Then
-  /// fp16 holds probabilities from 2^-26 to 16 in full. [RMS errors of dq and dk with a P in bf16: 1.24 times cuDNN's.]
+  /// fp16 holds probabilities from 2^-26 to 16 in full: benchmarks/experiments/060.
   static constexpr int kProbabilityExponent = std::is_same_v<Element, __nv_bfloat16> ? 12 : 0;
   static constexpr float kProbabilityFactor = 1 << kProbabilityExponent;
   /// With inputs in fp16, a P in fp16 is as coarse as the dS that comes of it; shared memory has room for floats up to
-  /// head dimension 192. [RMS errors of dq and dk with a P in fp16: 1.24 times cuDNN's.]
+  /// head dimension 192: benchmarks/experiments/060.
   static constexpr bool kPassesFloats = std::is_same_v<Element, __half> && kHeadDim <= 192;
   static constexpr int kBytesP = (kPassesFloats ? 2 : 1) * kPanelBytes;
 

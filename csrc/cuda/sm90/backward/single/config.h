@@ -23,7 +23,7 @@ struct Shape {
 
 /// kRowParts: a tile has a part of a head's query rows, and stores of its part of dk and dv also what rounding to 16
 /// bits leaves of them, so that their sums are as exact as without parts. Kernels of their own: with both in one the
-/// others took 0 to 1.5% longer, short ones 1.4 us.
+/// others take longer (benchmarks/experiments/052).
 template <typename Element_, typename Shape, bool kRowParts_ = false>
 struct KernelConfig : Shape {
   using Element = Element_;
@@ -40,8 +40,8 @@ struct KernelConfig : Shape {
   // dK of a step stays in flight into the next one where registers allow dS to live that long.
   static constexpr bool kDkInFlight = Shape::kBlockM == 64;
 
-  // In a fixed order, tiles may go through their query blocks from the last to the first. Not at head dim 64, where it
-  // gains 1 to 5% [deterministic, causal] and the loop has no uniform register left for it.
+  // In a fixed order, tiles may go through their query blocks from the last to the first. Not at head dim 64, where
+  // the loop has no uniform register left for it: benchmarks/experiments/073.
   static constexpr bool kDescends = Shape::kBlockM < kBlockN;
 
   static constexpr int kTileSlots = 2;
