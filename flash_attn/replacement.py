@@ -121,7 +121,8 @@ def _flash_comes_first(priority: list[int]) -> bool:
         SDPBackend.EFFICIENT_ATTENTION.value: cuda.mem_efficient_sdp_enabled(),
         SDPBackend.CUDNN_ATTENTION.value: cuda.cudnn_sdp_enabled(),
     }
-    return next(backend for backend in priority if enabled.get(backend)) == SDPBackend.FLASH_ATTENTION.value
+    flash = SDPBackend.FLASH_ATTENTION.value
+    return next((backend for backend in priority if enabled.get(backend)), flash) == flash
 
 
 @constant_when_traced

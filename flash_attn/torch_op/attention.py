@@ -12,7 +12,7 @@ from . import checks, vmap  # noqa: F401 - vmap registers its rules
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
 from .autograd import apply_attention, call_op, requires_grad
 from .library import forward_op
-from .private import transforms_active
+from .private import jit_is_tracing, transforms_active
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
@@ -117,7 +117,7 @@ def attention(
     tensors = Tensors(
         q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or jit_is_tracing():
         return forward_op(*tensors, *options)
     if _CHECK_LENGTHS:
         _check_lengths(tensors, options)

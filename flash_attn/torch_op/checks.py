@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .arguments import Options
+from .private import jit_is_tracing
 
 
 def described(x: Any) -> str:
@@ -50,7 +51,7 @@ def integer(name: str, x: Any) -> int:
     Raises:
         TypeError: x is anything else, such as a float with an integral value, a bool or a tensor.
     """
-    if isinstance(x, torch.SymInt):
+    if isinstance(x, torch.SymInt) or (isinstance(x, Tensor) and jit_is_tracing()):  # there sizes are tensors
         return x  # type: ignore[return-value]
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):
         raise TypeError(f"{name} must be an int, but is {described(x)}")
