@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn
 
+FLEX_DEVICES = ("cuda",)  # it has no backward on the CPU
 MATH_LIMIT = 2 << 30  # bytes of scores beyond which torch's math path is left out
 
 
@@ -224,7 +225,12 @@ def flex(inputs: Inputs) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     p, device, slopes = inputs.problem, inputs.device, inputs.slopes
-    if device.type == "cpu" or p.lengths or p.score == "dropout" or (p.mask != "none" and inputs.rule is None):
+    if (
+        device.type not in FLEX_DEVICES
+        or p.lengths
+        or p.score == "dropout"
+        or (p.mask != "none" and inputs.rule is None)
+    ):
         raise UnsuitedError("CUDA, masks that are rules, and no dropout")
 
     def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_a_wrong_result_ends_the_run(case: str, module: Callable[[str], ModuleTy
     mine.common = wrong_gradients
     with pytest.raises(SystemExit, match=r"WRONG RESULT: .*dq"):
         agreement.check([mine], given, train=True)
+
+
+@pytest.mark.parametrize("case", ["causal", "padding", "documents", "tril", "window", "prefix", "softcap", "alibi"])
+def test_flex_attention_is_told_the_same_problem(
+    case: str, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not compiled, which is slow but the same."""
+    agreement, backends, inputs, problem = map(module, ("agreement", "backends", "inputs", "problem"))
+    monkeypatch.setattr(backends, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(backends, "compiled", lambda function: function)
+    which = {"causal": {"causal": True}}.get(case, {"score" if case in problem.SCORES else "mask": case})
+    small = problem.Problem(16, **{"causal": False, **which}, seqlen=256, batch=2, heads=2, dtype="fp32")
+    given = inputs.Inputs(small, torch.device("cpu"))
+    able = [backends.ours(given), backends.flex(given)]
+    for leaf in able[1].leaves:
+        leaf.requires_grad_(False)  # on the CPU it has no backward
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow
+        text = agreement.check(able, given, train=False)
+    assert text.endswith("from flex")
 
 
 def test_visible_pairs_are_those_of_the_mask(module: Callable[[str], ModuleType]) -> None:
