@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -353,6 +353,27 @@ def test_whatever_has_torch_function_is_asked() -> None:
         assert sdpa(*arguments)[0] is sdpa  # type: ignore[arg-type]
         with replace_sdpa():
             assert F.scaled_dot_product_attention(*arguments)[0] is F.scaled_dot_product_attention  # type: ignore
+
+
+def test_torchs_modules_are_reached_as_the_readme_says() -> None:
+    layer, mha = nn.TransformerEncoderLayer(16, 2, batch_first=True), nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 5, 16)
+
+    def calls(need_weights: bool) -> list[int]:
+        functions = (lambda: layer(x), lambda: mha(x, x, x, need_weights=need_weights))
+        return [len(explain(function).calls) for function in functions]
+
+    with replace_sdpa():
+        assert calls(need_weights=False) == [1, 1]
+        assert calls(need_weights=True) == [1, 0]
+        layer.eval(), mha.eval()
+        with torch.no_grad():
+            assert calls(need_weights=False) == [0, 0]
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                assert calls(need_weights=False) == [1, 1]
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_a_restored_block_ends_once() -> None:
