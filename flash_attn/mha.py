@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from .causal_bias import is_causal_bias, is_top_left, to_mask
 from .sdpa import scaled_dot_product_attention
+from .shapes import check_mask_shape
 from .torch_op import checks
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 
 class FlashMHA(nn.Module):
@@ -88,7 +95,8 @@ class FlashMHA(nn.Module):
             (batch, seq, d_model).
 
         Raises:
-            ValueError: an input that is not (batch, seq, d_model), or a key_padding_mask of another shape.
+            ValueError: an input that is not (batch, seq, d_model), a key_padding_mask of another shape, or a
+                `torch.nn.attention.bias.CausalBias` for attn_mask with `causal`.
             TypeError: key_padding_mask is not bool, or an input is no tensor.
             RuntimeError: attn_mask does not fit, or a mask is on another device.
 
@@ -102,7 +110,9 @@ class FlashMHA(nn.Module):
                     f"{name} must be (batch, seq, d_model = {self.d_model}), but has shape {tuple(x.shape)}"
                 )
         if key_padding_mask is not None:
-            attn_mask = self._merge_masks(attn_mask, key_padding_mask, key)
+            if is_causal_bias(attn_mask):
+                attn_mask = self._plain_mask(attn_mask, query.shape[1], key)
+            attn_mask = self._merge_masks(attn_mask, key_padding_mask, query, key)
         out = scaled_dot_product_attention(
             self._split_heads(self.W_q(query)),
             self._split_heads(self.W_k(key)),
@@ -118,8 +128,14 @@ class FlashMHA(nn.Module):
         """(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim), without a copy."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    @staticmethod
-    def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor, key: Tensor) -> Tensor:
+    def _plain_mask(self, bias: CausalBias, seq: int, key: Tensor) -> Tensor:
+        if self.causal:
+            raise ValueError("causal must be False when attn_mask is a CausalBias, but is True")
+        if is_top_left(bias):  # fits any scores
+            return torch.ones(seq, key.shape[1], dtype=torch.bool, device=key.device).tril()
+        return to_mask(bias, key.device)
+
+    def _merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if checks.tensor("key_padding_mask", key_padding_mask).dtype != torch.bool:
             raise TypeError(
                 f"key_padding_mask must be bool (True keeps a key), but is {key_padding_mask.dtype}: convert a mask of "
@@ -139,7 +155,9 @@ class FlashMHA(nn.Module):
         keep = key_padding_mask[:, None, None, :]
         if attn_mask is None:
             return keep
-        if checks.tensor("attn_mask", attn_mask).dtype == torch.bool:
+        checks.tensor("attn_mask", attn_mask)
+        check_mask_shape(attn_mask, (query.shape[0], self.num_heads, query.shape[1], key.shape[1]))
+        if attn_mask.dtype == torch.bool:
             return attn_mask & keep
         if not attn_mask.is_floating_point():
             raise RuntimeError(f"attn_mask must be bool or floating, but is {attn_mask.dtype}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from flash_attn import FlashMHA
 
@@ -57,6 +58,30 @@ def test_cross_attention_and_masks() -> None:
     torch.testing.assert_close(ours(x, context, attn_mask=mask, key_padding_mask=keep), expected)
     bias = torch.zeros(5, 7).masked_fill(~mask, float("-inf"))
     torch.testing.assert_close(ours(x, context, attn_mask=bias, key_padding_mask=keep), expected)
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (7, 5), (6, 6)])
+def test_a_causal_bias_goes_with_a_padding_mask(lengths: tuple[int, int]) -> None:
+    ours = FlashMHA(32, 4)
+    x, context = torch.randn(2, lengths[0], 32), torch.randn(2, lengths[1], 32)
+    keep = torch.ones(2, lengths[1], dtype=torch.bool)
+    keep[1, 3:] = False
+    ones = torch.ones(lengths, dtype=torch.bool)
+    for bias, mask in (
+        (causal_upper_left(*lengths), ones.tril()),
+        (causal_upper_left(20, 30), ones.tril()),
+        (causal_lower_right(*lengths), ones.tril(lengths[1] - lengths[0])),
+    ):
+        torch.testing.assert_close(ours(x, context, attn_mask=bias), ours(x, context, attn_mask=mask))
+        got, expected = (ours(x, context, attn_mask=m, key_padding_mask=keep) for m in (bias, mask))
+        torch.testing.assert_close(got, expected)
+        for masks in ({"key_padding_mask": keep}, {}):
+            with pytest.raises(ValueError, match="causal must be False"):
+                FlashMHA(32, 4, causal=True)(x, context, attn_mask=bias, **masks)
+    with pytest.raises(RuntimeError, match="attn_mask must"):
+        ours(x, context, attn_mask=causal_lower_right(3, 9), key_padding_mask=keep)
+    with pytest.raises(RuntimeError, match="attn_mask must broadcast to"):
+        ours(x, context, attn_mask=torch.randn(3, 1, 1, lengths[1]), key_padding_mask=keep)
 
 
 def test_what_padding_holds_does_not_matter() -> None:

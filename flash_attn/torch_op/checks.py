@@ -30,6 +30,8 @@ def number(name: str, x: Any) -> float:
     Raises:
         TypeError: x is anything else, a bool, or a tensor that is differentiated.
     """
+    if type(x) is float:
+        return x
     if isinstance(x, Tensor):
         return _read(name, x)
     if isinstance(x, torch.SymFloat):
@@ -51,6 +53,8 @@ def integer(name: str, x: Any) -> int:
     Raises:
         TypeError: x is anything else, such as a float with an integral value, a bool or a tensor.
     """
+    if type(x) is int:
+        return x
     if isinstance(x, torch.SymInt) or (isinstance(x, Tensor) and jit_is_tracing()):  # there sizes are tensors
         return x  # type: ignore[return-value]
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):
