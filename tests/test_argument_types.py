@@ -132,12 +132,20 @@ def test_what_is_no_tensor_raises(function: Callable[..., Any], name: str) -> No
         function(**{name: 0.5})
 
 
+@pytest.mark.parametrize("function, name", TENSORS, ids=_names(TENSORS))
+def test_sparse_tensors_are_refused(function: Callable[..., Any], name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"{name} must be strided, but its layout is .*{name}.to_dense"):
+        function(**{name: torch.ones(2).to_sparse()})
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_inputs_that_are_no_tensors_raise(name: str) -> None:
     x = torch.ones(1, 5, 2, 8)
     for value in (None, x.numpy(), x.tolist()):
         with pytest.raises(TypeError, match=f"{name} must be a Tensor"):
             flash_attn_func(**({"q": x, "k": x, "v": x} | {name: value}))
+    with pytest.raises(NotImplementedError, match=f"{name} must be strided"):
+        flash_attn_func(**({"q": x, "k": x, "v": x} | {name: x.to_sparse()}))
 
 
 @pytest.mark.parametrize(

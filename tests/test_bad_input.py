@@ -59,6 +59,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("cu_seqlens_q must be int32, but is int64", _packed(cu_seqlens_q=torch.tensor([0, 3, 9]))),
     ("cu_seqlens_k must have shape", _packed(cu_seqlens_k=torch.tensor([0, 9], dtype=INT32))),
     ("max_seqlen_q must be given", _packed(max_seqlen_q=None)),
+    ("cu_seqlens_k must be given with max_seqlen_k", _packed(cu_seqlens_k=None)),
     ("max_seqlen_k must be >= 0", _packed(max_seqlen_k=-1)),
     (r"q must be \(total, heads, head_dim\) with cu_seqlens", _packed(q=torch.randn(1, 9, 4, 8))),
 ]

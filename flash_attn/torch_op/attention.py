@@ -131,6 +131,8 @@ def attention(
 def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, heads_first: bool) -> int:
     if cu_seqlens is None:
         if x.dim() != 4:
+            if max_seqlen is not None:
+                raise RuntimeError(f"cu_seqlens_{name} must be given with max_seqlen_{name}, but is None")
             layout = "(batch, heads, seqlen, head_dim)" if heads_first else "(batch, seqlen, heads, head_dim)"
             raise RuntimeError(f"{name} must be {layout}, but has shape {tuple(x.shape)}")
         return x.shape[2 if heads_first else 1]

@@ -82,8 +82,11 @@ def tensor(name: str, x: Any) -> Tensor:
 
     Raises:
         TypeError: x is no tensor.
+        NotImplementedError: it is sparse.
     """
     if isinstance(x, Tensor):
+        if x.layout != torch.strided and not x.is_nested:
+            raise NotImplementedError(f"{name} must be strided, but its layout is {x.layout}: give {name}.to_dense()")
         return x
     made = f": make it one, torch.as_tensor({name})" if isinstance(x, (list, tuple)) else ""
     raise TypeError(f"{name} must be a Tensor, but is {described(x)}{made}")
