@@ -250,10 +250,23 @@ def accuracy_section(name: str, content: Row) -> list[str]:
     ]
 
 
+def models_section(name: str, content: Row) -> list[str]:
+    """The file of whole training steps."""
+    body = []
+    for row in content["rows"]:
+        times = [f"{row[name]:.2f}" for name in ("torch_ms", "ours_ms")]
+        body.append([row["model"], f"{row['batch']} x {row['seqlen']:,}", *times, f"{row['ratio']:.3f}"])
+    head = ["model", "batch x length", "torch, ms", "ours, ms", "x"]
+    return [f"## Training steps of models (`{name}.json`)", "", taken(content["header"]), "", *table(head, body), ""]
+
+
 def order(path: Path) -> tuple[int, str]:
     """peers first, errors last."""
     name = path.stem
     return (0 if name in ("forward", "backward", "step") else 2 if name == "accuracy" else 1), name
+
+
+SECTIONS = {"accuracy": accuracy_section, "models": models_section}
 
 
 def results_page(folder: Path) -> str:
@@ -263,8 +276,7 @@ def results_page(folder: Path) -> str:
     lines = [GENERATED, "", f"# {contents[0]['header']['device']}: all tables", ""]
     lines += ["[How they are taken](../../README.md). x is the other one's time over ours: above 1 ours is faster.", ""]
     for path, content in zip(paths, contents, strict=True):
-        section = accuracy_section if path.stem == "accuracy" else timing_section
-        lines += section(path.stem, content)
+        lines += SECTIONS.get(path.stem, timing_section)(path.stem, content)
     return "\n".join(lines).rstrip() + "\n"
 
 

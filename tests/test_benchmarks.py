@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -143,6 +144,37 @@ def test_backward_of_a_compiled_peer_is_taken_again_and_again(module: Callable[[
     out = compiled(q, k)
     first, second = (torch.autograd.grad(out, (q, k), torch.ones_like(out), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_models_train_alike(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    models, tables = module("models"), module("tables")
+    monkeypatch.setattr(module("timing"), "SHORTEST_SAMPLE", 0.0)
+    rows = []
+    for name, shape in models.MODELS.items():
+        small = replace(shape, width=8 * shape.heads, batch=2, seqlen=24, layers=2)
+        rows.append(models.measure(name, small, torch.device("cpu"), 1))
+        assert rows[-1]["agreement"] < 1e-4 or shape.dropout
+    content = {"header": module("report").header(torch.device("cpu")), "rows": rows}
+    lines = [line for line in tables.models_section("models", content) if "2 x 24" in line]
+    assert len(lines) == len(rows)
+
+
+def test_models_that_differ_are_noticed(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = module("models")
+    small = replace(models.MODELS["vit"], width=96, batch=1, seqlen=24, layers=1)
+    monkeypatch.setattr(models.flash_attn, "replace_sdpa", _halved_sdpa)
+    with pytest.raises(SystemExit, match="WRONG RESULT"):
+        models.measure("vit", small, torch.device("cpu"), 1)
+
+
+@contextlib.contextmanager
+def _halved_sdpa() -> Iterator[None]:
+    right = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = lambda *a, **k: 0.5 * right(*a, **k)
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = right
 
 
 @pytest.mark.parametrize("columns", [1, 2, 6])
