@@ -8,6 +8,12 @@ from . import missing
 from .explain import Explanation, explain
 from .interface import flash_attn_func, flash_attn_varlen_func
 from .mha import FlashMHA
+from .packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from .portions import FOLDERS
 from .replacement import replace_sdpa
 from .sdpa import scaled_dot_product_attention
@@ -22,7 +28,11 @@ __all__ = [
     "__version__",
     "explain",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "replace_sdpa",
     "scaled_dot_product_attention",
 ]

@@ -24,8 +24,16 @@ def test_importing_it_says_what_to_use(name: str) -> None:
 
 
 def test_a_module_below_a_missing_one_says_it_too() -> None:
-    with pytest.raises(ImportError, match=re.escape("torch.nn.RMSNorm")):
-        exec("from flash_attn.ops.triton.layer_norm import RMSNorm")
+    with pytest.raises(ImportError, match=re.escape("torch.nn.functional.cross_entropy")):
+        exec("from flash_attn.losses.cross_entropy import CrossEntropyLoss")
+
+
+@pytest.mark.parametrize("name", ["flash_attn_with_kvcache", "_flash_attn_forward"])
+def test_the_module_of_the_functions_says_it_too(name: str) -> None:
+    with pytest.raises(ImportError, match=re.escape(missing.INSTEAD[name])):
+        exec(f"from flash_attn.flash_attn_interface import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from flash_attn.flash_attn_interface import nothing")
 
 
 def test_an_attribute_that_is_asked_for_is_just_not_there() -> None:

@@ -1,0 +1,22 @@
+"""The functions of `flash_attn` under the name of the module from which others import them."""
+
+from __future__ import annotations
+
+from .interface import flash_attn_func, flash_attn_varlen_func
+from .packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+__path__: list[str] = []  # so that an import of a name that is missing here asks flash_attn/missing.py
