@@ -122,6 +122,14 @@ def test_starts_without_their_leading_zero_are_refused_on_request(side: str, mon
         _call("cpu", _packed(**{f"cu_seqlens_{side}": starts}))
 
 
+@pytest.mark.parametrize("rate", [-0.5, 1.5, 2, float("nan"), float("inf")])
+def test_a_refused_rate_draws_nothing(rate: float) -> None:
+    inputs, before = _qkv(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"dropout_p must be in \[0, 1\]"):
+        ops.attention(**inputs, dropout_p=rate)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_unsupported_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_CPU", "mmx")
     with pytest.raises(RuntimeError, match=r"FLASH_ATTN_CPU must name an instruction set of this processor.*mmx"):

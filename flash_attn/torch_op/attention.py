@@ -113,6 +113,8 @@ def attention(
     ):
         options = checks.plain_options(options)
     if options.dropout_p > 0.0 and rng_state is None:
+        if options.dropout_p > 1.0:  # a refused call draws nothing
+            raise RuntimeError(f"dropout_p must be in [0, 1], but is {options.dropout_p}")
         rng_state = make_rng_state(q.device)
     tensors = Tensors(
         q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
