@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     """What :func:`flash_attn.flash_attn_func` returns, of plain tensors."""
     dropout_p, scale, causal, window, softcap, slopes, deterministic, with_probs, with_lse, sink, s_aux = options
     if not (type(q) is type(k) is type(v) is Tensor):
-        _check_plain(q, k, v)
+        q, k, v = (checks.plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     if not (type(causal) is type(deterministic) is type(with_probs) is type(with_lse) is bool):
         causal, deterministic, with_probs, with_lse = _flags(options)
     if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
@@ -86,7 +86,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             deterministic=True if deterministic else None,
         )
     except RuntimeError as error:
-        _check_plain(q, k, v)
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            checks.plain(name, x)
         checks.dtype("q", q)
         checks.rename(error, {"sinks": "learnable_sink" if s_aux is None else "s_aux"})
         raise
@@ -120,15 +121,6 @@ def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return tensor_subclasses.distributed_attention(attend, q, k, v, None).transpose(1, 2)
-
-
-def _check_plain(*qkv: Any) -> None:
-    for name, x in zip("qkv", qkv, strict=True):
-        if checks.tensor(name, x).is_nested:
-            raise NotImplementedError(
-                f"{name} must be a plain tensor, but is nested: give scaled_dot_product_attention the nested tensors, "
-                "or flash_attn_varlen_func their values() and offsets()"
-            )
 
 
 def _flags(options: Options) -> tuple[bool, ...]:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from .interface import flash_attn_func, flash_attn_varlen_func
 from .interface_arguments import NO_WINDOW, Outputs, Window
+from .torch_op import checks
+
+_KV = {"k": "kv", "v": "kv"}
+_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+_VARLEN_QKV = _QKV | {f"{name}_{side}": name for name in ("cu_seqlens", "max_seqlen") for side in "qk"}
 
 
 def _parts(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
     """The `count` tensors inside a packed one, whose third dimension from the right counts them."""
+    checks.plain(name, packed)
     if packed.dim() != dim or packed.shape[-3] != count:
         rows = "batch, seqlen" if dim == 5 else "total"
         raise ValueError(f"{name} must be ({rows}, {count}, heads, head_dim), but has shape {tuple(packed.shape)}")
     return packed.unbind(-3)
+
+
+def _call(function: Callable[..., Any], names: dict[str, str], *arguments: Any) -> Any:
+    """A refusal speaks of the packed tensor, as the caller does."""
+    try:
+        return function(*arguments)
+    except (RuntimeError, TypeError) as error:
+        checks.rename(error, names)
+        raise
 
 
 @overload
@@ -30,6 +46,21 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = ...,
     return_attn_probs: Literal[False] = ...,
 ) -> Tensor: ...
+
+
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+) -> tuple[Tensor, Tensor, None]: ...
 
 
 @overload
@@ -66,8 +97,20 @@ def flash_attn_qkvpacked_func(
         As `flash_attn_func`: (batch, seqlen, heads, head_dim).
     """
     q, k, v = _parts("qkv", qkv, 5, 3)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return _call(
+        flash_attn_func,
+        _QKV,
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -84,6 +127,22 @@ def flash_attn_kvpacked_func(
     deterministic: bool = ...,
     return_attn_probs: Literal[False] = ...,
 ) -> Tensor: ...
+
+
+@overload
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+) -> tuple[Tensor, Tensor, None]: ...
 
 
 @overload
@@ -123,8 +182,20 @@ def flash_attn_kvpacked_func(
         As `flash_attn_func`: (batch, seqlen_q, heads, head_dim).
     """
     k, v = _parts("kv", kv, 5, 2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return _call(
+        flash_attn_func,
+        _KV,
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -142,6 +213,23 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = ...,
     return_attn_probs: Literal[False] = ...,
 ) -> Tensor: ...
+
+
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+) -> tuple[Tensor, Tensor, None]: ...
 
 
 @overload
@@ -184,7 +272,9 @@ def flash_attn_varlen_qkvpacked_func(
         As `flash_attn_varlen_func`: (total, heads, head_dim).
     """
     q, k, v = _parts("qkv", qkv, 4, 3)
-    return flash_attn_varlen_func(
+    return _call(
+        flash_attn_varlen_func,
+        _VARLEN_QKV,
         q,
         k,
         v,
@@ -237,6 +327,26 @@ def flash_attn_varlen_kvpacked_func(
     softcap: float = ...,
     alibi_slopes: Tensor | None = ...,
     deterministic: bool = ...,
+    *,
+    return_attn_probs: Literal[True],
+) -> tuple[Tensor, Tensor, None]: ...
+
+
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = ...,
+    softmax_scale: float | None = ...,
+    causal: bool = ...,
+    window_size: Window = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    deterministic: bool = ...,
     return_attn_probs: bool = ...,
 ) -> Outputs: ...
 
@@ -267,7 +377,9 @@ def flash_attn_varlen_kvpacked_func(
         As `flash_attn_varlen_func`: (total_q, heads, head_dim).
     """
     k, v = _parts("kv", kv, 4, 2)
-    return flash_attn_varlen_func(
+    return _call(
+        flash_attn_varlen_func,
+        _KV,
         q,
         k,
         v,

@@ -88,3 +88,32 @@ def test_other_shapes_are_refused_by_name() -> None:
         interface.flash_attn_qkvpacked_func(torch.randn(2, 7, 2, 4, 8))
     with pytest.raises(ValueError, match=r"kv must be \(total, 2, heads, head_dim\), but has shape \(10, 4, 8\)"):
         interface.flash_attn_varlen_kvpacked_func(torch.randn(10, 4, 8), torch.randn(10, 4, 8), STARTS, STARTS, 7, 7)
+
+
+@pytest.mark.parametrize("function", [interface.flash_attn_qkvpacked_func, interface.flash_attn_varlen_qkvpacked_func])
+def test_refusals_name_the_packed_tensor(function: Callable[..., Tensor]) -> None:
+    varlen = function is interface.flash_attn_varlen_qkvpacked_func
+    qkv, lengths = torch.randn((10, 3, 4, 8) if varlen else (2, 7, 3, 4, 8)), (STARTS, 7) if varlen else ()
+    for value in (None, [1.0], qkv.numpy()):
+        with pytest.raises(TypeError, match=r"^qkv must be a Tensor"):
+            function(value, *lengths)
+    with pytest.raises(NotImplementedError, match=r"^qkv must be .*float8_e4m3fn.*qkv.to\(torch.bfloat16\)"):
+        function(qkv.to(torch.float8_e4m3fn), *lengths)
+    with pytest.raises(NotImplementedError, match=r"^qkv must be a plain tensor, but is nested"):
+        function(torch.nested.nested_tensor([qkv[0], qkv[1]], layout=torch.jagged), *lengths)
+    with pytest.raises(TypeError, match=r"^dropout_p must be a number, but is True"):
+        function(qkv, *lengths, True)
+
+
+def test_refusals_name_lengths_and_keys_as_they_were_given() -> None:
+    q, qkv = torch.randn(10, 4, 8), torch.randn(10, 3, 4, 8)
+    with pytest.raises(RuntimeError, match=r"^cu_seqlens must be int32"):
+        interface.flash_attn_varlen_qkvpacked_func(qkv, STARTS.long(), 7)
+    with pytest.raises(TypeError, match=r"^cu_seqlens must be a Tensor.*torch.as_tensor\(cu_seqlens\)"):
+        interface.flash_attn_varlen_qkvpacked_func(qkv, [0, 10], 7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^max_seqlen must be an int"):
+        interface.flash_attn_varlen_qkvpacked_func(qkv, STARTS, 7.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^kv must be a Tensor"):
+        interface.flash_attn_kvpacked_func(q[None], None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="q and kv must have the same head_dim"):
+        interface.flash_attn_varlen_kvpacked_func(q[..., :5], qkv[:, 1:], STARTS, STARTS, 7, 7)

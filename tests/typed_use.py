@@ -6,6 +6,12 @@ from typing_extensions import assert_type
 
 import flash_attn
 from flash_attn import FlashMHA, flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
+from flash_attn.flash_attn_interface import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 
 def batched(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, train: bool) -> Tensor:
@@ -41,6 +47,16 @@ def packed(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: Tensor, tra
     result = flash_attn_varlen_func(q, k, v, starts, starts, 5, 5, return_lse=train)
     assert_type(result, Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None])
     return out.view(-1, 64) @ lse
+
+
+def in_one_tensor(q: Tensor, qkv: Tensor, starts: Tensor) -> Tensor:
+    assert_type(flash_attn_qkvpacked_func(qkv, 0.1, causal=True), Tensor)
+    assert_type(flash_attn_kvpacked_func(q, qkv[:, :, 1:], softmax_scale=0.5), Tensor)
+    out, lse, none = flash_attn_qkvpacked_func(qkv, causal=True, return_attn_probs=True)
+    assert_type(none, None)
+    out, lse, _ = flash_attn_varlen_qkvpacked_func(qkv, starts, 5, return_attn_probs=True)
+    out, lse, _ = flash_attn_varlen_kvpacked_func(q, qkv, starts, starts, 5, 5, return_attn_probs=True)
+    return flash_attn_varlen_qkvpacked_func(qkv, starts, 5) + out + lse
 
 
 class Block(nn.Module):

@@ -92,6 +92,21 @@ def tensor(name: str, x: Any) -> Tensor:
     raise TypeError(f"{name} must be a Tensor, but is {described(x)}{made}")
 
 
+def plain(name: str, x: Any) -> Tensor:
+    """`x` itself.
+
+    Raises:
+        TypeError: x is no tensor.
+        NotImplementedError: it is sparse or nested.
+    """
+    if tensor(name, x).is_nested:
+        raise NotImplementedError(
+            f"{name} must be a plain tensor, but is nested: give scaled_dot_product_attention the nested tensors, or "
+            "flash_attn_varlen_func their values() and offsets()"
+        )
+    return x
+
+
 def is_integral(x: Tensor) -> bool:
     """Whether it holds one integer."""
     return x.numel() == 1 and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
