@@ -18,10 +18,10 @@ namespace {
 
 constexpr const char* kDTypes[] = {"float64", "float32", "bfloat16", "float16", "bool", "int32", "int64"};
 
-/// (address, dtype, device index or -1 for the CPU, sizes, strides)
+/// (address, dtype, device index or -1 for the CPU and TensorInfo::kMeta, sizes, strides)
 using TensorTuple = std::tuple<uint64_t, std::string, int, std::vector<int64_t>, std::vector<int64_t>>;
 
-TensorInfo tensor_info(const TensorTuple& tensor) {
+TensorInfo tensor_info(const char* name, const TensorTuple& tensor) {
   const auto& [address, dtype, device, sizes, strides] = tensor;
   TensorInfo info;
   info.data = reinterpret_cast<void*>(address);
@@ -29,13 +29,41 @@ TensorInfo tensor_info(const TensorTuple& tensor) {
     if (dtype == kDTypes[i]) info.dtype = DType(i);
   }
   info.device = device < 0 ? DeviceType::kCPU : DeviceType::kCUDA;
-  info.device_index = device < 0 ? 0 : device;
+  info.device_index = device == -1 ? 0 : device;
+  check_ndim(name, int64_t(sizes.size()));
   info.ndim = int(sizes.size());
-  for (int i = 0; i < info.ndim && i < TensorInfo::kMaxDims; ++i) {
+  for (int i = 0; i < info.ndim; ++i) {
     info.size[i] = sizes[i];
     info.stride[i] = strides[i];
   }
   return info;
+}
+
+using TensorTuples = std::map<std::string, TensorTuple>;
+
+/// `tensors` and `options` are named as in the op's schema.
+Arguments arguments_of(const TensorTuples& tensors, const py::dict& options) {
+  Arguments a;
+  a.for_each_tensor([&](const char* name, auto& tensor) {
+    const auto found = tensors.find(name);
+    if (found != tensors.end()) tensor = tensor_info(name, found->second);
+  });
+  a.for_each_option([&](const char* name, const char*, auto& value) {
+    value = options[name].template cast<std::remove_reference_t<decltype(value)>>();
+  });
+  return a;
+}
+
+/// Raises what the op would raise for such arguments; data are not read. For backward also dout, dlse, out and lse are
+/// among the tensors, and `needs` says which gradients are wanted.
+void check(const TensorTuples& tensors, const py::dict& options, const std::optional<std::vector<bool>>& needs) {
+  const Arguments a = arguments_of(tensors, options);
+  const ForwardParams params = make_forward_params(a, /*read_lengths=*/false);
+  if (!needs) return;
+  const auto saved = [&](const char* name) { return tensor_info(name, tensors.at(name)); };
+  std::optional<TensorInfo> dlse;
+  if (tensors.count("dlse")) dlse = saved("dlse");
+  check_saved(a, params, {saved("dout"), dlse, saved("out"), saved("lse"), *needs});
 }
 
 template <typename Params>
@@ -62,20 +90,12 @@ DeviceInfo device_info(const DeviceTuple& device) {
   return {compute_capability, num_sms, shared_memory_per_block, l2_bytes};
 }
 
-/// Plans of the forward and the backward pass of a problem. `tensors` and `options` are named as in the op's schema;
-/// `needs` says which of q, k, v, attn_mask, alibi_slopes and sinks want a gradient. Data are not read. `device` is the
-/// one to plan for, if not the tensors' own: a plan can be asked for where no such GPU is.
-py::dict plan(const std::map<std::string, TensorTuple>& tensors, const py::dict& options,
-              const std::vector<bool>& needs, const std::optional<DeviceTuple>& device) {
-  Arguments a;
-  a.for_each_tensor([&](const char* name, auto& tensor) {
-    const auto found = tensors.find(name);
-    if (found != tensors.end()) tensor = tensor_info(found->second);
-  });
-  a.for_each_option([&](const char* name, const char*, auto& value) {
-    value = options[name].template cast<std::remove_reference_t<decltype(value)>>();
-  });
-
+/// Plans of the forward and the backward pass of a problem. `needs` says which of q, k, v, attn_mask, alibi_slopes and
+/// sinks want a gradient. Data are not read. `device` is the one to plan for, if not the tensors' own: a plan can be
+/// asked for where no such GPU is.
+py::dict plan(const TensorTuples& tensors, const py::dict& options, const std::vector<bool>& needs,
+              const std::optional<DeviceTuple>& device) {
+  const Arguments a = arguments_of(tensors, options);
   BackwardParams params;
   ForwardParams& p = params.forward;
   p = make_forward_params(a, /*read_lengths=*/false);
@@ -129,5 +149,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "What flash_attn was built with, and which kernel a problem would get.";
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build.");
   m.def("kernels", &kernels, "device -> (forward families, backward families), fastest first.");
+  m.def("check", &check, py::arg("tensors"), py::arg("options"), py::arg("needs") = py::none());
   m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"), py::arg("device") = py::none());
 }

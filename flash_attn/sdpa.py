@@ -88,6 +88,7 @@ def _is_common(
         and (type(dropout_p) is float or type(dropout_p) is int)
         and (scale is None or type(scale) is float)
         and not any_nested(query, key, value)
+        and not torch.compiler.is_compiling()  # there, a length known only at run time can't be compared
         and query.shape == key.shape == value.shape
         and query.dim() == 4
         and query.dtype == key.dtype == value.dtype

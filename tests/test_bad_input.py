@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn.torch_op import attention as ops
 
@@ -96,6 +97,41 @@ def test_a_wrong_argument_is_refused(text: str, changes: dict[str, Any], device:
     assert _cuda_allocations() == before  # no result was made, so nothing was launched either
 
 
+def _refusal(arguments: dict[str, Any]) -> tuple[type[BaseException], str]:
+    with pytest.raises(RuntimeError) as raised:
+        ops.attention(**arguments)
+    return raised.type, str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text, changes", [*REFUSALS, ("at most 4 dimensions", {"attn_mask": torch.zeros(1, 1, 1, 5, 5)})]
+)
+def test_tensors_without_data_are_refused_in_the_same_words(text: str, changes: dict[str, Any]) -> None:
+    refused = _refusal(_on("cpu", changes))
+    assert _refusal(_on("meta", changes)) == refused
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in (_qkv() | changes).items()}
+        assert _refusal(fake) == refused
+
+
+@pytest.mark.parametrize("name", ["k", "v", "attn_mask", "alibi_slopes", "seqused_k"])
+def test_tensors_without_data_do_not_mix_with_others(name: str) -> None:
+    optional = {"attn_mask": torch.zeros(1, 1, 5, 5), "alibi_slopes": torch.zeros(4), "seqused_k": torch.zeros(2).int()}
+    arguments = _on("meta", optional)
+    arguments[name] = torch.zeros_like(arguments[name], device="cpu")
+    with pytest.raises(RuntimeError, match=f"{name} must be on q's device meta, but is on cpu"):
+        ops.attention(**arguments)
+
+
+def test_compiled_code_with_symbolic_sizes_refuses_when_it_is_traced() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **x: ops.attention(**x)[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(**_qkv())
+    for text, changes in REFUSALS[5:9]:
+        with pytest.raises(Exception, match=text):
+            compiled(**(_qkv() | changes))
+
+
 @pytest.mark.parametrize("text, changes", HOST_LENGTHS)
 def test_lengths_in_host_memory_are_checked_in_full(text: str, changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=text):
@@ -136,8 +172,9 @@ def test_an_unsupported_instruction_set_is_refused(monkeypatch: pytest.MonkeyPat
         ops.attention(**_qkv())
 
 
-def test_gradients_of_what_has_none_are_refused() -> None:
-    inputs = _qkv()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_of_what_has_none_are_refused(device: str) -> None:
+    inputs = _on(device, {})
     out, lse = ops.attention(**inputs)
     options: dict[str, Any] = {
         "max_seqlen_q": 5,
@@ -161,7 +198,7 @@ def test_gradients_of_what_has_none_are_refused() -> None:
     backward()
     only_mask = (False, False, False, True, False, False)
     with pytest.raises(RuntimeError, match="attn_mask must be a floating-point tensor"):
-        backward(torch.ones(1, 1, 5, 5, dtype=torch.bool), needs=only_mask)
+        backward(torch.ones(1, 1, 5, 5, dtype=torch.bool, device=device), needs=only_mask)
     with pytest.raises(RuntimeError, match="alibi_slopes must be given"):
         backward(needs=(False,) * 4 + (True, False))
     with pytest.raises(RuntimeError, match="sinks must be given"):

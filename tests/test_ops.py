@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from flash_attn import scaled_dot_product_attention
+from flash_attn import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
 from flash_attn.torch_op import attention as ops
 
 OPTIONS: dict[str, Any] = {
@@ -181,3 +182,91 @@ def test_out_has_the_memory_order_of_q(order: tuple[int, ...]) -> None:
     x = q.clone().requires_grad_()
     scaled_dot_product_attention(x, x, x).sum().backward()
     assert x.grad is not None and x.grad.permute(order).is_contiguous()
+
+
+def _packed(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    x = x[keep]
+    return flash_attn_varlen_func(x, x, x, starts, starts, 9, 9, causal=True)
+
+
+def _longest_is_data(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    x, longest = x[keep], int(starts.diff().max().item())
+    return flash_attn_varlen_func(x, x, x, starts, starts, longest, longest)
+
+
+def _sequences_are_data(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    starts = starts[torch.tensor([True, False, True])]
+    return flash_attn_varlen_func(x[keep], x, x, starts, starts, 12, 12)
+
+
+def _length(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    x = x[keep].unsqueeze(0)
+    return flash_attn_func(x, x, x, causal=True)
+
+
+def _batch(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    x = x[keep].unsqueeze(1)
+    return flash_attn_func(x, x, x)
+
+
+def _heads_first(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    x = x[keep].transpose(0, 1)
+    return scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
+
+
+def _queries_alone(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    q, k = x[keep].transpose(0, 1)[None], x.transpose(0, 1)[None]
+    return scaled_dot_product_attention(q, k[:, :1], k[:, :1], enable_gqa=True)
+
+
+def _keys_and_mask(x: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    q, k = x.transpose(0, 1)[None], x[keep].transpose(0, 1)[None]
+    return scaled_dot_product_attention(q, k, k, torch.ones(12, k.shape[-2], dtype=torch.bool).tril(1))
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        _packed,
+        _longest_is_data,
+        _sequences_are_data,
+        _length,
+        _batch,
+        _heads_first,
+        _queries_alone,
+        _keys_and_mask,
+    ],
+)
+def test_sizes_known_only_at_run_time(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True)
+    options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with torch._dynamo.config.patch(**options):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(attend, fullgraph=True, backend=counter)
+        for rows in (7, 2, 1, 12):
+            keep = torch.arange(12) < rows
+            starts = torch.tensor([0, rows // 3, rows], dtype=torch.int32)
+            results = [f(x, keep, starts) for f in (compiled, attend)]
+            torch.testing.assert_close(*results)
+            assert results[0].stride() == results[1].stride() or rows == 1
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in results))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("dim", range(3))
+def test_strides_where_a_size_is_known_only_at_run_time(dim: int, order: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 4, 5, 8).permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    x.requires_grad_()
+    torch._dynamo.decorators.mark_unbacked(x, dim)
+    results = [
+        f(x)
+        for f in (
+            torch.compile(lambda x: _ours(x, x, x), fullgraph=True, backend="aot_eager"),
+            lambda x: _ours(x, x, x),
+        )
+    ]
+    torch.testing.assert_close(*results, check_stride=True)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in results), check_stride=True)

@@ -31,7 +31,8 @@ void check_rank(const char* name, const TensorInfo& tensor, bool packed, bool he
 void check_device(const char* name, const TensorInfo& tensor, const TensorInfo& q) {
   if (tensor.device != q.device || tensor.device_index != q.device_index) {
     const auto device = [](const TensorInfo& t) {
-      return t.device == DeviceType::kCPU ? std::string("cpu") : "cuda:" + std::to_string(t.device_index);
+      if (t.device == DeviceType::kCPU) return std::string(t.device_index == TensorInfo::kMeta ? "meta" : "cpu");
+      return "cuda:" + std::to_string(t.device_index);
     };
     refuse(name, " must be on q's device ", device(q), ", but is on ", device(tensor));
   }
@@ -182,6 +183,43 @@ void fill_options(const Arguments& a, ForwardParams& p) {
   p.deterministic = a.deterministic;
 }
 
+void check_like(const char* name, const TensorInfo& tensor, const TensorInfo& expected) {
+  bool same = tensor.ndim == expected.ndim && tensor.dtype == expected.dtype && tensor.device == expected.device &&
+              tensor.device_index == expected.device_index;
+  for (int i = 0; same && i < tensor.ndim; ++i) same = tensor.size[i] == expected.size[i];
+  if (!same) {
+    refuse(name, " must have shape ", shape_string(expected), ", dtype ", dtype_name(expected.dtype),
+           " and q's device, but has ", shape_string(tensor), " and dtype ", dtype_name(tensor.dtype));
+  }
+}
+
+TensorInfo expected_out(const TensorInfo& q, int64_t head_dim_v) {
+  TensorInfo out = q;
+  out.size[q.ndim - 1] = head_dim_v;
+  return out;
+}
+
+TensorInfo expected_lse(const TensorInfo& q, const ForwardParams& p) {
+  TensorInfo lse = q;
+  lse.dtype = statistics_dtype(p.dtype);
+  lse.ndim = p.is_varlen_q() ? 2 : 3;
+  lse.size[0] = p.is_varlen_q() ? p.num_heads : p.batch;
+  lse.size[1] = p.is_varlen_q() ? p.total_q : p.num_heads;
+  lse.size[2] = p.seqlen_q;
+  return lse;
+}
+
+void check_needs(const Arguments& a, const std::vector<bool>& needs) {
+  if (needs.size() != Arguments::kDifferentiable) {
+    refuse("needs must have 6 entries (q, k, v, attn_mask, alibi_slopes, sinks), but has ", needs.size());
+  }
+  if (needs[3] && (!a.attn_mask || a.attn_mask->dtype == DType::kBool)) {
+    refuse("attn_mask must be a floating-point tensor to have a gradient");
+  }
+  if (needs[4] && !a.alibi_slopes) refuse("alibi_slopes must be given to have a gradient, but is None");
+  if (needs[5] && !a.sinks) refuse("sinks must be given to have a gradient, but is None");
+}
+
 }  // namespace
 
 ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
@@ -224,6 +262,15 @@ ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
   fill_options(a, p);
   fill_slopes_and_sinks(a, p);
   return p;
+}
+
+void check_saved(const Arguments& arguments, const ForwardParams& params, const Saved& saved) {
+  const TensorInfo out = expected_out(arguments.q, params.head_dim_v), lse = expected_lse(arguments.q, params);
+  check_like("dout", saved.dout, out);
+  check_like("out", saved.out, out);
+  check_like("lse", saved.lse, lse);
+  if (saved.dlse) check_like("dlse", *saved.dlse, lse);
+  check_needs(arguments, saved.needs);
 }
 
 }  // namespace flash_attn

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "../host_device.h"
 #include "../params.h"
@@ -68,5 +69,16 @@ struct Arguments {
 /// Checks everything and fills all but out, lse and workspace. Lengths in cu_seqlens and seqused are checked too when
 /// they are in host memory and `read_lengths` is true.
 FLASH_ATTN_EXPORT ForwardParams make_forward_params(const Arguments& arguments, bool read_lengths = true);
+
+/// What backward takes beside the arguments of forward.
+struct Saved {
+  TensorInfo dout;
+  std::optional<TensorInfo> dlse;
+  TensorInfo out, lse;
+  std::vector<bool> needs;  // gradients wanted, of the differentiable tensors
+};
+
+/// Checks everything else that backward takes; `params` are those of the arguments.
+FLASH_ATTN_EXPORT void check_saved(const Arguments& arguments, const ForwardParams& params, const Saved& saved);
 
 }  // namespace flash_attn

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../select_kernel.h"
-#include "refuse.h"
 #include "stack.h"
 
 namespace flash_attn {
@@ -55,54 +54,18 @@ Tensor empty_lse(const ForwardParams& p, const TensorInfo& like) {
                          : empty_contiguous(3, dense, dtype, like, "lse");
 }
 
-void check_saved(const char* name, const TensorInfo& tensor, const TensorInfo& expected) {
-  bool same = tensor.ndim == expected.ndim && tensor.dtype == expected.dtype && tensor.device == expected.device &&
-              tensor.device_index == expected.device_index;
-  for (int i = 0; same && i < tensor.ndim; ++i) same = tensor.size[i] == expected.size[i];
-  if (!same) {
-    refuse(name, " must have shape ", shape_string(expected), ", dtype ", dtype_name(expected.dtype),
-           " and q's device, but has ", shape_string(tensor), " and dtype ", dtype_name(tensor.dtype));
-  }
-}
-
-TensorInfo expected_out(const TensorInfo& q, int64_t head_dim_v) {
-  TensorInfo out = q;
-  out.size[q.ndim - 1] = head_dim_v;
-  return out;
-}
-
-TensorInfo expected_lse(const TensorInfo& q, const ForwardParams& p) {
-  TensorInfo lse = q;
-  lse.dtype = statistics_dtype(p.dtype);
-  lse.ndim = p.is_varlen_q() ? 2 : 3;
-  lse.size[0] = p.is_varlen_q() ? p.num_heads : p.batch;
-  lse.size[1] = p.is_varlen_q() ? p.total_q : p.num_heads;
-  lse.size[2] = p.seqlen_q;
-  return lse;
-}
-
 /// What the forward pass returned, and the gradients of that.
-void fill_saved(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
-                BackwardParams& params) {
-  ForwardParams& p = params.forward;
-  const bool heads_first = inputs.arguments().heads_first;
-  const TensorInfo out_expected = expected_out(inputs.q_given(), p.head_dim_v);
-  const TensorInfo lse_expected = expected_lse(inputs.q_given(), p);
-  TensorInfo dout_info = info_of(dout, "dout"), out_info = info_of(out, "out");
-  const TensorInfo lse_info = info_of(lse, "lse");
-  check_saved("dout", dout_info, out_expected);
-  check_saved("out", out_info, out_expected);
-  check_saved("lse", lse_info, lse_expected);
-  make_unit_stride(dout, dout_info, "dout");
-  make_unit_stride(out, out_info, "out");
-  params.dout = tensor_view(dout_info, heads_first);
-  p.out = tensor_view(out_info, heads_first);
-  p.lse = row_view(lse_info);
-  if (dlse) {
-    const TensorInfo dlse_info = info_of(*dlse, "dlse");
-    check_saved("dlse", dlse_info, lse_expected);
-    params.dlse = row_view(dlse_info);
-  }
+void fill_saved(const Arguments& arguments, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
+                const std::vector<bool>& needs, BackwardParams& params) {
+  Saved saved{info_of(dout, "dout"), std::nullopt, info_of(out, "out"), info_of(lse, "lse"), needs};
+  if (dlse) saved.dlse = info_of(*dlse, "dlse");
+  check_saved(arguments, params.forward, saved);
+  make_unit_stride(dout, saved.dout, "dout");
+  make_unit_stride(out, saved.out, "out");
+  params.dout = tensor_view(saved.dout, arguments.heads_first);
+  params.forward.out = tensor_view(saved.out, arguments.heads_first);
+  params.forward.lse = row_view(saved.lse);
+  if (saved.dlse) params.dlse = row_view(*saved.dlse);
 }
 
 /// The gradients, in the order of `needs`: q, k, v, attn_mask, alibi_slopes, sinks.
@@ -126,21 +89,12 @@ struct Gradients {
       data = gradient.data_ptr();
       return gradient;
     };
-    if (needs[3]) {
-      if (!a.attn_mask || a.attn_mask->dtype == DType::kBool) {
-        refuse("attn_mask must be a floating-point tensor to have a gradient");
-      }
-      dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
-    }
+    if (needs[3]) dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
     if (needs[4]) {
-      if (!a.alibi_slopes) refuse("alibi_slopes must be given to have a gradient, but is None");
       dslopes = contiguous(*a.alibi_slopes, "the gradient of alibi_slopes", params.dslopes);
       params.slopes_have_batch = a.alibi_slopes->ndim == 2;
     }
-    if (needs[5]) {
-      if (!a.sinks) refuse("sinks must be given to have a gradient, but is None");
-      dsinks = contiguous(*a.sinks, "the gradient of sinks", params.dsinks);
-    }
+    if (needs[5]) dsinks = contiguous(*a.sinks, "the gradient of sinks", params.dsinks);
   }
 
   /// To the caller's dtype.
@@ -187,12 +141,9 @@ void backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.describe();
 
   const Arguments& arguments = inputs.arguments();
-  if (needs.size() != Arguments::kDifferentiable) {
-    refuse("needs must have 6 entries (q, k, v, attn_mask, alibi_slopes, sinks), but has ", needs.size());
-  }
   BackwardParams params;
   params.forward = make_forward_params(arguments);
-  fill_saved(inputs, dout, dlse, out, lse, params);
+  fill_saved(arguments, dout, dlse, out, lse, needs, params);
   const Backend& backend = backend_of(params.forward.device);
   Gradients gradients(inputs, needs, params);
   if (lse.numel() == 0 || params.forward.batch == 0) {

@@ -3,7 +3,13 @@
 #include <algorithm>
 #include <sstream>
 
+#include "refuse.h"
+
 namespace flash_attn {
+
+void check_ndim(const char* name, int64_t ndim) {
+  if (ndim > TensorInfo::kMaxDims) refuse(name, " must have at most 4 dimensions, but has ", ndim);
+}
 
 std::string shape_string(const TensorInfo& tensor) {
   std::ostringstream text;

@@ -12,15 +12,18 @@ namespace flash_attn {
 
 /// A tensor as it arrives from the caller. Strides count elements.
 struct TensorInfo {
-  static constexpr int kMaxDims = 4;
+  static constexpr int kMaxDims = 4, kMeta = -2;
   void* data = nullptr;
   DType dtype = DType::kOther;
   DeviceType device = DeviceType::kCPU;
-  int device_index = 0;
+  int device_index = 0;  // kMeta, on the CPU: no data
   int ndim = 0;
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};
 };
+
+/// Raises unless that many dimensions can be described.
+FLASH_ATTN_EXPORT void check_ndim(const char* name, int64_t ndim);
 
 /// "(2, 8, 128, 64)"
 std::string shape_string(const TensorInfo& tensor);

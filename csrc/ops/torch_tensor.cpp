@@ -70,9 +70,7 @@ TensorInfo info_of(const Tensor& tensor, const char* name) {
   TensorInfo info;
   info.ndim = int(tensor.dim());
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  if (info.ndim > TensorInfo::kMaxDims) {
-    refuse(name, " must have at most 4 dimensions, but has ", info.ndim);
-  }
+  check_ndim(name, info.ndim);
   for (int i = 0; i < info.ndim; ++i) {
     info.size[i] = sizes[i];
     info.stride[i] = strides[i];

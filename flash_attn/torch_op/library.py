@@ -12,6 +12,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from flash_attn.portions import FOLDERS
 
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
+from .private import is_known, typical_value
+from .refusals import refuse_backward, refuse_forward
 
 _PLACES = [Path(folder) / "lib" / "libflash_attn.so" for folder in FOLDERS]
 LIBRARY = next((place for place in _PLACES if place.exists()), _PLACES[0])
@@ -48,15 +50,17 @@ def registrations() -> torch.library.Library:
 
 def dense_strides_like(like: Tensor, last: int) -> list[int]:
     """Strides of a dense tensor of `like`'s sizes but `last` columns, in its memory order (csrc/ops/tensor_info.h)."""
-    outer, stride = range(like.dim() - 1), like.stride()
-    broadcast = [stride[i] == 0 and like.shape[i] > 1 for i in outer]
-    order = sorted(outer, key=lambda i: (not broadcast[i], -stride[i]))
-    strides = [1] * like.dim()
-    step = max(last, 1)
+    outer, sizes, strides = range(like.dim() - 1), like.shape, list(like.stride())
+    if not all(is_known(n) for n in (*sizes, *strides)):
+        strides = [typical_value(n) for n in strides]
+    broadcast = [strides[i] == 0 and typical_value(sizes[i]) > 1 for i in outer]
+    order = sorted(outer, key=lambda i: (not broadcast[i], -strides[i]))
+    dense = [1] * like.dim()
+    step = torch.sym_max(last, 1)
     for i in reversed(order):
-        strides[i] = step
-        step = step * max(like.shape[i], 1)
-    return strides
+        dense[i] = step
+        step = step * torch.sym_max(sizes[i], 1)
+    return dense
 
 
 def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tuple[Tensor, Tensor]:
@@ -73,12 +77,14 @@ def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tupl
 @torch.library.register_fake("flash_attn::forward", lib=registrations())
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = split_forward(arguments)
+    refuse_forward(tensors, options)
     return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
 
 
 @torch.library.register_fake("flash_attn::backward", lib=registrations())
 def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
-    _, _, tensors, _, _, needs, _ = split_backward(arguments)
+    _, _, tensors, _, _, needs, _ = given = split_backward(arguments)
+    refuse_backward(given)
     gradients: list[Tensor | None] = []
     for x, need in zip(tensors[:3], needs, strict=False):
         assert x is not None

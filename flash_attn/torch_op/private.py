@@ -195,3 +195,33 @@ def wrap_batched(
         x if x is None or dim is None else torch._add_batch_dim(x, dim, level)
         for x, dim in zip(results, dims, strict=True)
     )
+
+
+def is_known(n: Any) -> bool:
+    """Whether a number has a value before the ops run: of a symbol, that in the example which is traced."""
+    if not isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return True
+    node: Any = getattr(n, "node", None)
+    return hasattr(node, "has_hint") and bool(node.has_hint())
+
+
+def example_value(n: Any) -> Any:
+    """The value of a number that is known. Unlike its comparison with others, this puts no condition on symbols."""
+    return n.node.hint if isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) else n
+
+
+def typical_value(n: int) -> int:
+    """The value of a size or stride to compare with others. Sizes known only at run time count as large ones, which
+    orders the strides of dense tensors as any size over 1 does, and where it is at most 1 no order matters."""
+    if is_known(n):
+        return cast(int, example_value(n))
+    node = getattr(n, "node", None)
+    expression, environment = getattr(node, "expr", None), getattr(node, "shape_env", None)
+    if expression is None:
+        return _LARGE
+    name = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
+    hints = getattr(environment, name, {})
+    return int(expression.xreplace({symbol: hints.get(symbol, _LARGE) for symbol in expression.free_symbols}))
+
+
+_LARGE = 1 << 20

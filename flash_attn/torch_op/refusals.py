@@ -1,0 +1,70 @@
+"""The op's refusals where it does not run: of meta and fake tensors, made by the checks of the op itself.
+
+The checks are C++ (csrc/ops/arguments.cpp) and take plain numbers. Where sizes are symbols they get those of the
+example that is traced, and put no condition on others: the op checks again when it runs. Sizes known only then are not
+checked before. Nor is anything under a Python that `flash_attn._C` was not built for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import private
+from .arguments import BackwardArguments, Options, Tensors
+
+_Described = tuple[int, str, int, list[int], list[int]]  # as csrc/bindings.cpp takes a tensor
+
+_SOME_ADDRESS = 1 << 20  # aligned, and not null, which would say that a tensor is not given
+_CPU, _META = -1, -2
+
+
+class _KnownLater(Exception):  # noqa: N818 - no error
+    """A number has no value before the op runs."""
+
+
+@functools.cache
+def _introspection() -> Any:
+    try:
+        return importlib.import_module("flash_attn._C")
+    except ImportError:
+        return None
+
+
+def refuse_forward(tensors: Tensors, options: Options) -> None:
+    """Raises what forward would raise."""
+    _check(tensors._asdict(), options)
+
+
+def refuse_backward(arguments: BackwardArguments) -> None:
+    """Raises what backward would raise."""
+    dout, dlse, tensors, out, lse, needs, options = arguments
+    _check(tensors._asdict() | {"dout": dout, "dlse": dlse, "out": out, "lse": lse}, options, needs)
+
+
+def _check(tensors: dict[str, Tensor | None], options: Options, needs: Sequence[bool] | None = None) -> None:
+    module = _introspection()
+    if module is None:
+        return
+    try:
+        described = {name: _describe(x) for name, x in tensors.items() if x is not None}
+        numbers = {name: _number(x) for name, x in options._asdict().items()}
+    except _KnownLater:
+        return
+    module.check(described, numbers, None if needs is None else list(needs))
+
+
+def _describe(x: Tensor) -> _Described:
+    device = x.device.index or 0 if x.device.type == "cuda" else _META if x.device.type == "meta" else _CPU
+    sizes, strides = ([_number(n) for n in numbers] for numbers in (x.shape, x.stride()))
+    return _SOME_ADDRESS, str(x.dtype).removeprefix("torch."), device, sizes, strides
+
+
+def _number(n: Any) -> Any:
+    if not private.is_known(n):
+        raise _KnownLater
+    return private.example_value(n)
