@@ -36,7 +36,7 @@ struct ForwardParams {
   int device_index = 0;
 
   int64_t batch = 0, num_heads = 0, num_heads_k = 0;  // query head h reads key head h / (num_heads / num_heads_k)
-  int64_t seqlen_q = 0, seqlen_k = 0;                 // of every sequence, or the largest (max_seqlen) with cu_seqlens
+  int64_t seqlen_q = 0, seqlen_k = 0;                 // of every sequence; with cu_seqlens no sequence is longer
   int64_t total_q = 0, total_k = 0;                   // rows of q and of k; batch * seqlen without cu_seqlens
   int64_t head_dim = 0, head_dim_v = 0;
 

@@ -163,9 +163,8 @@ class _Seen:
     def __init__(self, tensors: Tensors, options: Options) -> None:
         given = {name: x for name, x in tensors._asdict().items() if x is not None}
         self._copies = []
-        for name in ("q", "k", "v"):
-            x = given[name]
-            if x.shape[-1] > 1 and x.stride(-1) != 1:
+        for name, x in given.items():
+            if name != "attn_mask" and x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
                 self._copies.append(f"{name}, because its last stride is {x.stride(-1)} and not 1")
                 given[name] = x.contiguous()
         self._wants = [x is not None and x.requires_grad for x in tensors[:NUM_DIFFERENTIABLE]]

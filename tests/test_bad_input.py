@@ -67,8 +67,10 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
 
 HOST_LENGTHS: list[tuple[str, dict[str, Any]]] = [
     ("cu_seqlens_q must not decrease", _packed(cu_seqlens_q=torch.tensor([0, 6, 3], dtype=INT32))),
+    ("cu_seqlens_q must start with 0, but starts with 3", _packed(cu_seqlens_q=torch.tensor([3, 6, 9], dtype=INT32))),
+    ("cu_seqlens_k must start with 0, but starts with -1", _packed(cu_seqlens_k=torch.tensor([-1, 6, 9], dtype=INT32))),
     ("cu_seqlens_k must not decrease", _packed(cu_seqlens_k=torch.tensor([0, 3, 10], dtype=INT32))),
-    ("max_seqlen.*but is 5 and sequence 1 has 6", _packed(max_seqlen_q=5)),
+    ("max_seqlen_q must be at least the longest sequence, but is 5 and sequence 1 has 6", _packed(max_seqlen_q=5)),
     ("seqused_k must lie in", {"seqused_k": torch.tensor([5, 6], dtype=INT32)}),
     ("seqused_q must lie in", _packed(seqused_q=torch.tensor([-1, 2], dtype=INT32))),
 ]

@@ -24,13 +24,14 @@ struct BackwardContext {
   using Acc = typename Arithmetic::Acc;
   const BackwardParams& params;
   RowStatistics<Acc> statistics;
-  int64_t m_blocks, n_blocks, splits;
+  int64_t m_blocks, n_blocks;  // of the longest sequence
+  int64_t splits;
   int64_t query_blocks;  // as many as a task keeps packed: m_blocks or 1
   int64_t ldm, ldd, ldv;
   bool wants_ds;
   // Sums of all tasks; null when a task keeps its own.
   Acc* dq = nullptr;                 // (batch, num_heads_k, splits, m_blocks, ldd, ldm)
-  Acc *dk = nullptr, *dv = nullptr;  // (batch, num_heads_k, n_blocks * kBackwardBlockN, ldd or ldv)
+  Acc *dk = nullptr, *dv = nullptr;  // (num_heads_k, key_blocks() * kBackwardBlockN, ldd or ldv)
   double* slopes = nullptr;          // (batch, num_heads, splits)
   int64_t group_head = 0;            // which of the query heads that share a head of k
 
@@ -47,6 +48,14 @@ struct BackwardContext {
     const int64_t affordable = kMaxSplitBytes / max(1, heads * m_blocks * ldd * ldm * int64_t(sizeof(Acc)));
     splits = max(1, min(min((kBackwardTasks + heads - 1) / heads, kMaxSplits), min(n_blocks, affordable)));
     wants_ds = params.dq.data != nullptr || params.dk.data != nullptr || params.dslopes != nullptr;
+  }
+  /// Of all sequences, each of which starts a new one. Packed ones: no sequence ends behind the start of the next.
+  int64_t key_blocks() const {
+    const ForwardParams& p = params.forward;
+    return p.is_varlen_k() ? p.total_k / kBackwardBlockN + p.batch : p.batch * n_blocks;
+  }
+  int64_t first_key_block(const SequenceInfo& sequence, int64_t b) const {
+    return params.forward.is_varlen_k() ? sequence.k_row / kBackwardBlockN + b : b * n_blocks;
   }
   int64_t dq_size() const { return params.dq.data != nullptr ? m_blocks * ldd * ldm : 0; }
   int64_t group_size() const { return params.forward.num_heads / params.forward.num_heads_k; }
@@ -67,7 +76,9 @@ class KeyRange {
         index_(index),
         arena_(scratch),
         x_(context.params.forward, context.query_blocks, arena_),
-        tiles_(context.params, context.statistics, sequence, b(), h(), x_) {
+        tiles_(context.params, context.statistics, sequence, b(), h(), x_),
+        m_blocks_((sequence.seqlen_q_padded + x_.ldm - 1) / x_.ldm),
+        n_blocks_((sequence.seqlen_k_padded + kBackwardBlockN - 1) / kBackwardBlockN) {
     own_dq_ = context.dq == nullptr ? arena_.template take<Acc>(context.dq_size()) : nullptr;
     own_dk_ = arena_.template take<Acc>(kBackwardBlockN * x_.ldd);
     own_dv_ = arena_.template take<Acc>(kBackwardBlockN * x_.ldv);
@@ -77,18 +88,17 @@ class KeyRange {
 
   void run() {
     dq_ = context_.dq == nullptr ? own_dq_ : context_.dq + index_ * context_.dq_size();
-    std::memset(dq_, 0, size_t(context_.dq_size()) * sizeof(Acc));
+    const bool wants_dq = context_.params.dq.data != nullptr;
+    if (wants_dq) std::memset(dq_, 0, size_t(m_blocks_ * x_.ldd * x_.ldm) * sizeof(Acc));
     std::memset(packed_, 0, size_t(context_.query_blocks));
     const int64_t split = index_ % context_.splits;
-    for (int64_t block = context_.n_blocks * split / context_.splits;
-         block < context_.n_blocks * (split + 1) / context_.splits; ++block) {
-      run_block(block);
-    }
+    const int64_t end = n_blocks_ * (split + 1) / context_.splits;
+    for (int64_t block = n_blocks_ * split / context_.splits; block < end; ++block) run_block(block);
     if (context_.slopes != nullptr) {
       context_.slopes[(b() * tiles_.p.num_heads + h()) * context_.splits + split] = dslope_;
     }
-    if (context_.splits == 1 && context_.params.dq.data != nullptr) {
-      for (int64_t block = 0; block < context_.m_blocks; ++block) store_dq(tiles_, x_, block, dq_);
+    if (context_.splits == 1 && wants_dq) {
+      for (int64_t block = 0; block < m_blocks_; ++block) store_dq(tiles_, x_, block, dq_);
     }
   }
 
@@ -123,7 +133,8 @@ class KeyRange {
     const SequenceInfo& sequence = tiles_.rules.sequence;
     const int64_t n_begin = block * kBackwardBlockN;
     const int64_t columns = min(kBackwardBlockN, sequence.seqlen_k - n_begin);
-    const int64_t first_row = index_ / context_.splits * context_.n_blocks * kBackwardBlockN + n_begin;
+    const int64_t first_block = k_head() * context_.key_blocks() + context_.first_key_block(sequence, b());
+    const int64_t first_row = first_block * kBackwardBlockN + n_begin;
     dk_ = context_.dk == nullptr ? own_dk_ : context_.dk + first_row * x_.ldd;
     dv_ = context_.dv == nullptr ? own_dv_ : context_.dv + first_row * x_.ldv;
     if (context_.group_head == 0) {
@@ -192,6 +203,7 @@ class KeyRange {
   Arena arena_;
   const BackwardScratch<Arithmetic> x_;
   BackwardTile<Arithmetic> tiles_;
+  const int64_t m_blocks_, n_blocks_;  // of this sequence
   Acc *own_dq_, *own_dk_, *own_dv_;
   uint8_t* packed_;  // (query_blocks): which of them are
   Acc *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
@@ -214,6 +226,8 @@ void reduce_dq_task(const void* context, int64_t index, void* scratch) {
   const ForwardParams& p = c.params.forward;
   const int64_t block = index % c.m_blocks, head = index / c.m_blocks;
   const int64_t b = head / p.num_heads_k, h = head % p.num_heads_k * c.group_size() + c.group_head;
+  const SequenceInfo sequence = sequence_info(p, b);
+  if (block * c.ldm >= sequence.seqlen_q_padded) return;  // other sequences are longer
   Acc* sums = c.dq + head * c.splits * c.dq_size();
   const int64_t size = c.ldd * c.ldm;
   for (int64_t split = 1; split < c.splits; ++split) {
@@ -224,7 +238,7 @@ void reduce_dq_task(const void* context, int64_t index, void* scratch) {
   }
   Arena arena(scratch);
   const BackwardScratch<Arithmetic> x(p, 1, arena);
-  const BackwardTile<Arithmetic> tiles(c.params, c.statistics, sequence_info(p, b), b, h, x);
+  const BackwardTile<Arithmetic> tiles(c.params, c.statistics, sequence, b, h, x);
   KeyRange<Arithmetic>::store_dq(tiles, x, block, sums);
 }
 
@@ -269,7 +283,7 @@ void run_keys(BackwardContext<Arithmetic>& context) {
   const ForwardParams& p = params.forward;
   const int64_t heads = p.batch * p.num_heads_k;
   const bool reduce = context.splits > 1 && params.dq.data != nullptr, group = context.group_size() > 1;
-  const int64_t keys = group ? heads * context.n_blocks * kBackwardBlockN : 0;
+  const int64_t keys = group ? p.num_heads_k * context.key_blocks() * kBackwardBlockN : 0;
   const Buffer dq(reduce ? heads * context.splits * context.dq_size() * int64_t(sizeof(Acc)) : 0);
   const Buffer dk(keys * context.ldd * int64_t(sizeof(Acc))), dv(keys * context.ldv * int64_t(sizeof(Acc)));
   const Buffer slopes(p.batch * p.num_heads * context.splits * int64_t(sizeof(double)));
@@ -291,7 +305,7 @@ void run(const BackwardParams& params) {
   clear_unused_rows(p, params.dq, false, p.num_heads, p.head_dim);
   clear_unused_rows(p, params.dk, true, p.num_heads_k, p.head_dim);
   clear_unused_rows(p, params.dv, true, p.num_heads_k, p.head_dim_v);
-  const int64_t rows = p.batch * p.num_heads * p.seqlen_q;
+  const int64_t rows = p.num_heads * p.total_q;
   const Buffer lse(rows * int64_t(sizeof(Acc))), delta(rows * int64_t(sizeof(Acc)));
   const RowStatistics<Acc> statistics{static_cast<Acc*>(lse.data()), static_cast<Acc*>(delta.data())};
   const RowStatisticsContext<Acc> rows_context{params, statistics};

@@ -10,11 +10,16 @@
 namespace flash_attn::cpu {
 namespace {  // see isa.h
 
-/// lse and delta = sum(dout * out) - dlse, (batch, num_heads, seqlen_q). lse is +inf where a row sees nothing: P is 0.
+/// lse and delta = sum(dout * out) - dlse, (num_heads, total_q). lse is +inf where a row sees nothing: P is 0.
 template <typename T>
 struct RowStatistics {
   T *lse, *delta;
 };
+
+/// Where the rows of head h of sequence b start in there.
+inline int64_t first_row_statistic(const ForwardParams& p, const SequenceInfo& sequence, int64_t b, int64_t h) {
+  return h * p.total_q + (p.is_varlen_q() ? sequence.q_row : b * p.seqlen_q);
+}
 
 /// A block of query rows, packed.
 template <typename Arithmetic>
@@ -104,7 +109,8 @@ class BackwardTile {
         k_head(h / p.group_size()),
         keep_scale(p.dropout_p > 0.0 ? Acc(make_dropout(p.rng_state, p.dropout_p).scale) : Acc(1)),
         x(scratch),
-        statistics_(statistics) {}
+        lse_(statistics.lse + first_row_statistic(p, sequence, b, h)),
+        delta_(statistics.delta + first_row_statistic(p, sequence, b, h)) {}
 
   /// Element (row, head, 0) of this sequence; `row` counts from its start, `first` is that start in the tensor.
   void* at(const TensorView& t, int64_t head, int64_t first, int64_t row) const {
@@ -114,7 +120,7 @@ class BackwardTile {
   void* k_row(const TensorView& t, int64_t row) const { return at(t, k_head, rules.sequence.k_row, row); }
 
   /// lse of the rows from m_begin on
-  const Acc* row_lse(int64_t m_begin) const { return statistics_.lse + rules.batch_head * p.seqlen_q + m_begin; }
+  const Acc* row_lse(int64_t m_begin) const { return lse_ + m_begin; }
 
   void load_keys(int64_t n_begin, int64_t columns) {
     const Rows k{k_row(p.k, n_begin), p.dtype, p.k.row, columns, p.head_dim};
@@ -128,7 +134,7 @@ class BackwardTile {
   /// Rows that see nothing at all are read as 0, whatever q and dout hold there.
   void load_queries(int64_t m_begin, int64_t rows, const QueryBlock<Arithmetic>& block) {
     const Acc* lse = row_lse(m_begin);
-    const Acc* delta = statistics_.delta + rules.batch_head * p.seqlen_q + m_begin;
+    const Acc* delta = delta_ + m_begin;
     for (int64_t lane = 0; lane < x.ldm; ++lane) {
       block.lse[lane] = lane < rows ? lse[lane] : kInfinity<Acc>;
       block.delta[lane] = lane < rows ? delta[lane] : Acc(0);
@@ -242,7 +248,7 @@ class BackwardTile {
     return total;
   }
 
-  const RowStatistics<Acc>& statistics_;
+  const Acc *lse_, *delta_;  // (seqlen_q)
 };
 
 }  // namespace

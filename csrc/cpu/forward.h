@@ -142,6 +142,7 @@ class ForwardTask {
 
   /// Row blocks from `m_block` on.
   void run(int64_t m_block) {
+    if (m_block * x_.ldm >= rules_.sequence.seqlen_q_padded) return;  // other sequences are longer
     for (int64_t i = 0; i < x_.row_blocks; ++i) start(x_.rows[i], (m_block + i) * x_.ldm);
     process_columns({0, rules_.sequence.seqlen_k});
     for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);

@@ -33,9 +33,10 @@ void row_statistics_task(const void* context, int64_t index, void*) {
   const ForwardParams& p = params.forward;
   const int64_t b = index / p.num_heads, h = index % p.num_heads;
   const SequenceInfo sequence = sequence_info(p, b);
+  const int64_t first = first_row_statistic(p, sequence, b, h);
   with_storage<T>(p.dtype, [&](auto type) {
     for (int64_t row = 0; row < sequence.seqlen_q; ++row) {
-      const int64_t at = sequence.q_row + row, i = index * p.seqlen_q + row;
+      const int64_t at = sequence.q_row + row, i = first + row;
       const T lse = static_cast<const T*>(p.lse.data)[b * p.lse.batch + h * p.lse.head + at * p.lse.row];
       const bool empty = lse == -kInfinity<T>;
       statistics.lse[i] = empty ? kInfinity<T> : lse;
@@ -63,9 +64,9 @@ void sink_gradient_task(const void* context, int64_t index, void*) {
   const double sink = double(static_cast<const T*>(p.sinks)[index]);
   double sum = 0.0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t first = (b * p.num_heads + index) * p.seqlen_q;
-    const int64_t rows = sequence_info(p, b).seqlen_q;
-    for (int64_t i = first; i < first + rows; ++i) {
+    const SequenceInfo sequence = sequence_info(p, b);
+    const int64_t first = first_row_statistic(p, sequence, b, index);
+    for (int64_t i = first; i < first + sequence.seqlen_q; ++i) {
       if (statistics.lse[i] == kInfinity<T>) continue;
       sum -= __builtin_exp(sink - double(statistics.lse[i])) * double(statistics.delta[i]);
     }

@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -67,23 +68,27 @@ void check_vector(const char* name, const TensorInfo& tensor, DType dtype, int64
   if (tensor.ndim != 1 || tensor.size[0] != size) {
     refuse(name, " must have shape (", meaning, ") = (", size, ",), but has ", shape_string(tensor));
   }
-  if (size > 1 && tensor.stride[0] != 1) refuse(name, " must be contiguous, but has stride ", tensor.stride[0]);
   check_device(name, tensor, q);
 }
 
-/// cu_seqlens in host memory: nondecreasing, inside the tensor, no sequence over max_seqlen.
-void check_lengths(const char* name, const int32_t* cu_seqlens, int64_t batch, int64_t total, int64_t max_seqlen) {
+/// cu_seqlens_q or cu_seqlens_k in host memory: from 0 on, nondecreasing, inside the tensor, no sequence over
+/// max_seqlen. Rows behind the last sequence are allowed. Returns the longest.
+int64_t check_lengths(const char* side, const int32_t* cu_seqlens, int64_t batch, int64_t total, int64_t max_seqlen) {
+  if (cu_seqlens[0] != 0) refuse("cu_seqlens_", side, " must start with 0, but starts with ", cu_seqlens[0]);
+  int64_t longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
-    if (begin < 0 || end < begin || end > total) {
-      refuse(name, " must not decrease and lie in [0, ", total, "], but entries ", b, " and ", b + 1, " are ", begin,
-             " and ", end);
+    if (end < begin || end > total) {
+      refuse("cu_seqlens_", side, " must not decrease and lie in [0, ", total, "], but entries ", b, " and ", b + 1,
+             " are ", begin, " and ", end);
     }
     if (end - begin > max_seqlen) {
-      refuse("max_seqlen for ", name, " must be at least the longest sequence, but is ", max_seqlen, " and sequence ",
-             b, " has ", end - begin);
+      refuse("max_seqlen_", side, " must be at least the longest sequence, but is ", max_seqlen, " and sequence ", b,
+             " has ", end - begin);
     }
+    longest = std::max(longest, end - begin);
   }
+  return longest;
 }
 
 void check_used(const char* name, const int32_t* used, const int32_t* cu_seqlens, int64_t batch, int64_t seqlen) {
@@ -107,8 +112,8 @@ void fill_lengths(const Arguments& a, ForwardParams& p, bool read_lengths) {
   p.seqused_q = vector("seqused_q", a.seqused_q, p.batch, "batch");
   p.seqused_k = vector("seqused_k", a.seqused_k, p.batch, "batch");
   if (p.device != DeviceType::kCPU || !read_lengths) return;
-  if (p.cu_seqlens_q != nullptr) check_lengths("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, p.seqlen_q);
-  if (p.cu_seqlens_k != nullptr) check_lengths("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, p.seqlen_k);
+  if (p.is_varlen_q()) p.seqlen_q = check_lengths("q", p.cu_seqlens_q, p.batch, p.total_q, a.max_seqlen_q);
+  if (p.is_varlen_k()) p.seqlen_k = check_lengths("k", p.cu_seqlens_k, p.batch, p.total_k, a.max_seqlen_k);
   if (p.seqused_q != nullptr) check_used("seqused_q", p.seqused_q, p.cu_seqlens_q, p.batch, p.seqlen_q);
   if (p.seqused_k != nullptr) check_used("seqused_k", p.seqused_k, p.cu_seqlens_k, p.batch, p.seqlen_k);
 }
@@ -119,7 +124,8 @@ void fill_mask(const Arguments& a, ForwardParams& p) {
   if (mask.dtype != DType::kBool && mask.dtype != p.dtype && mask.dtype != DType::kFloat32) {
     refuse("attn_mask must be bool, float32 or q's dtype (", dtype_name(p.dtype), "), but is ", dtype_name(mask.dtype));
   }
-  const int64_t full[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+  const int64_t full[4] = {p.batch, p.num_heads, p.is_varlen_q() ? a.max_seqlen_q : p.seqlen_q,
+                           p.is_varlen_k() ? a.max_seqlen_k : p.seqlen_k};
   bool fits = mask.ndim == 4;
   for (int i = 0; fits && i < 4; ++i) fits = mask.size[i] == full[i] || mask.size[i] == 1;
   if (!fits) {
@@ -251,8 +257,9 @@ ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
   }
   p.num_heads = q.heads;
   p.num_heads_k = k.heads;
-  p.seqlen_q = packed_q ? a.max_seqlen_q : q.rows;
-  p.seqlen_k = packed_k ? a.max_seqlen_k : k.rows;
+  // max_seqlen is a bound, and may be a careless one: no sequence is longer than all together.
+  p.seqlen_q = packed_q ? std::min(a.max_seqlen_q, q.rows) : q.rows;
+  p.seqlen_k = packed_k ? std::min(a.max_seqlen_k, k.rows) : k.rows;
   p.total_q = packed_q ? q.rows : p.batch * q.rows;
   p.total_k = packed_k ? k.rows : p.batch * k.rows;
   p.head_dim = q.columns;

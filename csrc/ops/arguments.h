@@ -25,7 +25,7 @@ struct Arguments {
   std::optional<TensorInfo> cu_seqlens_q, cu_seqlens_k;  // (batch + 1)
   std::optional<TensorInfo> seqused_q, seqused_k;        // (batch)
   std::optional<TensorInfo> rng_state;                   // (2)
-  int64_t max_seqlen_q = 0, max_seqlen_k = 0;            // read with cu_seqlens only
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;            // bounds, read with cu_seqlens only
   std::optional<double> softmax_scale;                   // 1 / sqrt(head_dim)
   int64_t causal = 0;
   int64_t window_left = -1, window_right = -1;
@@ -66,8 +66,8 @@ struct Arguments {
   }
 };
 
-/// Checks everything and fills all but out, lse and workspace. Lengths in cu_seqlens and seqused are checked too when
-/// they are in host memory and `read_lengths` is true.
+/// Checks everything and fills all but out, lse and workspace. Small tensors of one dimension are taken as contiguous.
+/// Lengths in cu_seqlens and seqused are checked too when they are in host memory and `read_lengths` is true.
 FLASH_ATTN_EXPORT ForwardParams make_forward_params(const Arguments& arguments, bool read_lengths = true);
 
 /// What backward takes beside the arguments of forward.

@@ -4,6 +4,13 @@
 
 namespace flash_attn {
 
+namespace {
+
+TensorInfo& given(TensorInfo& info) { return info; }
+TensorInfo& given(std::optional<TensorInfo>& info) { return *info; }
+
+}  // namespace
+
 void Inputs::take_tensors(Stack& stack) {
   OptionalTensor* tensor = tensors_.data();
   arguments_.for_each_tensor([&](const char*, const auto& info) {
@@ -22,15 +29,18 @@ void Inputs::take_options(Stack& stack) {
 }
 
 void Inputs::describe() {
-  const OptionalTensor* tensor = tensors_.data();
+  OptionalTensor* tensor = tensors_.data();
   arguments_.for_each_tensor([&](const char* name, auto& info) {
     if (*tensor) info = info_of(**tensor, name);
     ++tensor;
   });
   q_given_ = arguments_.q, k_given_ = arguments_.k, v_given_ = arguments_.v;
-  make_unit_stride(*tensors_[0], arguments_.q, "q");
-  make_unit_stride(*tensors_[1], arguments_.k, "k");
-  make_unit_stride(*tensors_[2], arguments_.v, "v");
+  const void* const mask = &arguments_.attn_mask;  // is large, and read by its strides
+  tensor = tensors_.data();
+  arguments_.for_each_tensor([&](const char* name, auto& info) {
+    if (*tensor && &info != mask) make_unit_stride(**tensor, given(info), name);
+    ++tensor;
+  });
 }
 
 }  // namespace flash_attn

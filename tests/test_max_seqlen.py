@@ -1,0 +1,99 @@
+"""max_seqlen is a bound on the sequences and nothing else: results, time and memory are those of the sequences."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from flash_attn.torch_op import attention as ops
+from flash_attn.torch_op.arguments import Options
+
+LENGTHS = [100, 37, 0, 64]
+CARELESS = 1 << 20
+
+
+def _gradients(max_seqlen: int, heads_k: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    total = int(starts[-1]) + 5
+    q = torch.randn(total, 4, 16, requires_grad=True)
+    k, v = (torch.randn(total, heads_k, 16, requires_grad=True) for _ in range(2))
+    out, lse = ops.attention(
+        q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen
+    )
+    return [out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize("heads_k", [4, 1])
+def test_results_do_not_depend_on_it(heads_k: int) -> None:
+    for close, careless in zip(_gradients(max(LENGTHS), heads_k), _gradients(CARELESS, heads_k), strict=True):
+        assert torch.equal(close, careless)
+
+
+# An address space that has no room for batch * the bound, nor for batch * the longest sequence.
+_PROGRAM = """
+    import resource
+    import torch
+    from flash_attn.torch_op import attention as ops
+
+    def train(lengths, max_seqlen):
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        total = int(starts[-1])
+        q = torch.randn(total, 4, 64, requires_grad=True)
+        k, v = (torch.randn(total, 2, 64, requires_grad=True) for _ in range(2))
+        out, _ = ops.attention(
+            q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+            window_left=16, window_right=16,
+        )
+        out.sum().backward()
+
+    torch.set_num_threads(1)
+    train([100] * 4, 100)  # threads, libraries
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), used + (160 << 20)))
+    train([100] * 64, 1 << 20)
+    train([8192] + [10] * 200, 1 << 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_on_the_cpu_is_the_sequences() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_PROGRAM)], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+_C = importlib.import_module("flash_attn._C")
+
+
+@pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels")
+@pytest.mark.parametrize("device", [(90, 132, 232448, 60 << 20), (80, 108, 166912, 40 << 20)], ids=["H200", "A100"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim, heads_k", [(64, 8), (128, 2), (256, 8)])
+@pytest.mark.parametrize("window_right", [-1, 0])
+def test_workspace_does_not_depend_on_it(
+    device: tuple[int, int, int, int], dtype: str, head_dim: int, heads_k: int, window_right: int
+) -> None:
+    def plan(max_seqlen: int) -> dict[str, Any]:
+        def tensor(heads: int) -> tuple[int, str, int, list[int], list[int]]:
+            return (1 << 20, dtype, 0, [6400, heads, head_dim], [heads * head_dim, head_dim, 1])
+
+        starts = (1 << 20, "int32", 0, [65], [1])
+        tensors = {"q": tensor(8), "k": tensor(heads_k), "v": tensor(heads_k)}
+        options = Options(max_seqlen, max_seqlen, None, 0, -1, window_right, 0.0, 0.0, False, False)
+        packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        return _C.plan(tensors | packed, options._asdict(), [True] * 3 + [False] * 3, device)
+
+    close, total = plan(100), plan(6400)
+    assert plan(CARELESS) == total  # no sequence is longer than all together
+    for way in ("forward", "backward"):  # the choice of tile and of flags may follow what is known of the lengths
+        assert close[way]["family"] == total[way]["family"]
+        assert close[way]["workspace_bytes"] == pytest.approx(total[way]["workspace_bytes"], rel=1e-3)
