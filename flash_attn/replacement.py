@@ -28,6 +28,8 @@ from .torch_op.private import (
     torch_sdpa,
 )
 
+_OURS, _TORCHS, _BEFORE = range(3)
+
 _lock = threading.Lock()
 _process_wide = 0  # how many replacements hold for the whole process
 _usual_priority = sdp_priority()
@@ -45,7 +47,10 @@ class _Layer:
         self.function.layer = self
 
 
-def _standing_over(before: Callable[..., Tensor], layer: _Layer) -> Callable[..., Tensor]:
+def _standing_over(before: Callable[..., Tensor], layer: _Layer | None = None) -> Callable[..., Tensor]:
+    """Runs ours where it is replaced, and `before` elsewhere. Without a layer, ours always."""
+    always = layer is None
+
     def scaled_dot_product_attention(
         query: Tensor,
         key: Tensor,
@@ -57,60 +62,49 @@ def _standing_over(before: Callable[..., Tensor], layer: _Layer) -> Callable[...
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        traced = torch.compiler.is_compiling()
-        if _is_wanted_in_trace() if traced else (_process_wide or any_is_open()):
-            return _attend(
-                scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        runs = _choose(always)
+        if runs == _OURS:
+            if has_torch_function((query, key, value, attn_mask)):
+                given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                # Who looks out for torch's function compares with what stands in its place, not with ours.
+                return sdpa.overridden(scaled_dot_product_attention, given)
+            return sdpa.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if not traced and layer.needed == 0:
+        given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if runs == _TORCHS:
+            return sdpa.call_torch(given)
+        if not (torch.compiler.is_compiling() or layer is None or layer.needed):
             _put_back()
-        if is_causal_bias(attn_mask):  # it compares with what stands in F
-            given = (query, key, value, attn_mask)
-            dispatch: Any = handle_torch_function
-            function: Callable[..., Tensor] = functools.partial(dispatch, scaled_dot_product_attention, given)
-        else:
-            function = before
-        result: Tensor = function(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return result
+        return _call_before(before, scaled_dot_product_attention, given)
 
     scaled_dot_product_attention.__doc__ = sdpa.scaled_dot_product_attention.__doc__
     scaled_dot_product_attention.__qualname__ = scaled_dot_product_attention.__name__
     return scaled_dot_product_attention
 
 
-def _attend(
-    function: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    torchs = _torchs_is_asked_for_in_trace() if torch.compiler.is_compiling() else _torchs_is_asked_for()
-    if torchs:
-        return sdpa.call_torch(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
-    if has_torch_function((query, key, value, attn_mask)):
-        # Who looks out for torch's function compares with what stands in its place, not with ours.
-        return sdpa.overridden(
-            function, Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        )
-    return sdpa.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+def _call_before(before: Callable[..., Tensor], standing: Callable[..., Tensor], given: Arguments) -> Tensor:
+    if is_causal_bias(given.attn_mask):  # it compares with what stands in F
+        dispatch: Any = handle_torch_function
+        before = functools.partial(dispatch, standing, given[:4])
+    return before(*given[:6], scale=given.scale, enable_gqa=given.enable_gqa)
 
 
-def _torchs_is_asked_for() -> bool:
-    """By `sdpa_kernel` for another kernel than FLASH_ATTENTION, since comparisons with those must stay true, or by
-    `torch.jit.trace`, since what it records must be known wherever it is loaded."""
-    if not flash_sdp_enabled() or jit_is_tracing():
-        return True
+@constant_when_traced  # Dynamo can look neither into context variables nor behind locks
+def _choose(always: bool) -> int:
+    if not (_process_wide or any_is_open() or always):
+        return _BEFORE
+    # Comparisons with the kernels that `sdpa_kernel` asks for must stay true, and what torch.jit.trace and the ONNX
+    # exporters record must be known wherever it is loaded.
+    if not flash_sdp_enabled() or jit_is_tracing() or _exports_to_onnx():
+        return _TORCHS
     priority = sdp_priority()
-    return priority != _usual_priority and not _flash_comes_first(priority)
+    return _OURS if priority == _usual_priority or _flash_comes_first(priority) else _TORCHS
+
+
+def _exports_to_onnx() -> bool:
+    onnx: Any = sys.modules.get("torch.onnx")  # nobody exports who has not loaded it
+    return onnx is not None and torch.compiler.is_compiling() and bool(onnx.is_in_onnx_export())
 
 
 def _flash_comes_first(priority: list[int]) -> bool:
@@ -125,25 +119,7 @@ def _flash_comes_first(priority: list[int]) -> bool:
     return next((backend for backend in priority if enabled.get(backend)), flash) == flash
 
 
-@constant_when_traced
-def _is_wanted_in_trace() -> bool:
-    return _process_wide > 0 or any_is_open()
-
-
-@constant_when_traced
-def _torchs_is_asked_for_in_trace() -> bool:
-    """By the ONNX exporter too, which knows no op of ours."""
-    onnx: Any = sys.modules.get("torch.onnx")  # nobody exports who has not loaded it
-    return _torchs_is_asked_for() or (onnx is not None and onnx.is_in_onnx_export())
-
-
-def _in_traced_block(*args: Any, **kwargs: Any) -> Tensor:
-    """Stands in F where Dynamo traces a block: it can look neither into context variables nor behind locks."""
-    return _attend(_in_traced_block, *args, **kwargs)
-
-
-_in_traced_block.__name__ = "scaled_dot_product_attention"
-
+_in_traced_block = _standing_over(torch_sdpa)
 _lowest = _Layer(torch_sdpa)
 scaled_dot_product_attention = _lowest.function  # by this name it is pickled
 register_as_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")
