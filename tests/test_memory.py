@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from flash_attn import scaled_dot_product_attention
+from flash_attn.torch_op import attention as ops
+from flash_attn.torch_op.arguments import Options
+from flash_attn.torch_op.library import backward_op
 
 _PROGRAM = """
     import torch
@@ -54,3 +57,21 @@ def test_cuda_memory_is_linear() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(16384) < 2.2 * peak(8192)
+
+
+def test_scratch_that_cannot_be_had_says_so_in_torchs_words() -> None:
+    rows = 1 << 46  # of stride 0: only the scratch memory for their statistics would need so much
+    q, k, v = (torch.zeros(1, 1, 1, 8) for _ in range(3))
+    q, lse = q.expand(1, rows, 1, 8), torch.zeros(1, 1, 1).expand(1, 1, rows)
+    needs = [False, False, True, False, False, False]
+    options = Options(rows, 1, None, 0, -1, -1, 0.0, 0.0, False, False)
+    with pytest.raises(RuntimeError, match=f"DefaultCPUAllocator: can't allocate memory.* {4 * rows} bytes") as error:
+        backward_op(q, None, q, k, v, *(None,) * 8, q, lse, needs, *options)
+    assert type(error.value) is RuntimeError
+
+
+def test_results_that_cannot_be_had_say_so_in_torchs_words() -> None:
+    rows = 1 << 46
+    q, k = torch.zeros(1, 1, 1, 8).expand(1, rows, 1, 8), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(RuntimeError, match=f"DefaultCPUAllocator: can't allocate memory.* {32 * rows} bytes"):
+        ops.attention(q, k, k)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from flash_attn.torch_op import attention as ops
+from flash_attn.torch_op.library import dense_strides_like
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -62,3 +64,27 @@ def test_expanded_sinks_slopes_and_lengths(device: str) -> None:
     expected_out, expected_lse = ops.attention(q, q, q, **{name: x.contiguous() for name, x in small.items()})
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(2, 1, 5, 8), (1, 3, 5, 8), (2, 3, 1, 8), (1, 1, 5, 8), (1, 1, 1, 8), (2, 3, 5, 8)])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_out_is_dense_as_torch_empty_like_makes_it(order: tuple[int, ...], sizes: tuple[int, ...], device: str) -> None:
+    axes = [order.index(i) for i in range(3)]
+    q = torch.randn(sizes, device=device).permute(*order, 3).contiguous().permute(*axes, 3).expand(2, 3, 5, 8)
+    k = torch.randn(2, 3, 5, 8, device=device)
+    out, _ = ops.attention(q, k, k, heads_first=True)
+    assert out.stride() == torch.empty_like(q).stride()
+    assert dense_strides_like(q, 8) == list(out.stride())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copy_on_write_tensors_stay_lazy(device: str) -> None:
+    arguments = _arguments(device)
+    leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
+    lazy = {name: torch._lazy_clone(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    out, _ = ops.attention(**lazy)
+    grad = torch._lazy_clone(torch.randn_like(out))
+    torch.autograd.grad(out, leaves, grad)
+    tensors = {name: x for name, x in lazy.items() if isinstance(x, torch.Tensor)} | {"grad": grad}
+    assert [name for name, x in tensors.items() if not torch._C._is_cow_tensor(x)] == []

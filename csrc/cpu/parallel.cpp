@@ -6,6 +6,8 @@
 #include <atomic>
 #include <new>
 
+#include "../out_of_memory.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -15,7 +17,8 @@ namespace flash_attn::cpu {
 constexpr uintptr_t kHugePage = 2 << 20;
 
 Buffer::Buffer(int64_t bytes)
-    : data_(::operator new(size_t(std::max<int64_t>(bytes, 1)), std::align_val_t(kCacheLine))) {
+    : data_(::operator new(size_t(std::max<int64_t>(bytes, 1)), std::align_val_t(kCacheLine), std::nothrow)) {
+  if (data_ == nullptr) throw_out_of_memory(DeviceType::kCPU, double(bytes), "scratch memory");
 #if defined(__linux__)
   // Fresh memory comes page by page, each with a fault: huge pages make that 512 times rarer. Only advice, so its
   // result does not matter.

@@ -9,7 +9,7 @@ namespace flash_attn::cpu {
 
 constexpr int64_t kCacheLine = 64;
 
-/// Uninitialised memory, aligned to a cache line. Throws std::bad_alloc.
+/// Uninitialised memory, aligned to a cache line. Throws when there is none.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes);

@@ -99,7 +99,7 @@ struct Gradients {
 
   /// To the caller's dtype.
   void convert_dmask(const Arguments& arguments) {
-    if (dmask) dmask = converted(*dmask, arguments.attn_mask->dtype);
+    if (dmask) dmask = converted(*dmask, arguments.attn_mask->dtype, "the gradient of attn_mask");
   }
 
   void zero() {

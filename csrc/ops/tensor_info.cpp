@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <utility>
 
 #include "refuse.h"
 
@@ -44,17 +45,21 @@ RowView row_view(const TensorInfo& tensor) {
 }
 
 void dense_strides_like(const TensorInfo& like, int64_t last, int64_t* strides) {
-  int order[TensorInfo::kMaxDims];  // outermost first
+  int order[TensorInfo::kMaxDims];  // innermost first
   const int outer = like.ndim - 1;
-  for (int i = 0; i < outer; ++i) order[i] = i;
-  const auto broadcast = [&](int i) { return like.stride[i] == 0 && like.size[i] > 1; };
-  std::stable_sort(order, order + outer, [&](int a, int b) {
-    if (broadcast(a) != broadcast(b)) return broadcast(a);
-    return like.stride[a] > like.stride[b];
-  });
+  for (int i = 0; i < outer; ++i) order[i] = outer - 1 - i;
+  for (int i = 1; i < outer; ++i) {
+    for (int own = i, j = i - 1; j >= 0; --j) {
+      const int64_t inner = like.stride[order[j]], stride = like.stride[order[own]];
+      if (inner == 0 || stride == 0) continue;
+      if (inner <= stride) break;
+      std::swap(order[j], order[own]);
+      own = j;
+    }
+  }
   strides[outer] = 1;
   int64_t next = std::max<int64_t>(last, 1);
-  for (int i = outer - 1; i >= 0; --i) {
+  for (int i = 0; i < outer; ++i) {
     strides[order[i]] = next;
     next *= std::max<int64_t>(like.size[order[i]], 1);
   }

@@ -34,7 +34,8 @@ FLASH_ATTN_EXPORT TensorView tensor_view(const TensorInfo& tensor, bool heads_fi
 RowView row_view(const TensorInfo& tensor);
 
 /// Strides of a dense tensor with the sizes of `like`, but `last` columns, whose dimensions lie in memory in the order
-/// of `like`'s; the last one is always contiguous, and broadcast ones (stride 0) are outermost.
+/// of `like`'s. The last one is always contiguous; those of stride 0, which have no place of their own, stay between
+/// their neighbours, as with torch.empty_like.
 FLASH_ATTN_EXPORT void dense_strides_like(const TensorInfo& like, int64_t last, int64_t* strides);
 
 }  // namespace flash_attn

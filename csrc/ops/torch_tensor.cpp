@@ -4,9 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <stdexcept>
 
+#include "../out_of_memory.h"
 #include "refuse.h"
 
 namespace flash_attn {
@@ -28,25 +27,19 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-ScalarType scalar_type(DType dtype) {
+int32_t shim_dtype(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat16: return ScalarType::Half;
-    case DType::kBool: return ScalarType::Bool;
-    case DType::kInt32: return ScalarType::Int;
-    case DType::kInt64: return ScalarType::Long;
-    default: return ScalarType::Byte;
+    case DType::kFloat64: return aoti_torch_dtype_float64();
+    case DType::kFloat32: return aoti_torch_dtype_float32();
+    case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
+    case DType::kFloat16: return aoti_torch_dtype_float16();
+    case DType::kBool: return aoti_torch_dtype_bool();
+    case DType::kInt32: return aoti_torch_dtype_int32();
+    case DType::kInt64: return aoti_torch_dtype_int64();
+    default: return aoti_torch_dtype_uint8();
   }
 }
 
-/// As torch's C functions take it.
-int32_t shim_dtype(DType dtype) {
-  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type(dtype)));
-}
-
-/// A new tensor. When memory runs out the text starts with "CUDA out of memory": Python raises torch.OutOfMemoryError.
 Tensor empty_strided(int ndim, const int64_t* sizes, const int64_t* strides, DType dtype, const TensorInfo& like,
                      const char* name) {
   AtenTensorHandle handle = nullptr;
@@ -56,10 +49,7 @@ Tensor empty_strided(int ndim, const int64_t* sizes, const int64_t* strides, DTy
                                &handle) != 0) {
     double bytes = size_of(dtype);
     for (int i = 0; i < ndim; ++i) bytes *= double(sizes[i]);
-    char text[200];
-    std::snprintf(text, sizeof(text), "%s out of memory: flash_attn could not allocate %.1f MiB for %s",
-                  on_cpu ? "CPU" : "CUDA", bytes / (1 << 20), name);
-    throw std::runtime_error(text);
+    throw_out_of_memory(like.device, bytes, name);
   }
   return Tensor(handle);
 }
@@ -75,7 +65,8 @@ TensorInfo info_of(const Tensor& tensor, const char* name) {
     info.size[i] = sizes[i];
     info.stride[i] = strides[i];
   }
-  info.data = tensor.data_ptr();
+  // What came in is only read, so a copy-on-write tensor may stay one; what is written is our own.
+  info.data = const_cast<void*>(tensor.const_data_ptr());
   info.dtype = dtype_of(tensor);
   if (tensor.is_cpu()) {
     info.device = DeviceType::kCPU;
@@ -91,12 +82,18 @@ TensorInfo info_of(const Tensor& tensor, const char* name) {
 void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name) {
   const int last = info.ndim - 1;
   if (last < 0 || info.size[last] <= 1 || info.stride[last] == 1) return;
-  tensor = torch::stable::contiguous(tensor);
+  Tensor copy = empty_like_dense(info, info.size[last], name);
+  torch::stable::copy_(copy, tensor);
+  tensor = copy;
   info = info_of(tensor, name);
 }
 
-Tensor converted(const Tensor& tensor, DType dtype) {
-  return dtype_of(tensor) == dtype ? tensor : torch::stable::to(tensor, scalar_type(dtype));
+Tensor converted(const Tensor& tensor, DType dtype, const char* name) {
+  const TensorInfo info = info_of(tensor, name);
+  if (info.dtype == dtype) return tensor;
+  Tensor result = empty_contiguous(info.ndim, info.size, dtype, info, name);
+  torch::stable::copy_(result, tensor);
+  return result;
 }
 
 Tensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name) {

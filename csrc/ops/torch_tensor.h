@@ -18,8 +18,8 @@ TensorInfo info_of(const Tensor& tensor, const char* name);
 /// Kernels read rows: a tensor whose last dimension is not contiguous is replaced by a copy, and described anew.
 void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name);
 
-/// The tensor itself where it has that dtype.
-Tensor converted(const Tensor& tensor, DType dtype);
+/// Contiguous. The tensor itself where it has that dtype.
+Tensor converted(const Tensor& tensor, DType dtype, const char* name);
 
 /// Uninitialised, on the device of `like`, with its sizes but `last` columns, dense, in its memory order. Throws when
 /// memory runs out, with what `name` says was to be stored.

@@ -50,14 +50,23 @@ def registrations() -> torch.library.Library:
 
 def dense_strides_like(like: Tensor, last: int) -> list[int]:
     """Strides of a dense tensor of `like`'s sizes but `last` columns, in its memory order (csrc/ops/tensor_info.h)."""
-    outer, sizes, strides = range(like.dim() - 1), like.shape, list(like.stride())
+    sizes, strides = like.shape, list(like.stride())
     if not all(is_known(n) for n in (*sizes, *strides)):
         strides = [typical_value(n) for n in strides]
-    broadcast = [strides[i] == 0 and typical_value(sizes[i]) > 1 for i in outer]
-    order = sorted(outer, key=lambda i: (not broadcast[i], -strides[i]))
+    order = list(reversed(range(like.dim() - 1)))  # innermost first, sorted as torch.empty_like sorts
+    for i in range(1, len(order)):
+        own = i
+        for j in reversed(range(i)):
+            inner, stride = strides[order[j]], strides[order[own]]
+            if inner == 0 or stride == 0:
+                continue
+            if inner <= stride:
+                break
+            order[j], order[own] = order[own], order[j]
+            own = j
     dense = [1] * like.dim()
     step = torch.sym_max(last, 1)
-    for i in reversed(order):
+    for i in order:
         dense[i] = step
         step = step * torch.sym_max(sizes[i], 1)
     return dense
