@@ -203,6 +203,22 @@ def test_symbolic_numbers_compile_in_one_graph() -> None:
         torch.testing.assert_close(compiled(q, k, factor), attend(q, k, factor))
 
 
+def test_numbers_of_numpy_compile_in_one_graph() -> None:
+    def attend(q: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+        heads = q.transpose(0, 1)[None]
+        return (
+            sdpa(heads, heads, heads, scale=np.float64(0.25)),
+            sdpa(heads, heads, heads, scale=1 / np.sqrt(heads.shape[-1])),
+            flash_attn_func(q[None], q[None], q[None], softcap=np.float64(2.0), window_size=(np.int64(1), None)),
+            flash_attn_varlen_func(q, q, q, starts, starts, np.int64(3), np.int32(3)),
+        )
+
+    torch._dynamo.reset()
+    q = torch.randn(5, 3, 8)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, STARTS), attend(q, STARTS))
+
+
 def test_compiled_code_refuses_a_scale_that_is_differentiated() -> None:
     scale = nn.Parameter(torch.tensor(0.5))
     q = torch.ones(1, 2, 5, 8)

@@ -38,9 +38,16 @@ def number(name: str, x: Any) -> float:
         return x  # type: ignore[return-value]
     if isinstance(x, torch.SymInt):
         return torch.sym_float(x)  # type: ignore[return-value]
+    if _is_traced_numpy(x):
+        return float(x)
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name} must be a number, but is {described(x)}")
     return float(x)
+
+
+def _is_traced_numpy(x: Any) -> bool:
+    """Whether it may be a number of numpy's, which are arrays to Dynamo."""
+    return torch.compiler.is_compiling() and type(x).__module__ == "numpy"
 
 
 def optional_number(name: str, x: Any) -> float | None:
@@ -57,6 +64,8 @@ def integer(name: str, x: Any) -> int:
         return x
     if isinstance(x, torch.SymInt) or (isinstance(x, Tensor) and jit_is_tracing()):  # there sizes are tensors
         return x  # type: ignore[return-value]
+    if _is_traced_numpy(x):
+        return x  # which the op reads: in one graph int(x) cannot be
     if isinstance(x, bool) or not isinstance(x, numbers.Integral):
         raise TypeError(f"{name} must be an int, but is {described(x)}")
     return int(x)
