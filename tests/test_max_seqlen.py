@@ -27,7 +27,10 @@ def _gradients(max_seqlen: int, heads_k: int) -> list[torch.Tensor]:
     out, lse = ops.attention(
         q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen
     )
-    return [out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+    results = [out, lse.mT, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+    for rows, nothing in zip(results, (0, -torch.inf, 0, 0, 0), strict=True):  # behind the last sequence
+        assert torch.equal(rows[-5:], torch.full_like(rows[-5:], nothing))
+    return results
 
 
 @pytest.mark.parametrize("heads_k", [4, 1])

@@ -256,24 +256,16 @@ void store_slopes(const BackwardParams& params, const double* slopes, int64_t sp
   }
 }
 
-/// Rows of a packed gradient that belong to no sequence.
-void clear_unused_rows(const ForwardParams& p, const TensorView& view, bool of_keys, int64_t heads, int64_t columns) {
-  if (view.data == nullptr || (of_keys ? p.cu_seqlens_k : p.cu_seqlens_q) == nullptr) return;
-  for (int64_t b = 0; b <= p.batch; ++b) {
-    int64_t begin = 0, end = of_keys ? p.total_k : p.total_q;
-    if (b > 0) {
-      const SequenceInfo before = sequence_info(p, b - 1);
-      begin = of_keys ? before.k_row + before.seqlen_k_padded : before.q_row + before.seqlen_q_padded;
-    }
-    if (b < p.batch) {
-      const SequenceInfo next = sequence_info(p, b);
-      end = of_keys ? next.k_row : next.q_row;
-    }
-    for (int64_t h = 0; h < heads && begin < end; ++h) {
-      char* row = static_cast<char*>(view.data) + (begin * view.row + h * view.head) * size_of(p.dtype);
-      clear_rows(row, p.dtype, end - begin, columns, view.row);
-    }
-  }
+/// Rows of the packed gradients behind the last sequence.
+void clear_unused_rows(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const auto clear = [&](const TensorView& view, const int32_t* starts, int64_t total, int64_t heads, int64_t columns) {
+    if (view.data == nullptr || starts == nullptr) return;
+    clear_packed_rows(view, p.dtype, starts[p.batch], total, heads, columns);
+  };
+  clear(params.dq, p.cu_seqlens_q, p.total_q, p.num_heads, p.head_dim);
+  clear(params.dk, p.cu_seqlens_k, p.total_k, p.num_heads_k, p.head_dim);
+  clear(params.dv, p.cu_seqlens_k, p.total_k, p.num_heads_k, p.head_dim_v);
 }
 
 template <typename Arithmetic>
@@ -302,9 +294,7 @@ template <typename Arithmetic>
 void run(const BackwardParams& params) {
   using Acc = typename Arithmetic::Acc;
   const ForwardParams& p = params.forward;
-  clear_unused_rows(p, params.dq, false, p.num_heads, p.head_dim);
-  clear_unused_rows(p, params.dk, true, p.num_heads_k, p.head_dim);
-  clear_unused_rows(p, params.dv, true, p.num_heads_k, p.head_dim_v);
+  clear_unused_rows(params);
   const int64_t rows = p.num_heads * p.total_q;
   const Buffer lse(rows * int64_t(sizeof(Acc))), delta(rows * int64_t(sizeof(Acc)));
   const RowStatistics<Acc> statistics{static_cast<Acc*>(lse.data()), static_cast<Acc*>(delta.data())};

@@ -199,5 +199,14 @@ inline void clear_rows(void* dst, DType dtype, int64_t rows, int64_t columns, in
   }
 }
 
+/// The same of all heads of a packed tensor, for its rows [begin, end).
+inline void clear_packed_rows(const TensorView& tensor, DType dtype, int64_t begin, int64_t end, int64_t heads,
+                              int64_t columns) {
+  for (int64_t h = 0; h < heads; ++h) {
+    char* row = static_cast<char*>(tensor.data) + (begin * tensor.row + h * tensor.head) * size_of(dtype);
+    clear_rows(row, dtype, end - begin, columns, tensor.row);
+  }
+}
+
 }  // namespace
 }  // namespace flash_attn::cpu

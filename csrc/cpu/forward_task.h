@@ -1,0 +1,347 @@
+// A task of the forward pass: a few blocks of query rows of one head. It goes over the keys in tiles with the online
+// softmax (Milakov and Gimelshein 2018; Dao et al. 2022), everything transposed: S = K Q^T (columns, rows), O^T += V^T
+// P, so that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they
+// lie. All the task's blocks use a tile of k and v before the next is packed.
+#pragma once
+
+#include "isa.h"
+#include "parallel.h"
+#include "random.h"
+#include "scores.h"
+
+namespace flash_attn::cpu {
+namespace {  // see isa.h
+
+constexpr int64_t kMaxRowBlocks = 4;                    // of a task
+constexpr int64_t kForwardTasks = 32;                   // as many as there should be at least
+constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
+
+/// Query rows [begin, begin + rows) and what the softmax knows of them.
+template <typename Arithmetic>
+struct RowBlock {
+  typename Arithmetic::Operand* q_t;            // (head_dim / pack, ldm)
+  typename Arithmetic::Acc* out_t;              // (head_dim_v, ldm)
+  typename Arithmetic::Acc *row_max, *row_sum;  // (ldm)
+  int64_t begin, rows;
+  Range columns;
+};
+
+template <typename Arithmetic>
+struct ForwardScratch {
+  using Acc = typename Arithmetic::Acc;
+  using Operand = typename Arithmetic::Operand;
+  int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
+  int64_t row_blocks;     // of a task
+  Operand* k;             // (kForwardBlockN, ldk)
+  Operand* v;             // (kForwardBlockN / pack, ldv)
+  Operand* v_clean;       // as v, without the values of dead columns
+  Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
+  Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
+  Acc* bias;              // (kForwardBlockN, ldm)
+  uint8_t* bytes;         // (kForwardBlockN, byte_stride(ldm)): bool mask, then dropout
+  Acc* factor;            // (ldm)
+  uint8_t* dead;          // (kForwardBlockN)
+  RowBlock<Arithmetic> rows[kMaxRowBlocks];
+
+  ForwardScratch(const ForwardParams& params, Arena& arena) {
+    constexpr int W = kLanes<Acc>;
+    constexpr int64_t kPack = Arithmetic::kPack, kN = kForwardBlockN;
+    ldm = max(W, min(kForwardBlockM, round_up(params.seqlen_q, W)));
+    ldk = round_up((params.head_dim + kPack - 1) / kPack, kPadding<Acc>);
+    ldv = round_up(params.head_dim_v, kPadding<Acc>);
+    const int64_t blocks = (params.seqlen_q + ldm - 1) / ldm,
+                  block_bytes = (ldk + ldv) * ldm * int64_t(sizeof(Acc)) + 1;
+    row_blocks =
+        min(min(params.batch * params.num_heads * blocks / kForwardTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
+    row_blocks = max(1, min(row_blocks, blocks));
+    k = arena.take<Operand>((kN + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
+    v = arena.take<Operand>(kN / kPack * ldv);
+    v_clean = params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(kN / kPack * ldv) : nullptr;
+    s = arena.take<Acc>(kN * ldm);
+    p = kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kN / kPack * ldm);
+    bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
+    bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
+    factor = arena.take<Acc>(ldm);
+    dead = arena.take<uint8_t>(kN);
+    for (int64_t i = 0; i < row_blocks; ++i) {
+      rows[i] = {arena.take<Operand>(ldk * ldm),
+                 arena.take<Acc>(ldv * ldm),
+                 arena.take<Acc>(ldm),
+                 arena.take<Acc>(ldm),
+                 0,
+                 0,
+                 {0, 0}};
+    }
+  }
+};
+
+/// Scores become probabilities relative to the new row maxima; `rescale` is what older sums are to be multiplied by.
+/// False: by 1, all of them.
+template <typename T>
+bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row_max, T* row_sum, T* rescale) {
+  constexpr int W = kLanes<T>;
+  IntVec<T> changed{};
+  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += W) {
+    const Vec<T> old_max = load<T>(row_max + lane);
+    Vec<T> partial_max[4] = {old_max, old_max, old_max, old_max};
+    T* column = s + lane;
+    int64_t n = 0;
+    for (; n + 4 <= tile.columns; n += 4) {
+      for (int i = 0; i < 4; ++i) partial_max[i] = max<T>(load<T>(column + (n + i) * ld), partial_max[i]);
+    }
+    for (; n < tile.columns; ++n) partial_max[0] = max<T>(load<T>(column + n * ld), partial_max[0]);
+    const Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
+    const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
+    const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
+    const auto probability = [&](int64_t column_n) {
+      const Vec<T> p = exp2<T>(load<T>(column + column_n * ld) - shift, exponent_scale);
+      store<T>(column + column_n * ld, p);
+      return p;
+    };
+    Vec<T> sum{}, odd_sum{};
+    for (n = 0; n + 2 <= tile.columns; n += 2) {
+      sum += probability(n);
+      odd_sum += probability(n + 1);
+    }
+    if (n < tile.columns) sum += probability(n);
+    store<T>(row_max + lane, new_max);
+    store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + (sum + odd_sum));
+    store<T>(rescale + lane, alpha);
+    changed |= alpha != T(1);
+  }
+  return any_lane<T>(changed);
+}
+
+/// Probabilities (columns, ld) as operands of a sum over columns.
+template <typename Arithmetic>
+void pack_probabilities(const Tile& tile, const typename Arithmetic::Acc* s, typename Arithmetic::Operand* p,
+                        int64_t ld) {
+#if defined(__AVX512BF16__)
+  for (int64_t n = 0; n < tile.columns; n += 2) {
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<float>) {
+      const Vec<float> odd = n + 1 < tile.columns ? load<float>(s + (n + 1) * ld + lane) : Vec<float>{};
+      store_vector(p + n / 2 * ld + lane, interleave(round_to_bfloat16(load<float>(s + n * ld + lane), odd)));
+    }
+  }
+#else
+  (void)tile, (void)s, (void)p, (void)ld;  // they are operands as they are
+#endif
+}
+
+template <typename Arithmetic>
+class ForwardTask {
+ public:
+  using Acc = typename Arithmetic::Acc;
+  using Operand = typename Arithmetic::Operand;
+  static constexpr int kPack = Arithmetic::kPack;
+
+  ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
+      : params_(params), rules_(params, sequence, b, h), b_(b), h_(h), arena_(scratch), x_(params, arena_) {}
+
+  /// Row blocks from `m_block` on.
+  void run(int64_t m_block) {
+    if (m_block * x_.ldm >= rules_.sequence.seqlen_q_padded) return;  // other sequences are longer
+    for (int64_t i = 0; i < x_.row_blocks; ++i) start(x_.rows[i], (m_block + i) * x_.ldm);
+    process_columns({0, rules_.sequence.seqlen_k});
+    for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);
+  }
+
+  /// A row block's columns of one part alone: what the softmax knows of it then, and O^T, go to `partial`.
+  void run_part(int64_t m_block, Range columns, Acc* partial) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    start(block, m_block * x_.ldm);
+    if (block.rows == 0) return;
+    if (columns.begin > 0) forget(block);  // the sink: the first part has seen it
+    process_columns(columns);
+    std::memcpy(partial, block.row_max, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + x_.ldm, block.row_sum, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + 2 * x_.ldm, block.out_t, size_t(params_.head_dim_v * x_.ldm) * sizeof(Acc));
+  }
+
+  /// Puts the parts of a row block together.
+  void combine(int64_t m_block, const Acc* partials, int64_t parts, int64_t partial_size) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    block.begin = m_block * x_.ldm;
+    block.rows = max(0, min(x_.ldm, rules_.sequence.seqlen_q - block.begin));
+    if (block.rows > 0) {
+      forget(block);
+      for (int64_t part = 0; part < parts; ++part) add_part(block, partials + part * partial_size);
+    }
+    finish(block);
+  }
+
+ private:
+  /// The row blocks' part of these columns.
+  void process_columns(Range within) {
+    Range columns{rules_.sequence.seqlen_k, 0};
+    for (int64_t i = 0; i < x_.row_blocks; ++i) {
+      if (x_.rows[i].rows == 0) continue;
+      columns.begin = min(columns.begin, x_.rows[i].columns.begin);
+      columns.end = max(columns.end, x_.rows[i].columns.end);
+    }
+    columns.begin = max(columns.begin, within.begin);
+    columns.end = min(columns.end, within.end);
+    for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
+      const int64_t end = min(n + kForwardBlockN, columns.end);
+      bool loaded = false;
+      for (int64_t i = 0; i < x_.row_blocks; ++i) {
+        Tile tile;
+        if (!make_tile(x_.rows[i], n, end, tile)) continue;
+        if (!loaded) load_keys(n, end - n);
+        loaded = true;
+        process_tile(tile, x_.rows[i], tile.n_begin - n);
+      }
+    }
+  }
+
+  void forget(RowBlock<Arithmetic>& block) {
+    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
+      block.row_max[lane] = -kInfinity<Acc>;
+      block.row_sum[lane] = Acc(0);
+    }
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+  }
+
+  void add_part(RowBlock<Arithmetic>& block, const Acc* partial) {
+    const Acc scale = rules_.exponent_scale;
+    for (int64_t lane = 0; lane < x_.ldm; lane += kLanes<Acc>) {
+      const Vec<Acc> max_own = load<Acc>(block.row_max + lane), max_part = load<Acc>(partial + lane);
+      const Vec<Acc> new_max = max<Acc>(max_part, max_own);
+      const Vec<Acc> shift = new_max == -kInfinity<Acc> ? Vec<Acc>{} : new_max;  // -inf - -inf would be NaN
+      const Vec<Acc> own = exp2<Acc>(max_own - shift, scale), other = exp2<Acc>(max_part - shift, scale);
+      store<Acc>(block.row_max + lane, new_max);
+      store<Acc>(block.row_sum + lane,
+                 load<Acc>(block.row_sum + lane) * own + load<Acc>(partial + x_.ldm + lane) * other);
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * own + load<Acc>(partial + (2 + c) * x_.ldm + lane) * other);
+      }
+    }
+  }
+
+  Rows rows_of(const TensorView& t, int64_t head, int64_t row, int64_t count, int64_t columns) const {
+    const char* data =
+        static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + head * t.head) * size_of(params_.dtype);
+    return {data, params_.dtype, t.row, count, columns};
+  }
+
+  void start(RowBlock<Arithmetic>& block, int64_t begin) {
+    const SequenceInfo& sequence = rules_.sequence;
+    block.begin = begin;
+    block.rows = max(0, min(x_.ldm, sequence.seqlen_q - begin));
+    if (block.rows == 0) return;
+    block.columns = visible_columns(params_, sequence, begin, begin + block.rows);
+    block.columns.begin = max(block.columns.begin, 0);
+    pack_transposed<Arithmetic>(rows_of(params_.q, h_, sequence.q_row + begin, block.rows, params_.head_dim),
+                                round_up(block.rows, kLanes<Acc>), block.q_t, x_.ldm);
+    // A sink is a key without a value: a score the row has seen before any other.
+    const Acc* sinks = static_cast<const Acc*>(params_.sinks);
+    const Acc first_max = sinks != nullptr ? sinks[h_] : -kInfinity<Acc>;
+    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
+      block.row_max[lane] = first_max;
+      block.row_sum[lane] = first_max > -kInfinity<Acc> || first_max != first_max ? Acc(1) : Acc(0);
+    }
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+  }
+
+  /// The block's part of columns [n, end). It starts at a whole operand of v.
+  bool make_tile(const RowBlock<Arithmetic>& block, int64_t n, int64_t end, Tile& tile) const {
+    const int64_t first = n + max(0, block.columns.begin - n) / kPack * kPack;
+    tile = {block.begin, block.rows, first, min(end, block.columns.end) - first, 0, 0};
+    return block.rows > 0 && tile.columns > 0 && plan_tile<Acc>(rules_, tile);
+  }
+
+  void load_keys(int64_t n, int64_t columns) {
+    const int64_t k_head = h_ / params_.group_size(), row = rules_.sequence.k_row + n;
+    pack_rows<Arithmetic>(rows_of(params_.k, k_head, row, columns, params_.head_dim), round_up(columns, kGemmRows),
+                          x_.k, x_.ldk);
+    pack_across<Arithmetic>(rows_of(params_.v, k_head, row, columns, params_.head_dim_v), round_up(columns, kPack),
+                            x_.v, x_.ldv);
+  }
+
+  /// `offset`: where the tile's columns begin among those loaded.
+  void process_tile(const Tile& tile, const RowBlock<Arithmetic>& block, int64_t offset) {
+    const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x_.ldm;
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (params_.head_dim + kPack - 1) / kPack,
+                                        x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
+    apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
+    const Operand* v = x_.v + offset / kPack * x_.ldv;
+    if ((tile.masked || tile.n_begin < block.columns.begin) && find_dead_columns<Acc>(tile, x_.s, ldm, x_.dead)) {
+      v = clean_values(tile, v);
+    }
+    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, block.row_max, block.row_sum, x_.factor)) {
+      rescale_out(tile, block);
+    }
+    if (params_.dropout_p > 0.0) {
+      draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
+      transform<Acc>(tile, x_.s, ldm, [&](Vec<Acc> p, int64_t lane, int64_t n) {
+        return load_bytes<Acc>(x_.bytes + n * byte_stride(ldm) + lane) == 0 ? Vec<Acc>{} : p;
+      });
+    }
+    pack_probabilities<Arithmetic>(tile, x_.s, x_.p, ldm);
+    gemm<Arithmetic, Layout::kDepthMajor>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v, x_.ldv,
+                                          x_.p + lane, ldm, block.out_t + lane, ldm, true);
+  }
+
+  const Operand* clean_values(const Tile& tile, const Operand* v) {
+    std::memcpy(x_.v_clean, v, size_t(round_up(tile.columns, kPack) / kPack * x_.ldv) * sizeof(Operand));
+    for (int64_t n = 0; n < tile.columns; ++n) {
+      if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v_clean, x_.ldv, n);
+    }
+    return x_.v_clean;
+  }
+
+  void rescale_out(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
+      const Vec<Acc> factor = load<Acc>(x_.factor + lane);
+      if (!any_lane<Acc>(factor != Acc(1))) continue;
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * factor);
+      }
+    }
+  }
+
+  /// Writes the block's rows, and those after it that the sequence has but does not use.
+  void finish(const RowBlock<Arithmetic>& block) {
+    const Acc keep_scale =
+        params_.dropout_p > 0.0 ? Acc(make_dropout(params_.rng_state, params_.dropout_p).scale) : Acc(1);
+    const double unit = rules_.extended ? 1.0 : params_.softmax_scale;
+    for (int64_t lane = 0; lane < block.rows; ++lane) {
+      const Acc sum = block.row_sum[lane];
+      x_.factor[lane] = sum == Acc(0) ? Acc(0) : keep_scale / sum;
+      lse(block.begin + lane) =
+          sum == Acc(0) ? -kInfinity<Acc> : Acc(double(block.row_max[lane]) * unit + __builtin_log(double(sum)));
+    }
+    for (int64_t lane = block.rows; lane < x_.ldm; ++lane) x_.factor[lane] = Acc(0);
+    if (block.rows > 0) {
+      store_transposed<Acc>(block.out_t, x_.ldm, block.rows, params_.head_dim_v, x_.factor, out_row(block.begin),
+                            params_.dtype, params_.out.row);
+    }
+    const int64_t begin = block.begin + block.rows, end = min(block.begin + x_.ldm, rules_.sequence.seqlen_q_padded);
+    if (begin < end) {
+      clear_rows(out_row(begin), params_.dtype, end - begin, params_.head_dim_v, params_.out.row);
+    }
+    for (int64_t row = begin; row < end; ++row) lse(row) = -kInfinity<Acc>;
+  }
+
+  void* out_row(int64_t row) const {
+    const TensorView& t = params_.out;
+    return static_cast<char*>(t.data) +
+           (b_ * t.batch + (rules_.sequence.q_row + row) * t.row + h_ * t.head) * size_of(params_.dtype);
+  }
+
+  Acc& lse(int64_t row) const {
+    const RowView& t = params_.lse;
+    return static_cast<Acc*>(t.data)[b_ * t.batch + h_ * t.head + (rules_.sequence.q_row + row) * t.row];
+  }
+
+  const ForwardParams& params_;
+  const ScoreRules<Acc> rules_;
+  const int64_t b_, h_;
+  Arena arena_;
+  ForwardScratch<Arithmetic> x_;
+};
+
+}  // namespace
+}  // namespace flash_attn::cpu
