@@ -59,7 +59,7 @@ def test_opcheck(varlen: bool) -> None:
     tensors, options = _full_arguments(varlen)
     torch.library.opcheck(torch.ops.flash_attn.forward.default, tuple(tensors), options)
     detached = [x.detach() if x is not None else None for x in tensors]
-    out, lse = torch.ops.flash_attn.forward(*detached, **options)
+    out, lse, _ = torch.ops.flash_attn.forward(*detached, **options)
     arguments = (torch.randn_like(out), torch.randn_like(lse), *detached, out, lse)
     needs = {"needs": [True] * 6}
     torch.library.opcheck(torch.ops.flash_attn.backward.default, arguments, needs | options)
@@ -135,6 +135,28 @@ def test_selective_checkpointing_can_save_the_op() -> None:
     got = torch.autograd.grad(out.sum(), q)
     torch.testing.assert_close(got, torch.autograd.grad(_torchs(q * 2, k, v).sum(), q))
     assert runs and runs[0] is False
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("saved", ["forward", "randint"])
+def test_checkpointed_dropout_has_the_gradients_of_its_output(saved: str, preserve: bool) -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        save = saved in str(op)
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    q, k, v = _qkv()
+    weight = torch.randn_like(v)
+    out = checkpoint(
+        lambda v: scaled_dot_product_attention(q, k, v * 2, dropout_p=0.5),
+        v,
+        use_reentrant=False,
+        preserve_rng_state=preserve,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    (dv,) = torch.autograd.grad(out, v, weight)
+    torch.testing.assert_close((dv * v).sum(), (out * weight).sum())  # out is linear in v
 
 
 def test_meta_and_fake_tensors() -> None:

@@ -125,7 +125,8 @@ void forward(StableIValue* values, uint64_t, uint64_t) {
   params.out = tensor_view(info_of(out, "out"), inputs.arguments().heads_first);
   params.lse = row_view(info_of(lse, "lse"));
   if (lse.numel() > 0) run(backend.forward, backend, params, inputs.q_given());
-  put_results(values, out, lse);
+  const bool drops = inputs.arguments().dropout_p > 0.0;
+  put_results(values, out, lse, drops ? torch::stable::clone(*inputs.rng_state()) : Tensor());
 }
 
 void backward(StableIValue* values, uint64_t, uint64_t) {

@@ -34,7 +34,9 @@ std::string options_schema() {
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
   const std::string tensors = flash_attn::tensors_schema(), options = flash_attn::options_schema();
-  m.def(("forward(" + tensors + options + ") -> (Tensor out, Tensor lse)").c_str());
+  // With dropout rng_state comes out again, so that who keeps the results of forward has all that backward needs;
+  // without, rng_used is undefined, which Python sees as None. (torch.jit.trace takes no `Tensor?` for a result.)
+  m.def(("forward(" + tensors + options + ") -> (Tensor out, Tensor lse, Tensor rng_used)").c_str());
   m.def(("backward(Tensor dout, Tensor? dlse, " + tensors + "Tensor out, Tensor lse, bool[] needs, " + options +
          ") -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dslopes, Tensor? dsinks)")
             .c_str());

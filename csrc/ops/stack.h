@@ -49,6 +49,7 @@ class Inputs {
   const TensorInfo& q_given() const { return q_given_; }
   const TensorInfo& k_given() const { return k_given_; }
   const TensorInfo& v_given() const { return v_given_; }
+  const OptionalTensor& rng_state() const { return tensors_.back(); }
 
  private:
   std::array<OptionalTensor, count_tensors()> tensors_;

@@ -120,14 +120,17 @@ def attention(
         q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
     )
     if torch.compiler.is_compiling() or jit_is_tracing():
-        return forward_op(*tensors, *options)
+        out, lse, _ = forward_op(*tensors, *options)
+        return out, lse
     if _CHECK_LENGTHS:
         _check_lengths(tensors, options)
     if transforms_active():
-        return forward_op(*tensors, *options)
-    if requires_grad(tensors[:NUM_DIFFERENTIABLE]):
-        return apply_attention(tensors, options)
-    return call_op(forward_op, *tensors, *options)
+        out, lse, _ = forward_op(*tensors, *options)
+    elif requires_grad(tensors[:NUM_DIFFERENTIABLE]):
+        out, lse = apply_attention(tensors, options)
+    else:
+        out, lse, _ = call_op(forward_op, *tensors, *options)
+    return out, lse
 
 
 def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, heads_first: bool) -> int:

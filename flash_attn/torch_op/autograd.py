@@ -20,6 +20,7 @@ from . import private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_forward
 from .library import backward_op, forward_op, registrations
 
+Results = tuple[Tensor, Tensor, Tensor | None]  # out, lse, rng_state where there is dropout
 Gradients = tuple[Tensor | None, ...]
 
 _NO_DOUBLE_BACKWARD = (
@@ -54,9 +55,12 @@ def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _save(ctx: Any, options: Options, tensors: Sequence[Tensor | None], out: Tensor, lse: Tensor) -> None:
+def _save(ctx: Any, options: Options, tensors: Sequence[Tensor | None], results: Results) -> None:
+    out, lse, rng_used = results
     ctx.set_materialize_grads(False)
     ctx.options = options
+    if rng_used is not None:  # not the one that was given: a checkpoint that kept the results has drawn another since
+        tensors = (*tensors[:-1], rng_used)
     ctx.save_for_backward(*tensors, out, lse)
 
 
@@ -84,9 +88,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = call_op(forward_op, *_padded(tensors), *options)
-        _save(ctx, options, tensors, out, lse)
-        return out, lse
+        results = call_op(forward_op, *_padded(tensors), *options)
+        _save(ctx, options, tensors, results)
+        return results[0], results[1]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
@@ -118,17 +122,19 @@ class Forward(torch.autograd.Function):
     which the next level sees."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> Results:
         with torch.enable_grad(), private.forward_mode_enabled():  # a Function turns both off, for all levels
             return call_op(forward_op, *arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         tensors, options = split_forward(inputs)
-        _save(ctx, options, (*tensors[:3], *map(_saveable, tensors[3:])), *output)
+        _save(ctx, options, (*tensors[:3], *map(_saveable, tensors[3:])), output)
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> Gradients:
         given = len(ctx.needs_input_grad)
         if dout is None and dlse is None:
             return (None,) * given

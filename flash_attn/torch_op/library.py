@@ -84,10 +84,13 @@ def empty_outputs(q: Tensor, v: Tensor, heads_first: bool, packed: bool) -> tupl
 
 
 @torch.library.register_fake("flash_attn::forward", lib=registrations())
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     tensors, options = split_forward(arguments)
     refuse_forward(tensors, options)
-    return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
+    out, lse = empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
+    if options.dropout_p == 0.0 or tensors.rng_state is None:
+        return out, lse, None
+    return out, lse, torch.empty_like(tensors.rng_state)
 
 
 @torch.library.register_fake("flash_attn::backward", lib=registrations())

@@ -70,8 +70,8 @@ def _forward(size: int, dims: Dims, *arguments: Any) -> Any:
     dims = dims[:NUM_TENSORS]
     if not _foldable(tensors, dims, options):
         return _one_by_one(lambda *t: forward_op(*t, *options), size, dims, tensors)
-    out, lse = forward_op(*_fold_all(tensors, dims, size), *options)
-    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
+    out, lse, _ = forward_op(*_fold_all(tensors, dims, size), *options)
+    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), None), (0, 0, None)
 
 
 def _backward(size: int, dims: Dims, *arguments: Any) -> Any:
