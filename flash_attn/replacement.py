@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import open_blocks, sdpa
+from . import context_parallel, open_blocks, sdpa
 from .causal_bias import is_causal_bias
 from .open_blocks import any_is_open
 from .sdpa_arguments import Arguments
@@ -133,22 +133,12 @@ def _stand() -> _Layer:
         if current is torch_sdpa:
             layer = _lowest
         else:
-            _check_what_stands(current)
+            context_parallel.refuse("replace_sdpa")
             layer = _Layer(current)
             layer.function.__module__ = F.__name__  # where pickle finds it as long as it stands there
         F.scaled_dot_product_attention = layer.function
     layer.needed += 1
     return layer
-
-
-def _check_what_stands(function: Any) -> None:
-    module = getattr(function, "__globals__", {}).get("__name__", "")
-    if module.startswith("torch."):
-        raise NotImplementedError(
-            "replace_sdpa can't be entered here: in place of scaled_dot_product_attention torch has put a function of "
-            f"its own from {module}, as context_parallel does, and each rank would attend to its own part of the "
-            "sequence only"
-        )
 
 
 def _unstack() -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import shapes, tensor_subclasses
+from . import context_parallel, shapes, tensor_subclasses
 from .autocast import autocast
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
@@ -57,10 +58,13 @@ def scaled_dot_product_attention(
         TypeError: an argument is of another type, such as an int for is_causal, or a scale that requires grad.
         IndexError: attn_mask has no dimensions, or enable_gqa with 2-D inputs.
         ValueError: a CausalBias together with is_causal, or a mask for nested tensors.
-        NotImplementedError: complex or float8 inputs, or a DTensor sharded otherwise than over batch and heads.
+        NotImplementedError: complex or float8 inputs, a DTensor sharded otherwise than over batch and heads, or torch's
+            `context_parallel` is active.
 
     Tensors on other devices, and nested tensors that are not jagged, go to torch's own function.
     """
+    if F.scaled_dot_product_attention is not torch_sdpa:
+        context_parallel.refuse("scaled_dot_product_attention")
     if has_torch_function((query, key, value, attn_mask)):
         given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return overridden(scaled_dot_product_attention, given)
