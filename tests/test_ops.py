@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
 from flash_attn.torch_op import attention as ops
@@ -292,3 +294,45 @@ def test_strides_where_a_size_is_known_only_at_run_time(dim: int, order: tuple[i
     ]
     torch.testing.assert_close(*results, check_stride=True)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in results), check_stride=True)
+
+
+def test_dispatch_modes_and_make_fx_see_both_ops() -> None:
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    def gradients(*x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(_ours(*x).square().sum(), x)
+
+    inputs = _qkv()
+    with Seen():
+        expected = gradients(*inputs)
+    graph = make_fx(gradients)(*inputs)
+    for names in (seen, [str(node.target) for node in graph.graph.nodes]):
+        assert [name for name in names if "flash_attn" in name] == [
+            "flash_attn.forward.default",
+            "flash_attn.backward.default",
+        ]
+    torch.testing.assert_close(graph(*inputs), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_saved_tensors_pass_hooks(dropout: float) -> None:
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> int:
+        saved.append(x.clone())
+        return len(saved) - 1
+
+    q, k, v = _qkv()
+    slopes, rng_state = torch.rand(3, dtype=torch.float64), torch.tensor([1, 2])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: saved[i]):
+        out, _ = ops.attention(q, k, v, alibi_slopes=slopes, rng_state=rng_state, dropout_p=dropout, heads_first=True)
+    assert len(saved) == 7  # with out, lse and the seed
+    rng_state.fill_(0)
+    weight = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, v, weight)
+    torch.testing.assert_close((dv * v).sum(), (out * weight).sum())

@@ -116,3 +116,22 @@ def test_private_names_stand_in_one_module() -> None:
         if re.search(r"\btorch(\.\w+)*\._[a-zA-Z]|from torch[\w.]* import _|import torch[\w.]*\._", line)
     ]
     assert found == []
+
+
+def test_symbols_are_read_with_and_without_what_they_keep_to_themselves() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    environment = ShapeEnv()
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    x = FakeTensorMode(shape_env=environment).from_tensor(torch.empty(6, 7), symbolic_context=dynamic)
+    later, (rows, columns) = environment.create_unbacked_symint(), x.shape
+    for known, value in ((3, 3), (rows, 6), (rows * columns + 1, 43), (torch.sym_float(rows) / 4, 1.5)):
+        assert private.is_known(known) and private.example_value(known) == value
+    assert environment.guards == []  # the symbols may be anything else
+    for unknown in (later, later * rows, later + 1):
+        assert not private.is_known(unknown)
+    assert private.typical_value(rows) == 6 < private.typical_value(later)
+    assert private.typical_value(later * rows) == 6 * private.typical_value(later)
+    bare = torch.SymInt(SimpleNamespace())
+    assert not private.is_known(bare) and private.typical_value(bare) == private.typical_value(later)
