@@ -157,21 +157,18 @@ def _statistics(name: str, x: Tensor, q: Tensor) -> Tensor:
     """Slopes and sinks in the dtype that the kernels compute the softmax in."""
     if checks.tensor(name, x).is_complex():
         raise RuntimeError(f"{name} must be real, but is {x.dtype}")
-    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
+    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _plain_lengths(lengths: Lengths) -> Lengths:
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = lengths
     plain = type(starts_q) is type(starts_k) is Tensor and type(longest_q) is type(longest_k) is int
-    if plain and used_q is used_k is None and starts_q.is_contiguous() and starts_k.is_contiguous():  # type: ignore[union-attr]
+    if plain and used_q is used_k is None:
         return lengths
-    vectors = {
-        name: checks.tensor(name, x).contiguous()
-        for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True)
-        if x is not None
-    }
+    for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
+        if x is not None:
+            checks.tensor(name, x)
     return lengths._replace(
-        **vectors,
         max_seqlen_q=_longest("max_seqlen_q", lengths.max_seqlen_q),
         max_seqlen_k=_longest("max_seqlen_k", lengths.max_seqlen_k),
     )
