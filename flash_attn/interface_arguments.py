@@ -88,6 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     except RuntimeError as error:
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.plain(name, x)
+        _check_vectors(lengths)
         checks.dtype("q", q)
         checks.rename(error, {"sinks": "learnable_sink" if s_aux is None else "s_aux"})
         raise
@@ -160,14 +161,18 @@ def _statistics(name: str, x: Tensor, q: Tensor) -> Tensor:
     return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def _check_vectors(lengths: Lengths) -> None:
+    for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
+        if x is not None:
+            checks.tensor(name, x)
+
+
 def _plain_lengths(lengths: Lengths) -> Lengths:
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = lengths
     plain = type(starts_q) is type(starts_k) is Tensor and type(longest_q) is type(longest_k) is int
     if plain and used_q is used_k is None:
         return lengths
-    for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
-        if x is not None:
-            checks.tensor(name, x)
+    _check_vectors(lengths)
     return lengths._replace(
         max_seqlen_q=_longest("max_seqlen_q", lengths.max_seqlen_q),
         max_seqlen_k=_longest("max_seqlen_k", lengths.max_seqlen_k),
