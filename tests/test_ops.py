@@ -336,3 +336,14 @@ def test_saved_tensors_pass_hooks(dropout: float) -> None:
     weight = torch.randn_like(out)
     (dv,) = torch.autograd.grad(out, v, weight)
     torch.testing.assert_close((dv * v).sum(), (out * weight).sum())
+
+
+@pytest.mark.parametrize("compiled_forward", [False, True])
+def test_compiled_autograd_has_one_graph(compiled_forward: bool) -> None:
+    torch._dynamo.reset()
+    leaves = _qkv()
+    attend = torch.compile(_ours, fullgraph=True, backend="aot_eager") if compiled_forward else _ours
+    with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        attend(*leaves).square().sum().backward()
+    expected = torch.autograd.grad(_torchs(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(tuple(x.grad for x in leaves), expected)

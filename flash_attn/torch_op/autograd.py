@@ -100,8 +100,9 @@ class Attention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
         needs += [False] * (NUM_DIFFERENTIABLE - len(needs))
         arguments = _backward_arguments(ctx, dout, dlse, needs)
-        # With create_graph, or a tangent of dout: the gradients' own derivative must raise, not be zero.
-        seen = torch.is_grad_enabled() or private.transforms_active()
+        # With create_graph, or a tangent of dout, the gradients' own derivative must raise, not be zero; and compiled
+        # autograd traces this function.
+        seen = torch.compiler.is_compiling() or torch.is_grad_enabled() or private.transforms_active()
         gradients = backward_op(*arguments) if seen else call_op(backward_op, *arguments)
         return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))[:given]
 
