@@ -347,7 +347,8 @@ def flash_attn_varlen_func(
         q: (total_q, num_heads, head_dim).
         k: (total_k, num_heads_k, head_dim).
         v: (total_k, num_heads_k, head_dim_v).
-        cu_seqlens_q: (batch + 1) int32: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q.
+        cu_seqlens_q: (batch + 1) int32, from 0 on: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q.
+            Rows behind the last sequence get zeros.
         cu_seqlens_k: (batch + 1) int32, the same for k and v.
         max_seqlen_q: at least the longest sequence in q. A tensor of one element on a CUDA device is waited for.
         max_seqlen_k: at least the longest sequence in k.

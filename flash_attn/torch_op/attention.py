@@ -67,13 +67,14 @@ def attention(
         attn_mask: (batch | 1, num_heads | 1, seqlen_q | 1, seqlen_k | 1), bool (True takes part), q's dtype or float32.
         alibi_slopes: (num_heads) or (batch, num_heads), float32 (float64 for float64 q).
         sinks: (num_heads), dtype as ``alibi_slopes``: exp(sink) joins each row's sum of exponentials.
-        cu_seqlens_q: (batch + 1) int32, where each sequence starts in q, and the end.
+        cu_seqlens_q: (batch + 1) int32, where each sequence starts in q, the first at 0, and the end. Rows behind it
+            get zeros.
         cu_seqlens_k: as ``cu_seqlens_q``, for k and v.
         seqused_q: (batch) int32, rows of each sequence that take part. Others get zeros.
         seqused_k: as ``seqused_q``, for k and v.
         rng_state: (2) int64, seed and offset of the dropout mask. Default: drawn from torch's generator.
-        max_seqlen_q: longest sequence; needed with ``cu_seqlens_q``.
-        max_seqlen_k: longest sequence; needed with ``cu_seqlens_k``.
+        max_seqlen_q: at least the longest sequence; needed with ``cu_seqlens_q``.
+        max_seqlen_k: as ``max_seqlen_q``; needed with ``cu_seqlens_k``.
         softmax_scale: default 1 / sqrt(head_dim).
         causal: ``NONE``, ``TOP_LEFT`` or ``BOTTOM_RIGHT``.
         window_left: columns seen left of the row's own; -1 is all.
