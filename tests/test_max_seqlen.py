@@ -100,3 +100,21 @@ def test_workspace_does_not_depend_on_it(
     for way in ("forward", "backward"):  # the choice of tile and of flags may follow what is known of the lengths
         assert close[way]["family"] == total[way]["family"]
         assert close[way]["workspace_bytes"] == pytest.approx(total[way]["workspace_bytes"], rel=1e-3)
+
+
+def test_a_mask_is_as_large_as_the_bound() -> None:
+    starts = torch.tensor([0, 3, 9], dtype=torch.int32)
+    q = torch.randn(9, 2, 8)
+    mask = torch.randn(2, 1, 200, 140)
+
+    def gradient(rows: int, columns: int) -> list[torch.Tensor]:
+        part = mask[:, :, :rows, :columns].clone().requires_grad_()
+        lengths = {"max_seqlen_q": rows, "max_seqlen_k": columns}
+        out, _ = ops.attention(q, q, q, part, cu_seqlens_q=starts, cu_seqlens_k=starts, **lengths)
+        return [out, *torch.autograd.grad(out.square().sum(), part)]
+
+    (out, dmask), (wide_out, wide_dmask) = gradient(6, 6), gradient(200, 140)
+    assert torch.equal(out, wide_out)
+    assert torch.equal(wide_dmask[:, :, :6, :6], dmask)
+    assert not wide_dmask[:, :, 6:].any()
+    assert not wide_dmask[:, :, :, 6:].any()
