@@ -88,9 +88,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = call_op(forward_op, *_padded(tensors), *options)
+        results = out, lse, _ = call_op(forward_op, *_padded(tensors), *options)
         _save(ctx, options, tensors, results)
-        return results[0], results[1]
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
@@ -115,6 +115,8 @@ def apply_attention(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]
     given = NUM_TENSORS
     while tensors[given - 1] is None:  # torch spends time on every argument, so the last ones that are None stay away
         given -= 1
+    if given == 3:
+        return _apply(options, *tensors[:3])
     return _apply(options, *tensors[:3], *map(_saveable, tensors[3:given]))
 
 
