@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../../common/visibility.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm90::backward {
 namespace {
-
-bool is_causal(const ForwardParams& p) { return p.window_right >= 0 && p.window_left < 0; }
 
 /// Heads of k over all batches, each counted key_parts times.
 int64_t num_batch_heads(const Plan& plan, const ForwardParams& p) { return p.batch * p.num_heads_k * plan.key_parts; }
@@ -25,7 +24,7 @@ int64_t num_tiles(const Plan& plan, const ForwardParams& p) {
 /// 16k.]
 bool is_balanced(const Plan& plan, const ForwardParams& p) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once;
-  if (!is_causal(p)) return 10 * tiles >= 9 * at_once * ceil_div(tiles, at_once);
+  if (!rows_see_prefixes(p)) return 10 * tiles >= 9 * at_once * ceil_div(tiles, at_once);
   const bool few_do = plan.variant->cluster > 1 && !p.deterministic;
   return 2 * tiles >= (few_do ? 7 : 16) * at_once;
 }
@@ -44,14 +43,7 @@ int key_parts(const Plan& plan, const ForwardParams& p) {
 /// about half.
 int64_t num_seeing_tiles(const Plan& plan, const ForwardParams& params, int64_t blocks) {
   const ForwardParams p = mean_problem(params);
-  const SequenceInfo info = sequence_info(p, 0);
-  const int64_t rows = blocks * plan.variant->block_m, block_n = plan.variant->block_n;
-  int64_t tiles = 0;
-  for (int64_t row = 0; row < p.seqlen_q; row += rows) {
-    const Range seen = visible_columns(p, info, row, std::min(row + rows, p.seqlen_q));
-    if (!seen.empty()) tiles += ceil_div(seen.end, block_n) - seen.begin / block_n;
-  }
-  return num_batch_heads(plan, p) * tiles;
+  return num_batch_heads(plan, p) * num_visible_tiles(p, blocks * plan.variant->block_m, plan.variant->block_n);
 }
 
 /// How many query blocks a tile has where there are fewer tiles than SMs: so few that all SMs work and all tiles that
@@ -62,13 +54,13 @@ int64_t num_seeing_tiles(const Plan& plan, const ForwardParams& params, int64_t 
 /// 1.02, 8 heads on 2 1.16.]
 int64_t part_blocks(const Plan& plan, const ForwardParams& p) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once, all = plan.num_m_blocks;
-  if (p.is_varlen_k() || tiles > at_once || (p.has_window() && !is_causal(p))) return all;
+  if (p.is_varlen_k() || tiles > at_once || (p.has_window() && !rows_see_prefixes(p))) return all;
   const auto blocks_of_parts = [&](int64_t parts) {
     return ceil_div(ceil_div(all, parts), 2) * 2;  // where the order is fixed a turn may be for two
   };
   int64_t parts = at_once / tiles;
   while (parts < all && num_seeing_tiles(plan, p, blocks_of_parts(parts + 1)) <= at_once) ++parts;
-  if (is_causal(p) && p.seqlen_q >= 2048) parts = std::max<int64_t>(parts, 2);
+  if (rows_see_prefixes(p) && p.seqlen_q >= 2048) parts = std::max<int64_t>(parts, 2);
   const bool adds_parts_anyway = plan.key_parts > 1 && plan.variant->cluster == 1;
   const int64_t blocks = blocks_of_parts(parts), saved_rows = (all - blocks) * plan.variant->block_m;
   return saved_rows >= (adds_parts_anyway ? 384 : 512) ? blocks : all;
@@ -83,7 +75,7 @@ int64_t heads_in_l2(const Plan& plan, const ForwardParams& p, int64_t l2_bytes) 
 
 /// Whether causal attention ends with several heads at a time. In a fixed order tiles have to descend for it.
 bool has_last_group(const Plan& plan, const ForwardParams& p) {
-  return is_causal(p) && (!plan.ordered_dq || plan.variant->descends);
+  return rows_see_prefixes(p) && (!plan.ordered_dq || plan.variant->descends);
 }
 
 /// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
@@ -104,7 +96,7 @@ void plan_order(Plan& plan, const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = num_batch_heads(plan, p);
   const int heads_at_once = std::max(1, plan.tiles_at_once / plan.num_n_blocks);
   int64_t group = 1, last = 0;
-  if (is_causal(p)) {
+  if (rows_see_prefixes(p)) {
     // Steps of as many query rows as a tile has keys (d64) leave it no time between its neighbour's turn and its own,
     // if they are of one head. [0 to +2%.]
     const bool square = plan.variant->block_m == plan.variant->block_n;
@@ -159,9 +151,7 @@ int64_t max_group_tiles(const Plan& plan, const ForwardParams& p) {
 /// Whether Shape::kFusedDq takes the problem.
 bool takes_fused_dq(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
-  const bool first_key_seen =
-      p.window_left < 0 && (p.window_right < 0 || p.causal == Causal::kTopLeft || p.seqlen_k >= p.seqlen_q);
-  return params.dq.data != nullptr && p.is_dense() && first_key_seen;
+  return params.dq.data != nullptr && p.is_dense() && every_row_sees_first_key(p);
 }
 
 /// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order, and loses the
@@ -177,7 +167,7 @@ bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
   const bool few_rows = p.seqlen_q <= 512;
   if (n_blocks == 1 && p.group_size() == 1) return few_rows || busy_percent >= 50;  // the other has no more tiles
   if (n_blocks <= 2) return busy_percent >= 70;
-  return few_rows && n_blocks <= (is_causal(p) ? 4 : 3) && busy_percent >= 84;
+  return few_rows && n_blocks <= (rows_see_prefixes(p) ? 4 : 3) && busy_percent >= 84;
 }
 
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.

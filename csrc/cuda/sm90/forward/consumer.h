@@ -1,6 +1,7 @@
 // A consumer warpgroup of the forward kernel: 64 query rows, from S to out.
 #pragma once
 
+#include "../../common/mask_fragment.h"
 #include "../../common/softmax.h"
 #include "../hopper/barriers.h"
 #include "../hopper/stmatrix.h"
@@ -26,8 +27,8 @@ struct Consumer {
   uint32_t p[kBlockN / 4];           // P as the A operand of P V
   TileRing<Config> tiles;
   Ring<Config::kStagesKV> k, v;
-  int out_stage = -1;        // stage of Q that holds the last tile's out until TMA has read it
-  int full_begin, full_end;  // blocks that need no mask
+  int out_stage = -1;   // stage of Q that holds the last tile's out until TMA has read it
+  ColumnBlocks blocks;  // that this warpgroup's rows see
 
   // -- matrix products
 
@@ -115,41 +116,8 @@ struct Consumer {
 
   /// -inf for columns that a row does not see; `row` is the warpgroup's first.
   FLASH_ATTN_DEVICE void mask_block(const Tile& tile, int row, int n_block) {
-    const int thread_row = row + warp * 16 + lane / 4;
-    const int thread_col = n_block * kBlockN + 2 * (lane % 4);  // of accumulator 0
-    if (n_block >= full_end) {
-      const int end = tile.num_cols - 1 - thread_col, seen = thread_row + tile.right_bound - thread_col;
-      const int last[2] = {Config::kMasked ? min(end, seen) : end, Config::kMasked ? min(end, seen + 8) : end};
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
-        if (8 * (i / 4) + i % 2 > last[i / 2 % 2]) s[i] = -INFINITY;
-      }
-    }
-    if (Config::kMasked && n_block < full_begin) {
-      const int first = thread_row + tile.left_bound - thread_col;
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
-        if (8 * (i / 4) + i % 2 < first + i / 2 % 2 * 8) s[i] = -INFINITY;
-      }
-    }
-  }
-
-  FLASH_ATTN_DEVICE bool needs_mask(int n_block) const { return n_block >= full_end || n_block < full_begin; }
-
-  /// The blocks that this warpgroup's rows see, never none; sets full_begin and full_end.
-  FLASH_ATTN_DEVICE void find_blocks(const Tile& tile, int row, int& begin, int& end) {
-    begin = 0;
-    end = tile.num_blocks;
-    full_begin = 0;
-    full_end = tile.num_cols / kBlockN;
-    if constexpr (Config::kMasked) {
-      const int first_row_end = row + tile.right_bound + 1, last_row_end = first_row_end + 63;
-      const int first_row_begin = row + tile.left_bound, last_row_begin = first_row_begin + 63;
-      end = clamp((last_row_end + kBlockN - 1) / kBlockN, 1, tile.num_blocks);
-      begin = clamp(first_row_begin / kBlockN, 0, end - 1);
-      full_end = min(full_end, first_row_end / kBlockN);
-      full_begin = (last_row_begin + kBlockN - 1) / kBlockN;
-    }
+    mask_scores<Config::kMasked>(s, tile.band(), blocks, n_block, row + warp * 16 + lane / 4,
+                                 n_block * kBlockN + 2 * (lane % 4));
   }
 
   // -- the hot loop
@@ -164,7 +132,7 @@ struct Consumer {
     release_k();
     constexpr bool kLift = Config::kLazyMax && Config::kMasked;
     if constexpr (kLift) softmax.note_unmasked_max(s);
-    if (needs_mask(n_block)) mask_block(tile, row, n_block);
+    if (blocks.is_partial(n_block)) mask_block(tile, row, n_block);
     softmax.template start<kLift>(s);
     pack_p();
   }
@@ -179,7 +147,7 @@ struct Consumer {
     end_turn();
     wgmma_wait<1>();
     wgmma_results(s);
-    const bool edge = Config::kMasked && needs_mask(n_block);
+    const bool edge = Config::kMasked && blocks.is_partial(n_block);
     if constexpr (Config::kLazyMax) {
       bool again = edge;
       if (!edge && !softmax.advance_lazily(s, kVote + warpgroup)) {
@@ -305,8 +273,8 @@ struct Consumer {
       skip_blocks(tile.num_blocks);
       release_out_stage();
     } else {
-      int begin, end;
-      find_blocks(tile, row, begin, end);
+      blocks = column_blocks<kBlockN, Config::kMasked>(tile.band(), row, tile.num_blocks);
+      const int begin = blocks.begin, end = blocks.end;
       skip_blocks(tile.num_blocks - end);
 #pragma unroll
       for (int i = 0; i < Config::kHeadDimV / 2; ++i) out[i] = 0.f;

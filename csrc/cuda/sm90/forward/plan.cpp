@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../../../sequence.h"
+#include "../../common/visibility.h"
 
 namespace flash_attn::cuda::sm90::forward {
 namespace {
@@ -163,7 +164,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
     schedule.order = TileSchedule::kPacked;
     plan.dynamic = true;
     plan.clocks = double(schedule.num_tiles) / device.num_sms * cost.tile(lengths.mean);
-  } else if (params.window_right >= 0 && params.window_left < 0) {
+  } else if (rows_see_prefixes(params)) {
     schedule.order = TileSchedule::kLongestFirst;
     set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
     share_out_longest_first(device.num_sms, cost, lengths, plan);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../common/tile_order.h"
+#include "../../common/visibility.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -22,12 +23,9 @@ struct Tile {
   /// Without columns nothing is loaded: what the buffers hold is masked, and rows that see nothing are written as 0. A
   /// box wholly outside its tensor would be no way out: TMA touches the map's base address then, which is moved.
   FLASH_ATTN_DEVICE bool has_columns() const { return num_cols > 0; }
+  /// Of the tile's columns.
+  FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, num_cols, seqlen_q}; }
 };
-
-/// Half of the 32-bit range, so that adding a row does not overflow.
-constexpr int kUnbounded = 1 << 30;
-
-FLASH_ATTN_DEVICE int clamp_to_int(int64_t x) { return static_cast<int>(clamp<int64_t>(x, -kUnbounded, kUnbounded)); }
 
 /// Writes field by field to shared memory: the scheduler has few registers.
 template <int kBlockM, int kBlockN>
@@ -78,8 +76,8 @@ FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, 
   tile.kv_x = static_cast<int>(p.seqlen_k) - num_cols;
   tile.kv_y = static_cast<int>(info.k_row) + col_end;
   const int64_t shift = info.diagonal - col_begin;
-  tile.right_bound = p.window_right >= 0 ? clamp_to_int(shift + p.window_right) : kUnbounded;
-  tile.left_bound = p.window_left >= 0 ? clamp_to_int(shift - p.window_left) : -kUnbounded;
+  tile.right_bound = right_bound(p.window_right, shift);
+  tile.left_bound = left_bound(p.window_left, shift);
 }
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -21,10 +21,9 @@ FLASH_ATTN_DEVICE int tiles_before(const KernelParams& params, const Tile& tile,
   constexpr int kBlockN = Config::kBlockN;
   const int n_block = tile.n_begin / kBlockN;
   if (!params.schedule.falling || block_step<Config>(tile) < 0) {
-    return n_block - max(0, row_begin + tile.left_bound) / kBlockN;
+    return tile.band().tiles_left_of<kBlockN>(n_block, row_begin);
   }
-  const int last_seen = min(row_end, tile.seqlen_q) - 1 + tile.right_bound;
-  return min(last_seen, tile.seqlen_k - 1) / kBlockN - n_block;
+  return tile.band().tiles_right_of<kBlockN>(n_block, row_end);
 }
 
 // ---- as they come

@@ -1,6 +1,7 @@
 // A consumer warpgroup of kernel.h, in one of its two roles.
 #pragma once
 
+#include "../../../common/mask_fragment.h"
 #include "../../hopper/cluster.h"
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"
@@ -153,8 +154,8 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = fast_exp2(fmaf(s[i], params.scale_log2, Config::kProbabilityExponent));
     if (mask) {
-      mask_probabilities(s, shared.tile, shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
-                         m_block * Config::kBlockM + 2 * (lane % 4));
+      mask_transposed(s, shared.tile.band(), shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
+                      m_block * Config::kBlockM + 2 * (lane % 4));
     }
     mbarrier_wait(&shared.p_empty[stage], step / 2 % 2 ^ 1);
     send_probabilities(shared_address(shared.p[stage]) + threadIdx.x % 128 * 16);
@@ -225,8 +226,7 @@ struct Consumer {
 
   FLASH_ATTN_DEVICE void process_tile() {
     const Tile& tile = shared.tile;
-    const Range full = full_blocks<Config::kBlockM>(tile, tile.n_begin + rank * Config::kRowsN);
-    const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
+    const IntRange full = tile.band().template full_row_blocks<Config::kBlockM>(tile.n_begin + rank * Config::kRowsN);
     int64_t block = 0;
     if constexpr (kScores) {
       mbarrier_wait(&shared.q_full[0], 0);
@@ -238,7 +238,7 @@ struct Consumer {
 #pragma unroll 1
     for (; step < steps; ++step) {
       if constexpr (kScores) {
-        process_scores(m_block, m_block < full_begin || m_block >= full_end);
+        process_scores(m_block, !full.holds(m_block));
       } else {
         process_gradients();
       }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../../../common/ptx.h"
+#include "../../../common/visibility.h"
 #include "order.h"
 
 namespace flash_attn::cuda::sm90::backward {
@@ -31,17 +32,18 @@ struct DqShare : QueryShare {     // end < 0: no more shares
 template <typename Config>
 FLASH_ATTN_DEVICE int packed_share_begin(const KernelParams& params, const TilePlace& at, int n_block, int seqlen,
                                          bool by_last_block) {
-  const int row = by_last_block ? n_block * Config::kBlockN - params.window_right : n_block * Config::kBlockN;
+  const Band band{by_last_block ? params.window_right : 0, -kUnbounded, seqlen, seqlen};
   const int blocks = (min(seqlen, at.count * Config::kBlockN) + Config::kBlockM - 1) / Config::kBlockM;
-  return n_block == at.count ? blocks : min(max(0, row) / Config::kBlockM, blocks);
+  return n_block == at.count ? blocks : min(band.first_row(n_block * Config::kBlockN) / Config::kBlockM, blocks);
 }
 
 /// The first query block whose last row sees the key block.
 template <typename Config>
 FLASH_ATTN_DEVICE int first_block_seeing(const KernelParams& params, int n_block) {
   const int diagonal = params.problem.causal == Causal::kTopLeft ? 0 : params.seqlen_k - params.seqlen_q;
-  const int row = n_block * Config::kBlockN - diagonal - params.window_right;
-  if (n_block == 0 || row <= 0) return 0;
+  const Band band{diagonal + params.window_right, -kUnbounded, params.seqlen_k, params.seqlen_q};
+  const int row = band.first_row(n_block * Config::kBlockN);
+  if (n_block == 0) return 0;
   const bool none = n_block == params.schedule.num_n_blocks || row >= params.seqlen_q;
   return none ? params.num_m_blocks : row / Config::kBlockM;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../../../common/ptx.h"
+#include "../../../common/visibility.h"
 #include "order.h"
 
 namespace flash_attn::cuda::sm90::backward {
@@ -28,12 +29,11 @@ struct Tile {
   int kv_x, kv_y, dkv_x, dkv_y, kv_head, dkv_head, kv_batch;
   int m_step;  // from a query block to the next, 1 or -1, where Config::kDescends: see tiles_before
   int number;  // see TilePlace
+
+  FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, seqlen_k, seqlen_q}; }
   // The number of words is odd: if it is even ptxas joins the loads of the bounds, packs dS later and puts up to six
   // instructions more into the loops. [d64 3 to 5% slower.]
 };
-
-/// No bound. Lengths are below half of it, so that differences of rows and bounds stay in 32 bits.
-constexpr int kNoBound = 1 << 29;
 
 /// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would
 /// come to each block at the same time and wait for the one that stores there, see claim_block.
@@ -125,20 +125,17 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
     if (p.cu_seqlens_k != nullptr) tile.kv_batch = 0;
   }
 
-  // visible_rows of sequence.h in terms of the bounds.
-  const int right_bound = params.window_right < 0 ? kNoBound : diagonal + params.window_right;
-  const int left_bound = params.window_left < 0 ? -kNoBound : diagonal - params.window_left;
-  const int row_begin = max(0, n_begin - right_bound);
-  const int row_end = min(seqlen_q, min(n_begin + kBlockN, seqlen_k) - left_bound);
-  const bool seen = n_begin < seqlen_k && row_begin < row_end;
-  tile.m_begin = seen ? row_begin / kBlockM : 0;
-  tile.m_end = seen ? (row_end + kBlockM - 1) / kBlockM : 0;
+  const Band band{right_bound(params.window_right, diagonal), left_bound(params.window_left, diagonal), seqlen_k,
+                  seqlen_q};
+  const IntRange seeing = band.row_blocks<kBlockM>(n_begin, n_begin + kBlockN);
+  tile.m_begin = seeing.begin;
+  tile.m_end = seeing.end;
   tile.m_first = block_step<Config>(tile) > 0 ? tile.m_begin : tile.m_end - 1;
-  if (params.spread_starts && seen) {
+  if (params.spread_starts && !seeing.empty()) {
     tile.m_first = first_block_of_tile(n_begin / kBlockN, (seqlen_k + kBlockN - 1) / kBlockN, tile.m_end);
   }
-  tile.right_bound = right_bound;
-  tile.left_bound = left_bound;
+  tile.right_bound = band.right;
+  tile.left_bound = band.left;
   tile.seqlen_q = seqlen_q;
   tile.seqlen_k = seqlen_k;
   tile.block = block;
@@ -148,32 +145,6 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
   tile.dkv_head = Config::kRowParts ? 2 * head_k : head_k;
   if constexpr (Config::kRowParts) take_part_of_rows<Config>(params, tile);
   return true;
-}
-
-/// Accumulator i of a thread belongs to key row 8 (i / 2 % 2) and query row 8 (i / 4) + i % 2 from the thread's first.
-/// Sets P to 0 where the query row does not see the key row.
-template <int kSize>
-FLASH_ATTN_DEVICE void mask_probabilities(float (&p)[kSize], const Tile& tile, int key_row, int query_row) {
-  // left <= key - query <= right, as one unsigned comparison; a key row that takes no part fails it.
-  const uint32_t span = tile.right_bound - tile.left_bound;
-  int distance[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = key_row + 8 * r;
-    distance[r] = row < tile.seqlen_k ? row - query_row - tile.left_bound : -kNoBound;
-  }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (static_cast<uint32_t>(distance[i / 2 % 2] - (8 * (i / 4) + i % 2)) > span) p[i] = 0.f;
-  }
-}
-
-/// Query blocks [begin, end) all of whose rows see all of the 64 key rows from key_row on.
-template <int kBlockM>
-FLASH_ATTN_DEVICE Range full_blocks(const Tile& tile, int key_row) {
-  if (key_row + 64 > tile.seqlen_k) return {0, 0};
-  const int first_row = key_row + 63 - tile.right_bound, last_row_end = key_row - tile.left_bound + 1;
-  return {first_row <= 0 ? 0 : (first_row + kBlockM - 1) / kBlockM, last_row_end < 0 ? 0 : last_row_end / kBlockM};
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -1,6 +1,7 @@
 // A consumer of single/kernel.h: S, dP, P, dS, and the sums dK and dV in its registers; its part of dQ leaves.
 #pragma once
 
+#include "../../../common/mask_fragment.h"
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"
 #include "../dq/rows.h"
@@ -121,7 +122,7 @@ struct Consumer {
       named_barrier_arrive(kDqReady + warpgroup, 160);
     } else if constexpr (Config::kFusedDq) {
       const int last_row = min((m_block + 1) * kBlockM, static_cast<int>(params.problem.seqlen_q)) - 1;
-      if (tile.n_begin + kBlockN > min(tile.seqlen_k - 1, last_row + tile.right_bound)) {  // no later tile adds to it
+      if (tile.n_begin + kBlockN > tile.band().last_column(last_row)) {  // no later tile adds to it
         dq_rows().store(dq, tile.q_batch, tile.q_head + head, m_block * kBlockM, params.problem.seqlen_q);
       } else {
         float4* const sum = dq_sum(tile, head, m_block);
@@ -185,8 +186,8 @@ struct Consumer {
     for (int i = 0; i < kFragment; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
     // ptxas would sink the exponentials below the wait for dP; this branch keeps them under it.
     if (mask) {
-      mask_probabilities(s, tile, tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
-                         m_block * kBlockM + 2 * (lane % 4));
+      mask_transposed(s, tile.band(), tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
+                      m_block * kBlockM + 2 * (lane % 4));
     }
     if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
     wgmma_wait<0>();
@@ -240,13 +241,12 @@ struct Consumer {
   FLASH_ATTN_DEVICE void process_tile(const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
-    const Range full = full_blocks<kBlockM>(tile, tile.n_begin + 64 * warpgroup);
-    const int full_begin = static_cast<int>(full.begin), full_end = static_cast<int>(full.end);
+    const IntRange full = tile.band().template full_row_blocks<kBlockM>(tile.n_begin + 64 * warpgroup);
     int previous_q = -1;  // stage that dK in flight still reads
     mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
     // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
     const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end && block_step<Config>(tile) > 0 &&
-                        (tile.m_begin + 1) * kBlockM - 1 + tile.right_bound < tile.n_begin + 64 * warpgroup;
+                        tile.band().all_left_of((tile.m_begin + 1) * kBlockM, tile.n_begin + 64 * warpgroup);
     // A head's blocks from m_first on, then those before it; or all of them, from the last to the first.
     const int parted = tile.m_first > tile.m_begin && block_step<Config>(tile) > 0;
     for (int part = 0; part < tile.num_heads << parted; ++part) {
@@ -263,7 +263,7 @@ struct Consumer {
 #pragma unroll 1
       for (; m_block != m_end; m_block += m_step) {
         const int stage = q.stage;
-        process_step(tile, head, m_block, m_block < full_begin || m_block >= full_end, previous_q);
+        process_step(tile, head, m_block, !full.holds(m_block), previous_q);
         previous_q = stage;
       }
     }
