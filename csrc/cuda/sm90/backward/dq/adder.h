@@ -44,57 +44,54 @@ FLASH_ATTN_DEVICE void store_dq(const KernelParams& params, single::SharedStorag
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const Tile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    for (int head = tile.m_begin < tile.m_end ? 0 : tile.num_heads; head < tile.num_heads; ++head) {
-      int m_block = tile.m_first;
-      do {
-        const int block = tile.block + head * params.num_blocks + m_block;
-        const FixedTurn<Config> turn{params, tile, m_block};
-        const int counted = kCount == 1 ? block - turn.place() : block;
-        int* const count = params.dq_turns + int64_t{counted} * kDqTurns + first_consumer;
-        bool first = false, stored = false;  // by this tile, by another
-        if (elected()) {                     // while dQ is being computed
-          if constexpr (kCount == 1) {
-            turn.wait(count);
-            first = turn.stores();
-          } else {
-            stored = is_stored<1>(load_acquire(count));
-          }
-          global_proxy_fence();
+#pragma unroll 1
+    for (BlockWalk<Config> walk(tile); !walk.ended(); walk.advance()) {
+      const int block = walk.index(params);
+      const FixedTurn<Config> turn{params, tile, walk.m_block};
+      const int counted = kCount == 1 ? block - turn.place() : block;
+      int* const count = params.dq_turns + int64_t{counted} * kDqTurns + first_consumer;
+      bool first = false, stored = false;  // by this tile, by another
+      if (elected()) {                     // while dQ is being computed
+        if constexpr (kCount == 1) {
+          turn.wait(count);
+          first = turn.stores();
+        } else {
+          stored = is_stored<1>(load_acquire(count));
         }
-        __syncwarp();
+        global_proxy_fence();
+      }
+      __syncwarp();
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const int consumer = first_consumer + i;
-          float* const to = params.dq_accum + (int64_t{block} * Config::kConsumers + consumer) * kDqTile;
-          named_barrier_sync(single::kDqReady + consumer, 160);
-          if (elected()) {
-            if (kCount > 1 && i == 0 && !stored) {
-              first = claim_block(count, tile.index);
-              global_proxy_fence();
-            }
-            if (first) {
-              bulk_store(to, shared.dq[consumer], kDqTile * sizeof(float));
-            } else {
-              bulk_reduce_add(to, shared.dq[consumer], kDqTile * sizeof(float));
-            }
-            tma_store_commit();
-          }
-        }
+      for (int i = 0; i < kCount; ++i) {
+        const int consumer = first_consumer + i;
+        float* const to = params.dq_accum + (int64_t{block} * Config::kConsumers + consumer) * kDqTile;
+        named_barrier_sync(single::kDqReady + consumer, 160);
         if (elected()) {
-          if constexpr (kCount > 1) {
-            tma_store_wait_read<1>();
-            mbarrier_arrive(&shared.dq_empty[0]);
+          if (kCount > 1 && i == 0 && !stored) {
+            first = claim_block(count, tile.index);
+            global_proxy_fence();
           }
-          tma_store_wait_read();
-          mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
-          if (kCount == 1 ? turn.ends() : first) {
-            tma_store_wait();     // the sum has arrived
-            add_to_count(count);  // the next turn has come; or stored
+          if (first) {
+            bulk_store(to, shared.dq[consumer], kDqTile * sizeof(float));
+          } else {
+            bulk_reduce_add(to, shared.dq[consumer], kDqTile * sizeof(float));
           }
+          tma_store_commit();
         }
-        __syncwarp();
-        m_block = next_block<Config>(tile, m_block);
-      } while (m_block != tile.m_first);
+      }
+      if (elected()) {
+        if constexpr (kCount > 1) {
+          tma_store_wait_read<1>();
+          mbarrier_arrive(&shared.dq_empty[0]);
+        }
+        tma_store_wait_read();
+        mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
+        if (kCount == 1 ? turn.ends() : first) {
+          tma_store_wait();     // the sum has arrived
+          add_to_count(count);  // the next turn has come; or stored
+        }
+      }
+      __syncwarp();
     }
     if (elected() && kCount > 1 && params.dq_writing.enabled()) {
       tma_store_wait();

@@ -5,7 +5,7 @@
 
 #include "../../../common/counters.h"
 #include "../../hopper/barriers.h"
-#include "../schedule/tile.h"
+#include "../schedule/walk.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
@@ -116,16 +116,12 @@ enum class TurnPart { kBegin, kEnd, kBoth };
 template <TurnPart kPart, typename Config>
 FLASH_ATTN_DEVICE void follow_turns(const KernelParams& params, const Tile& tile, DqTurns& turns, uint32_t& step,
                                     int rank = 0) {
-  for (int head = 0; head < tile.num_heads; ++head) {
-    int* const head_turns = params.dq_turns + (tile.block + int64_t{head} * params.num_blocks) * kDqTurns;
-    int m_block = tile.m_first;
-#pragma unroll 1
-    for (int left = tile.m_end - tile.m_begin; left > 0; --left, ++step, m_block = next_block<Config>(tile, m_block)) {
-      int* const block = head_turns + m_block * kDqTurns;
-      if constexpr (kPart != TurnPart::kEnd) begin_turn<Config>(params, tile, m_block, block, turns, step, rank);
-      if constexpr (kPart != TurnPart::kBegin) end_turn(params, block, turns, step, rank);
-    }
-  }
+  for_each_block<Config>(tile, [&](const BlockWalk<Config>& walk) {
+    int* const block = params.dq_turns + int64_t{walk.index(params)} * kDqTurns;
+    if constexpr (kPart != TurnPart::kEnd) begin_turn<Config>(params, tile, walk.m_block, block, turns, step, rank);
+    if constexpr (kPart != TurnPart::kBegin) end_turn(params, block, turns, step, rank);
+    ++step;
+  });
 }
 
 // By a thread of a consumer:

@@ -234,18 +234,17 @@ struct Consumer {
       wgmma_wait<0>();
       wgmma_results(s);
     }
-    int head = 0, m_block = tile.m_first;
+    BlockWalk<Config> walk(tile);
 #pragma unroll 1
     for (; step < steps; ++step) {
       if constexpr (kScores) {
-        process_scores(m_block, !full.holds(m_block));
+        process_scores(walk.m_block, !full.holds(walk.m_block));
       } else {
         process_gradients();
       }
       finish_step(block);
-      block = tile.block + head * params.num_blocks + m_block;
-      m_block = next_block<Config>(tile, m_block);
-      if (m_block == tile.m_first) ++head;
+      block = walk.index(params);
+      walk.advance();
     }
     wait_ds(steps - 1);
     issue_dq((steps - 1) % 2);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../hopper/tma.h"
+#include "../schedule/walk.h"
 #include "config.h"
 
 namespace flash_attn::cuda::sm90::backward::pair {
@@ -45,27 +46,27 @@ struct Producer {
     load_kv(shared.k_peer, params.k, &shared.k_full, peer_first, peer_end, rank ^ 1);
   }
 
-  FLASH_ATTN_DEVICE void load_q(int step, int head, int m_block) {
+  FLASH_ATTN_DEVICE void load_q(int step, const BlockWalk<Config>& at) {
     const Tile& tile = shared.tile;
     uint64_t* const full = &shared.q_full[step % 2];
     mbarrier_wait(&shared.q_empty[step % 2], step / 2 % 2 ^ 1);
     mbarrier_arrive_expect(full, params.panels * Config::kPanelBytes + Config::kBytesStatistics);
-    load_panels(shared.q[step % 2], params.q, full, 0, params.panels, tile.q_x + m_block * Config::kBlockM, tile.q_y,
-                tile.q_head + head, tile.q_batch);
+    load_panels(shared.q[step % 2], params.q, full, 0, params.panels, tile.q_x + at.m_block * Config::kBlockM, tile.q_y,
+                tile.q_head + at.head, tile.q_batch);
   }
 
-  FLASH_ATTN_DEVICE void load_statistics(int step, int head, int m_block) {
-    const int64_t block = shared.tile.block + head * params.num_blocks + m_block;
+  FLASH_ATTN_DEVICE void load_statistics(int step, const BlockWalk<Config>& at) {
+    const int64_t block = at.index(params);
     bulk_load(shared.statistics[step % 2], params.statistics + block * Config::kBlockM, Config::kBytesStatistics,
               &shared.q_full[step % 2]);
   }
 
-  FLASH_ATTN_DEVICE void load_dout(int step, int head, int m_block) {
+  FLASH_ATTN_DEVICE void load_dout(int step, const BlockWalk<Config>& at) {
     const Tile& tile = shared.tile;
     mbarrier_wait(&shared.dout_empty, step % 2 ^ 1);
     mbarrier_arrive_expect(&shared.dout_full, params.panels_v * Config::kPanelBytes);
-    load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v, tile.q_x + m_block * Config::kBlockM,
-                tile.q_y, tile.q_head + head, tile.q_batch);
+    load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v,
+                tile.q_x + at.m_block * Config::kBlockM, tile.q_y, tile.q_head + at.head, tile.q_batch);
   }
 
   FLASH_ATTN_DEVICE void run() {
@@ -73,21 +74,18 @@ struct Producer {
     load_k();
     if (tile.m_begin == tile.m_end) load_v();
     int step = 0;
-    for (int head = 0; head < tile.num_heads; ++head) {
-      int m_block = tile.m_first;
-      for (int left = tile.m_end - tile.m_begin; left > 0;
-           --left, ++step, m_block = next_block<Config>(tile, m_block)) {
-        if (step == 1) mbarrier_wait(&shared.all_prepared, 0);  // their out lies where this Q comes
-        load_q(step, head, m_block);
-        if (step == 0) load_v();
-        if (m_block == tile.m_first && params.preparation.enabled()) {
-          await_prepared(params, tile, head);
-          global_proxy_fence();
-        }
-        load_statistics(step, head, m_block);
-        load_dout(step, head, m_block);
+    for_each_block<Config>(tile, [&](const BlockWalk<Config>& walk) {
+      if (step == 1) mbarrier_wait(&shared.all_prepared, 0);  // their out lies where this Q comes
+      load_q(step, walk);
+      if (step == 0) load_v();
+      if (walk.starts_head() && params.preparation.enabled()) {
+        await_prepared(params, tile, walk.head);
+        global_proxy_fence();
       }
-    }
+      load_statistics(step, walk);
+      load_dout(step, walk);
+      ++step;
+    });
   }
 };
 

@@ -31,9 +31,11 @@ struct Tile {
   int number;  // see TilePlace
 
   FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, seqlen_k, seqlen_q}; }
-  // The number of words is odd: if it is even ptxas joins the loads of the bounds, packs dS later and puts up to six
-  // instructions more into the loops. [d64 3 to 5% slower.]
 };
+
+// If it is even ptxas joins the loads of the bounds, packs dS later and puts up to six instructions more into the
+// loops. [d64 3 to 5% slower.]
+static_assert(sizeof(Tile) / sizeof(int) % 2 == 1, "a tile's number of words is odd: add or take one away");
 
 /// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would
 /// come to each block at the same time and wait for the one that stores there, see claim_block.
@@ -45,14 +47,6 @@ FLASH_ATTN_DEVICE int first_block_of_tile(int n_block, int n_blocks, int m_block
 template <typename Config>
 FLASH_ATTN_DEVICE int block_step(const Tile& tile) {
   return Config::kDescends ? tile.m_step : 1;
-}
-
-/// The block after this one: from m_first on, then, at the end of the tile's blocks, from the other end on.
-template <typename Config>
-FLASH_ATTN_DEVICE int next_block(const Tile& tile, int m_block) {
-  m_block += block_step<Config>(tile);
-  if (m_block == tile.m_end) return tile.m_begin;
-  return Config::kDescends && m_block < tile.m_begin ? tile.m_end - 1 : m_block;
 }
 
 /// Leaves of the tile's query blocks those of its part.

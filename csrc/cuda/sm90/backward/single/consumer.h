@@ -5,6 +5,7 @@
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"
 #include "../dq/rows.h"
+#include "../schedule/walk.h"
 
 namespace flash_attn::cuda::sm90::backward::single {
 
@@ -247,15 +248,7 @@ struct Consumer {
     // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
     const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end && block_step<Config>(tile) > 0 &&
                         tile.band().all_left_of((tile.m_begin + 1) * kBlockM, tile.n_begin + 64 * warpgroup);
-    // A head's blocks from m_first on, then those before it; or all of them, from the last to the first.
-    const int parted = tile.m_first > tile.m_begin && block_step<Config>(tile) > 0;
-    for (int part = 0; part < tile.num_heads << parted; ++part) {
-      const bool starts = (part & parted) == 0;
-      const int head = part >> parted;
-      // Copies: behind a step's stores they would be read late.
-      const int m_step = block_step<Config>(tile);
-      const int m_end = m_step < 0 ? tile.m_begin - 1 : starts ? tile.m_end : tile.m_first;
-      int m_block = starts ? tile.m_first : tile.m_begin;
+    for_each_run<Config>(tile, [&](int head, int m_block, int m_end, int m_step) {
       if (unseen) {
         process_unseen_step(tile, head, m_block++, previous_q);
         previous_q = -1;
@@ -266,7 +259,7 @@ struct Consumer {
         process_step(tile, head, m_block, !full.holds(m_block), previous_q);
         previous_q = stage;
       }
-    }
+    });
     forget_derived(tiles.count);
     if constexpr (Config::kDqFromRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
     wgmma_wait<0>();

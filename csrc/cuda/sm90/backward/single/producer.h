@@ -3,6 +3,7 @@
 
 #include "../../hopper/tma.h"
 #include "../preprocess/prepared_rows.h"
+#include "../schedule/walk.h"
 #include "config.h"
 
 namespace flash_attn::cuda::sm90::backward::single {
@@ -35,22 +36,22 @@ struct Producer {
     load_kv(params.v, params.panels_v, shared.v[tiles.stage_kv()], &shared.v_full[tiles.stage_kv()], tile);
   }
 
-  FLASH_ATTN_DEVICE void load_q(const Tile& tile, int head, int m_block) {
+  FLASH_ATTN_DEVICE void load_q(const Tile& tile, const BlockWalk<Config>& at) {
     uint64_t* const full = &shared.q_full[q.stage];
     mbarrier_wait(&shared.q_empty[q.stage], q.phase ^ 1);
     mbarrier_arrive_expect(full, params.panels * Config::kPanelBytesQ + Config::kBytesStatistics);
-    load<Config::kPanelBytesQ>(params.q, params.panels, shared.q[q.stage], full, tile.q_x + m_block * Config::kBlockM,
-                               tile.q_y, tile.q_head + head, tile.q_batch);
-    const int64_t block = tile.block + head * params.num_blocks + m_block;
+    load<Config::kPanelBytesQ>(params.q, params.panels, shared.q[q.stage], full,
+                               tile.q_x + at.m_block * Config::kBlockM, tile.q_y, tile.q_head + at.head, tile.q_batch);
+    const int64_t block = at.index(params);
     bulk_load(shared.statistics[q.stage], params.statistics + block * Config::kBlockM, Config::kBytesStatistics, full);
   }
 
-  FLASH_ATTN_DEVICE void load_dout(const Tile& tile, int head, int m_block) {
+  FLASH_ATTN_DEVICE void load_dout(const Tile& tile, const BlockWalk<Config>& at) {
     uint64_t* const full = &shared.dout_full[q.stage];
     mbarrier_wait(&shared.dout_empty[q.stage], q.phase ^ 1);
     mbarrier_arrive_expect(full, params.panels_v * Config::kPanelBytesQ);
     load<Config::kPanelBytesQ>(params.dout, params.panels_v, shared.dout[q.stage], full,
-                               tile.q_x + m_block * Config::kBlockM, tile.q_y, tile.q_head + head, tile.q_batch);
+                               tile.q_x + at.m_block * Config::kBlockM, tile.q_y, tile.q_head + at.head, tile.q_batch);
   }
 
   /// out and dO of the blocks that the tile prepares, in place of Q and dO.
@@ -72,15 +73,12 @@ struct Producer {
 
   FLASH_ATTN_DEVICE void load_tile(const Tile& tile) {
     load_kv(params.k, params.panels, shared.k[tiles.stage_kv()], &shared.k_full[tiles.stage_kv()], tile);
-    for (int head = 0; head < tile.num_heads; ++head) {
-      int m_block = tile.m_first;
-      for (int steps = tile.m_end - tile.m_begin; steps > 0; --steps, m_block = next_block<Config>(tile, m_block)) {
-        load_q(tile, head, m_block);
-        if (head == 0 && m_block == tile.m_first) load_v(tile);  // wanted after the first Q
-        load_dout(tile, head, m_block);
-        q.advance();
-      }
-    }
+    for_each_block<Config>(tile, [&](const BlockWalk<Config>& walk) {
+      load_q(tile, walk);
+      if (walk.head == 0 && walk.starts_head()) load_v(tile);  // wanted after the first Q
+      load_dout(tile, walk);
+      q.advance();
+    });
     if (tile.m_begin == tile.m_end) load_v(tile);
   }
 
