@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/sm90/backward/plan.h"
+#include "../csrc/cuda/sm90/backward/launch.h"
 #include "../csrc/cuda/sm90/backward/postprocess/postprocess.h"
 #include "../csrc/cuda/sm90/backward/schedule/order.h"
 #include "../csrc/cuda/sm90/hopper/tensor_map.h"
@@ -36,7 +36,7 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
   v.block_n = 128;
   v.map_rows = v.block_n / cluster;
   v.cluster = cluster;
-  v.dq_warp = cluster == 1 && block_m < v.block_n;
+  v.dq_path = cluster == 1 && block_m < v.block_n ? DqPath::kWarp : DqPath::kRegisters;
   v.descends = block_m < v.block_n;
   v.launch = v.launch_row_parts = {catch_kernel, catch_kernel};
   return v;
@@ -44,7 +44,7 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
 
 constexpr Variant fused_variant() {
   Variant v = variant("d64 fused", 64, 64, 128, 1);
-  v.fused_dq = true;
+  v.dq_path = DqPath::kOneCta;
   return v;
 }
 
@@ -69,8 +69,8 @@ CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
 namespace flash_attn::cuda::sm90::backward {
 
 void launch_preprocess(const RowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
-void launch_store_dq(const RowsParams&, cudaStream_t) {}
-void launch_add_key_parts(const KeyPartsParams&, cudaStream_t) {}
+void launch_convert_dq(const RowsParams&, cudaStream_t) {}
+void launch_add_parts(const PartsParams&, cudaStream_t) {}
 
 namespace {
 
@@ -159,7 +159,7 @@ void check_writing(const KernelParams& kernel, const std::vector<TilePlace>& til
 /// `lengths`: rows of k of each sequence.
 void check_tiles(const Plan& plan, const std::vector<int>& lengths, Counts& counts) {
   const KernelParams& kernel = caught.kernel;
-  const int all_heads = kernel.heads_k.divisor, block_n = plan.variant->block_n;
+  const int all_heads = kernel.split.heads.value, block_n = plan.variant->block_n;
   const int64_t heads = static_cast<int64_t>(lengths.size()) * all_heads;
   const int count = count_tiles(kernel);
   std::vector<TilePlace> tiles;
@@ -179,24 +179,24 @@ void check_tiles(const Plan& plan, const std::vector<int>& lengths, Counts& coun
     tiles.push_back(at);
     counts.last_group += i > 0 && at.in_last && !tiles[i - 1].in_last;
   }
-  if (plan.ordered_dq) check_turns(kernel, tiles, heads);
-  if (kernel.preparation.enabled() && !plan.variant->fused_dq) check_preparation(kernel, tiles);
+  if (plan.dq.is_ordered()) check_turns(kernel, tiles, heads);
+  if (kernel.preparation.enabled() && plan.variant->dq_path != DqPath::kOneCta) check_preparation(kernel, tiles);
   if (kernel.dq_writing.enabled()) check_writing(kernel, tiles, index_of);
-  counts.turns += plan.ordered_dq;
+  counts.turns += plan.dq.is_ordered();
   counts.prepared += kernel.preparation.enabled();
   counts.written += kernel.dq_writing.enabled();
-  counts.row_parts += plan.row_parts > 1;
+  counts.row_parts += plan.split.row_parts > 1;
 }
 
 void check_dense(const BackwardParams& params, const Plan& plan, Counts& counts) {
   const KernelParams& kernel = caught.kernel;
-  const int64_t heads = params.forward.batch * kernel.heads_k.divisor;
+  const int64_t heads = params.forward.batch * kernel.split.heads.value;
   require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
-  const int64_t parts = kernel.row_parts.divisor;
-  require(heads * kernel.group_size == params.forward.batch * params.forward.num_heads * parts, "so many query heads");
-  require(parts * kernel.part_blocks >= kernel.num_m_blocks, "rows of no part");
-  require(parts == 1 || (parts - 1) * kernel.part_blocks < kernel.num_m_blocks, "a part without rows");
-  require(parts == 1 || kernel.part_blocks % 2 == 0, "a turn of two parts");
+  const int64_t parts = kernel.split.row_parts.value;
+  require(heads * kernel.split.heads_of_tile == params.forward.batch * params.forward.num_heads * parts, "so many query heads");
+  require(parts * kernel.split.part_blocks >= kernel.num_m_blocks, "rows of no part");
+  require(parts == 1 || (parts - 1) * kernel.split.part_blocks < kernel.num_m_blocks, "a part without rows");
+  require(parts == 1 || kernel.split.part_blocks % 2 == 0, "a turn of two parts");
   check_tiles(plan, std::vector<int>(params.forward.batch, static_cast<int>(params.forward.seqlen_k)), counts);
 }
 

@@ -27,9 +27,8 @@ COLUMNS, ROWS = 0, 1  # enum Major
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled(
-        tmp_path_factory.mktemp("wrappers"), "tests/hopper_wrappers.cu", "csrc/cuda/sm90/hopper/tensor_map.cpp"
-    )
+    sources = ("csrc/cuda/sm90/hopper/tensor_map.cpp", "csrc/cuda/common/check.cpp")
+    return compiled(tmp_path_factory.mktemp("wrappers"), "tests/hopper_wrappers.cu", *sources)
 
 
 def run(function: Callable[..., int], *arguments: Tensor | int | bool) -> None:

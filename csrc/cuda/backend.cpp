@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/check.h"
 #include "universal/universal.h"
 #ifdef FLASH_ATTN_WITH_SM90
 #include "sm90/sm90.h"
@@ -22,23 +23,10 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  if (error == cudaErrorInsufficientDriver) {
-    int runtime = 0, driver = 0;
-    cudaRuntimeGetVersion(&runtime);
-    cudaDriverGetVersion(&driver);
-    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
-    throw std::runtime_error("flash_attn was built with CUDA " + version(runtime) +
-                             ", but the driver supports only CUDA " + version(driver) + ": update the driver");
-  }
-  throw std::runtime_error(std::string("flash_attn: ") + what + " failed: " + cudaGetErrorString(error));
-}
-
 DeviceInfo read_device_info(int device) {
   const auto attribute = [device](cudaDeviceAttr name) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    cuda::check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
     return value;
   };
   DeviceInfo info;
@@ -62,10 +50,10 @@ void* enter(int device, int* previous) {
   if (aoti_torch_get_current_cuda_stream == nullptr) {
     throw std::runtime_error("flash_attn got a CUDA tensor, but the installed torch is built without CUDA");
   }
-  check(cudaGetDevice(previous), "cudaGetDevice");
+  cuda::check(cudaGetDevice(previous), "cudaGetDevice");
   // Also where it is the current one already: a thread that never used CUDA, as autograd's may be, has no context yet,
   // and the driver's tensor maps need one.
-  check(cudaSetDevice(device), "cudaSetDevice");
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) {
     throw std::runtime_error("flash_attn: torch has no current stream for cuda:" + std::to_string(device));

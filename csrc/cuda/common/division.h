@@ -7,21 +7,22 @@
 
 namespace flash_attn::cuda {
 
-/// Division of n < 2^31 by a number that the host knows, as a multiplication (Granlund and Montgomery, "Division by
-/// invariant integers using multiplication", 1994).
+/// Division of 0 <= n < 2^31, as a multiplication (Granlund and Montgomery, "Division by invariant integers using
+/// multiplication", 1994, figure 4.1).
 struct Divisor {
-  uint32_t value = 1, multiplier = 1u << 31;
-  int shift = 31;
+  uint32_t value = 1, multiplier = 1, shift = 0;
 
   Divisor() = default;
   explicit Divisor(int64_t divisor) : value(static_cast<uint32_t>(divisor)) {
-    int bits = 0;
-    while ((int64_t{1} << bits) < divisor) ++bits;
-    shift = 31 + bits;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value);
+    while ((uint64_t{1} << shift) < value) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - value) << 32) / value) + 1;
   }
   FLASH_ATTN_HOST_DEVICE int divide(int n) const {
-    return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * multiplier >> shift);
+#ifdef __CUDA_ARCH__
+    return static_cast<int>((__umulhi(n, multiplier) + n) >> shift);
+#else
+    return static_cast<int>(((uint64_t{static_cast<uint32_t>(n)} * multiplier >> 32) + n) >> shift);
+#endif
   }
   FLASH_ATTN_HOST_DEVICE int divide(int n, int& rest) const {
     const int quotient = divide(n);

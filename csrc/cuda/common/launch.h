@@ -1,20 +1,14 @@
-// Launching kernels and the errors of it.
+// Launching kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+
+#include "check.h"
 
 namespace flash_attn::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("flash_attn: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
 
 /// Launches `num_blocks` blocks of `kernel`, which adds params.first_block to its blockIdx.x: one launch holds at most
 /// 2^31 - 1 blocks. The limit of dynamic shared memory belongs to the current device, so it is set every time.

@@ -2,7 +2,7 @@
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
-#include "plan.h"
+#include "launch.h"
 
 namespace flash_attn::cuda::sm90::backward {
 namespace {

@@ -1,10 +1,10 @@
-// From a plan to what the kernels are given, and their launches.
+#include "launch.h"
+
 #include <algorithm>
 #include <type_traits>
 
 #include "../hopper/tensor_map.h"
 #include "params.h"
-#include "plan.h"
 #include "postprocess/postprocess.h"
 #include "preprocess/preprocess.h"
 
@@ -31,19 +31,20 @@ struct Workspace {
     const ForwardParams& p = params.forward;
     const Variant& variant = *plan.variant;
     const int64_t blocks = p.num_heads * plan.num_blocks;
-    const int64_t dq_blocks = variant.fused_dq ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
+    const int64_t dq_blocks =
+        variant.dq_path == DqPath::kOneCta ? plan.grid * p.group_size() * plan.num_m_blocks : blocks;
     place(dq_accum, dq_blocks * variant.block_m * variant.dq_columns);
     place(statistics, blocks * variant.block_m);
     cleared_bytes -= bytes;
     place(next_tile, 1);
-    place(dq_turns, plan.ordered_dq || plan.claims_dq ? blocks * kDqTurns : 0);
-    place(dq_flags, plan.dq_writing.enabled ? plan.num_tiles : 0);
-    place(prepared, plan.prepared_ahead > 0 ? p.batch * p.num_heads : 0);
+    place(dq_turns, plan.dq.has_turns() ? blocks * kDqTurns : 0);
+    place(dq_flags, plan.dq.writing.enabled ? plan.order.num_tiles : 0);
+    place(prepared, plan.preparation.ahead > 0 ? p.batch * p.num_heads : 0);
     cleared_bytes += bytes;
-    const int64_t part_rows = plan.key_parts > 1 ? p.total_k * p.num_heads_k * stored_parts(plan) : 0;
+    const int64_t part_rows = plan.split.parts() > 1 ? p.total_k * p.num_heads_k * plan.split.stored() : 0;
     place(dk_parts, params.dk.data != nullptr ? part_rows * p.head_dim : 0);
     place(dv_parts, params.dv.data != nullptr ? part_rows * p.head_dim_v : 0);
-    place(packed_blocks, p.is_varlen_k() ? plan.max_packed_blocks + 1 : 0);
+    place(packed_blocks, p.is_varlen_k() ? plan.order.max_packed_blocks + 1 : 0);
   }
 };
 
@@ -53,8 +54,8 @@ struct KeyGradients {
   int64_t heads;
 
   KeyGradients(const Plan& plan, const BackwardParams& params, const Workspace& workspace)
-      : dk(params.dk), dv(params.dv), heads(params.forward.num_heads_k * stored_parts(plan)) {
-    if (plan.key_parts == 1) return;
+      : dk(params.dk), dv(params.dv), heads(params.forward.num_heads_k * plan.split.stored()) {
+    if (plan.split.parts() == 1) return;
     dk = parts(params.forward, workspace.dk_parts, params.forward.head_dim);
     dv = parts(params.forward, workspace.dv_parts, params.forward.head_dim_v);
   }
@@ -67,22 +68,29 @@ struct KeyGradients {
 
 PackedBlocksParams packed_blocks_params(const Plan& plan, const ForwardParams& p, const Workspace& workspace) {
   if (!p.is_varlen_k()) return {};
-  return {workspace.packed_blocks, plan.max_packed_blocks, plan.variant->block_n,
-          static_cast<int>(p.num_heads_k * plan.key_parts), plan.last_packed_blocks};
+  PackedBlocksParams packed{};
+  packed.blocks = workspace.packed_blocks;
+  packed.num_blocks = plan.order.max_packed_blocks;
+  packed.block_n = plan.variant->block_n;
+  packed.heads = static_cast<int>(p.num_heads_k * plan.split.parts());
+  packed.last_blocks = plan.order.last_packed_blocks;
+  return packed;
 }
 
 Schedule schedule(const Plan& plan, const ForwardParams& p, const Workspace& workspace) {
-  return {static_cast<int>(p.batch * p.num_heads_k * plan.key_parts),
-          plan.num_n_blocks,
-          plan.num_tiles,
-          plan.heads_per_group,
-          plan.grouped_heads,
-          plan.falling,
-          plan.dynamic ? workspace.next_tile : nullptr,
-          workspace.packed_blocks,
-          plan.max_packed_blocks,
-          plan.wide_groups,
-          plan.tiles_at_once};
+  Schedule s{};
+  s.num_batch_heads = static_cast<int>(p.batch * p.num_heads_k * plan.split.parts());
+  s.num_n_blocks = plan.order.num_n_blocks;
+  s.num_tiles = plan.order.num_tiles;
+  s.heads_per_group = plan.order.heads_per_group;
+  s.grouped_heads = plan.order.grouped_heads;
+  s.falling = plan.order.falling;
+  s.next_tile = plan.dynamic ? workspace.next_tile : nullptr;
+  s.packed_blocks = workspace.packed_blocks;
+  s.num_key_blocks = plan.order.max_packed_blocks;
+  s.wide_groups = plan.order.wide_groups;
+  s.tiles_at_once = plan.order.tiles_at_once;
+  return s;
 }
 
 void set_tensor_maps(KernelParams& kernel, const Plan& plan, const BackwardParams& params,
@@ -111,31 +119,33 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
   KernelParams kernel{};
   kernel.problem = p;
   kernel.schedule = schedule(plan, p, workspace);
-  kernel.heads_k = FastDivision(p.num_heads_k * plan.key_parts);
-  kernel.key_parts = FastDivision(plan.key_parts);
-  kernel.n_blocks = FastDivision(plan.num_n_blocks);
-  kernel.heads_per_group = FastDivision(plan.heads_per_group);
-  kernel.group_tiles = FastDivision(plan.heads_per_group * plan.num_n_blocks);
+  kernel.split.heads = Divisor(p.num_heads_k * plan.split.parts());
+  kernel.split.parts = Divisor(plan.split.parts());
+  kernel.split.row_parts = Divisor(plan.split.row_parts);
+  kernel.split.part_blocks = plan.split.part_blocks;
+  kernel.split.heads_of_tile = static_cast<int>(p.group_size() / plan.split.head_parts);
+  kernel.n_blocks = Divisor(plan.order.num_n_blocks);
+  kernel.heads_per_group = Divisor(plan.order.heads_per_group);
+  kernel.group_tiles = Divisor(plan.order.heads_per_group * plan.order.num_n_blocks);
   kernel.num_blocks = plan.num_blocks;
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = workspace.dq_accum;
-  kernel.ordered_dq = plan.ordered_dq;
+  kernel.dq_protocol = plan.dq.protocol;
   kernel.dq_turns = workspace.dq_turns;
-  kernel.spread_starts = plan.spread_starts;
+  kernel.spread_starts = plan.dq.spread_starts;
   kernel.dq = params.dq;
   kernel.statistics = workspace.statistics;
-  if (const DqWritingPlan& writing = plan.dq_writing; writing.enabled) {
+  if (const DqWritingPlan& writing = plan.dq.writing; writing.enabled) {
     kernel.dq_writing = {workspace.dq_flags, writing.lag, writing.by_last_block};
   }
-  if (plan.prepared_ahead > 0) {
+  if (plan.preparation.ahead > 0) {
     kernel.preparation.dlse = params.dlse;
     kernel.preparation.prepared = workspace.prepared;
-    kernel.preparation.ahead = plan.prepared_ahead;
-    kernel.preparation.zeroes_dq = plan.zeroes_dq;
+    kernel.preparation.ahead = plan.preparation.ahead;
+    kernel.preparation.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed;
   }
   kernel.seqlen_q = static_cast<int>(p.seqlen_q);
   kernel.seqlen_k = static_cast<int>(p.seqlen_k);
-  kernel.group_size = static_cast<int>(p.group_size() * plan.row_parts / plan.key_parts);
   kernel.panels = static_cast<int>(ceil_div(p.head_dim, 64));
   kernel.panels_v = static_cast<int>(ceil_div(p.head_dim_v, 64));
   kernel.dense = p.is_dense();
@@ -147,8 +157,6 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   kernel.wants_dk = params.dk.data != nullptr;
   kernel.wants_dv = params.dv.data != nullptr;
-  kernel.row_parts = FastDivision(plan.row_parts);
-  kernel.part_blocks = plan.part_blocks;
   set_tensor_maps(kernel, plan, params, gradients);
   return kernel;
 }
@@ -157,20 +165,22 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   const ForwardParams& p = params.forward;
   const Variant& variant = *plan.variant;
   const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
-  return {params,
-          variant.block_m,
-          variant.dq_columns,
-          plan.num_blocks,
-          plan.num_m_blocks,
-          workspace.dq_accum,
-          static_cast<float>(p.softmax_scale) / accum_factor,
-          plan.zeroes_dq,
-          workspace.statistics,
-          plan.prepared_heads,
-          plan.prepared_tiles,
-          reinterpret_cast<uint4*>(workspace.next_tile),
-          workspace.cleared_bytes / static_cast<int64_t>(sizeof(uint4)),
-          packed_blocks_params(plan, p, workspace)};
+  RowsParams rows{};
+  rows.problem = params;
+  rows.block_m = variant.block_m;
+  rows.dq_columns = variant.dq_columns;
+  rows.num_blocks = plan.num_blocks;
+  rows.num_m_blocks = plan.num_m_blocks;
+  rows.dq_accum = workspace.dq_accum;
+  rows.dq_scale = static_cast<float>(p.softmax_scale) / accum_factor;
+  rows.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed;
+  rows.statistics = workspace.statistics;
+  rows.prepared_heads = plan.preparation.heads;
+  rows.prepared_tiles = plan.preparation.tiles;
+  rows.cleared = reinterpret_cast<uint4*>(workspace.next_tile);
+  rows.num_cleared = workspace.cleared_bytes / static_cast<int64_t>(sizeof(uint4));
+  rows.packed_blocks = packed_blocks_params(plan, p, workspace);
+  return rows;
 }
 
 }  // namespace
@@ -186,10 +196,11 @@ void launch_plan(const Plan& plan, const BackwardParams& params, cudaStream_t st
   const KernelParams kernel = kernel_params(plan, params, workspace, gradients);
   const RowsParams rows = rows_params(plan, params, workspace);
   launch_preprocess(rows, stream);
-  const Launch& launch = plan.row_parts > 1 ? variant.launch_row_parts : variant.launch;
+  const Launch& launch = plan.split.row_parts > 1 ? variant.launch_row_parts : variant.launch;
   (params.forward.dtype == DType::kBFloat16 ? launch.bf16 : launch.fp16)(kernel, plan.grid, stream);
-  if (params.dq.data != nullptr && !variant.fused_dq && !plan.dq_writing.enabled) launch_store_dq(rows, stream);
-  if (plan.key_parts > 1) launch_add_key_parts({params, gradients.dk, gradients.dv, stored_parts(plan)}, stream);
+  if (params.dq.data != nullptr && variant.dq_path != DqPath::kOneCta && !plan.dq.writing.enabled)
+    launch_convert_dq(rows, stream);
+  if (plan.split.parts() > 1) launch_add_parts({params, gradients.dk, gradients.dv, plan.split.stored()}, stream);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -4,18 +4,26 @@
 #include <cstdint>
 
 #include "../../common/visibility.h"
+#include "forced.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm90::backward {
 namespace {
 
-/// Heads of k over all batches, each counted key_parts times.
-int64_t num_batch_heads(const Plan& plan, const ForwardParams& p) { return p.batch * p.num_heads_k * plan.key_parts; }
+/// Heads of k over all batches, each counted once for each part.
+int64_t num_batch_heads(const Plan& plan, const ForwardParams& p) {
+  return p.batch * p.num_heads_k * plan.split.parts();
+}
 
 int64_t num_tiles(const Plan& plan, const ForwardParams& p) {
-  const int64_t blocks = p.is_varlen_k() ? plan.max_packed_blocks : p.batch * plan.num_n_blocks;
-  return p.num_heads_k * plan.key_parts * blocks;
+  const int64_t blocks = p.is_varlen_k() ? plan.order.max_packed_blocks : p.batch * plan.order.num_n_blocks;
+  return p.num_heads_k * plan.split.parts() * blocks;
 }
+
+// Of is_balanced(): how full the last wave of equal tiles has to be, and how many tiles of different lengths an SM
+// needs.
+constexpr int64_t kLeastFullPercent = 90;
+constexpr double kTilesPerSm = 8, kPairsPerSm = 3.5;
 
 /// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
 /// different lengths there have to be several an SM: eight, or half as many in pairs, which lose more by parts of dk
@@ -23,20 +31,22 @@ int64_t num_tiles(const Plan& plan, const ForwardParams& p) {
 /// and four: 0.508, 0.572 ms at 1k, 1.360, 1.395 at 4k, 5.02, 5.03 at 16k; in turns, one part: 1.6 ms at 4k, 6.0 at
 /// 16k.]
 bool is_balanced(const Plan& plan, const ForwardParams& p) {
-  const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once;
-  if (!rows_see_prefixes(p)) return 10 * tiles >= 9 * at_once * ceil_div(tiles, at_once);
+  const int64_t tiles = num_tiles(plan, p), at_once = plan.order.tiles_at_once;
+  if (!rows_see_prefixes(p)) return 100 * tiles >= kLeastFullPercent * at_once * ceil_div(tiles, at_once);
   const bool few_do = plan.variant->cluster > 1 && !p.deterministic;
-  return 2 * tiles >= (few_do ? 7 : 16) * at_once;
+  return tiles >= (few_do ? kPairsPerSm : kTilesPerSm) * at_once;
 }
 
 /// The fewest parts of the query heads of a key head that make the work even; all of them if none does.
-int key_parts(const Plan& plan, const ForwardParams& p) {
+int head_parts(const Plan& plan, const ForwardParams& p, const Forced& forced) {
   Plan tried = plan;
   const int group = static_cast<int>(p.group_size());
-  for (tried.key_parts = 1; tried.key_parts < group; ++tried.key_parts) {
-    if (group % tried.key_parts == 0 && is_balanced(tried, p)) break;
+  for (tried.split.head_parts = 1; tried.split.head_parts < group; ++tried.split.head_parts) {
+    if (group % tried.split.head_parts != 0) continue;
+    if (forced.row_parts > 1) continue;  // each part has one head then
+    if (forced.head_parts > 0 ? tried.split.head_parts >= forced.head_parts : is_balanced(tried, p)) break;
   }
-  return tried.key_parts;
+  return tried.split.head_parts;
 }
 
 /// Tiles that see something, if each has so many query blocks of one head: without a mask all, in causal attention
@@ -46,36 +56,42 @@ int64_t num_seeing_tiles(const Plan& plan, const ForwardParams& params, int64_t 
   return num_batch_heads(plan, p) * num_visible_tiles(p, blocks * plan.variant->block_m, plan.variant->block_n);
 }
 
+// Of part_blocks(): rows that parts have to spare a tile, the second where dk and dv come in parts anyway; from how
+// many rows on causal attention has two parts at least.
+constexpr int64_t kLeastSavedRows = 512, kLeastSavedRowsOfParts = 384, kRowsOfTwoParts = 2048;
+
 /// How many query blocks a tile has where there are fewer tiles than SMs: so few that all SMs work and all tiles that
 /// see something can run at once; or half of a head's in causal attention, if they are many. It has to save so many
 /// rows that adding up the parts is worth it. [H200, us with 1, 2, 3, 4, 6, 8 parts of the rows: d128 4 heads of 1k
 /// full 50, 42, 40, 36, 36, 48; 2 of 4k causal 140, 91, 75, 92, 93, 102; 1 of 16k causal 506, 294, 417, 365, 373, 370;
 /// 16 of 512 37, 38, 38, 50; d256 4 of 512 41, 43, 43, 45. Saving 384 rows: 12 of 768 causal 0.95, 8 of 512 0.98 to
 /// 1.02, 8 heads on 2 1.16.]
-int64_t part_blocks(const Plan& plan, const ForwardParams& p) {
-  const int64_t tiles = num_tiles(plan, p), at_once = plan.tiles_at_once, all = plan.num_m_blocks;
-  if (p.is_varlen_k() || tiles > at_once || (p.has_window() && !rows_see_prefixes(p))) return all;
+int64_t part_blocks(const Plan& plan, const ForwardParams& p, const Forced& forced) {
+  const int64_t tiles = num_tiles(plan, p), at_once = plan.order.tiles_at_once, all = plan.num_m_blocks;
+  if (p.is_varlen_k() || (p.has_window() && !rows_see_prefixes(p))) return all;
   const auto blocks_of_parts = [&](int64_t parts) {
     return ceil_div(ceil_div(all, parts), 2) * 2;  // where the order is fixed a turn may be for two
   };
+  if (forced.row_parts > 0) return forced.row_parts == 1 ? all : std::min(all, blocks_of_parts(forced.row_parts));
+  if (tiles > at_once) return all;
   int64_t parts = at_once / tiles;
   while (parts < all && num_seeing_tiles(plan, p, blocks_of_parts(parts + 1)) <= at_once) ++parts;
-  if (rows_see_prefixes(p) && p.seqlen_q >= 2048) parts = std::max<int64_t>(parts, 2);
-  const bool adds_parts_anyway = plan.key_parts > 1 && plan.variant->cluster == 1;
+  if (rows_see_prefixes(p) && p.seqlen_q >= kRowsOfTwoParts) parts = std::max<int64_t>(parts, 2);
+  const bool adds_parts_anyway = plan.split.parts() > 1 && plan.variant->cluster == 1;
   const int64_t blocks = blocks_of_parts(parts), saved_rows = (all - blocks) * plan.variant->block_m;
-  return saved_rows >= (adds_parts_anyway ? 384 : 512) ? blocks : all;
+  return saved_rows >= (adds_parts_anyway ? kLeastSavedRowsOfParts : kLeastSavedRows) ? blocks : all;
 }
 
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
 int64_t heads_in_l2(const Plan& plan, const ForwardParams& p, int64_t l2_bytes) {
   const int64_t bytes_per_head =
-      p.seqlen_q * (p.group_size() * plan.row_parts / plan.key_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+      p.seqlen_q * (p.group_size() / plan.split.head_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
   return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
 }
 
 /// Whether causal attention ends with several heads at a time. In a fixed order tiles have to descend for it.
 bool has_last_group(const Plan& plan, const ForwardParams& p) {
-  return rows_see_prefixes(p) && (!plan.ordered_dq || plan.variant->descends);
+  return rows_see_prefixes(p) && (!plan.dq.is_ordered() || plan.variant->descends);
 }
 
 /// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
@@ -85,16 +101,16 @@ bool has_last_group(const Plan& plan, const ForwardParams& p) {
 /// 1.168, 1.325, 1.348, 1.376, 1.382; d256 4k 1.252, 1.455, 1.490, 1.515, 1.514. Two tiles: d64 1k 1.352, 1.399, 1.336,
 /// 1.451, 1.483.]
 int64_t heads_of_last_group(const Plan& plan, int64_t heads) {
-  const int tiles = plan.num_tiles / plan.tiles_at_once, n_blocks = plan.num_n_blocks;
+  const int tiles = plan.order.num_tiles / plan.order.tiles_at_once, n_blocks = plan.order.num_n_blocks;
   if (tiles < (n_blocks < 32 ? 3 : 6)) return heads;
-  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.tiles_at_once, n_blocks));
+  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.order.tiles_at_once, n_blocks));
 }
 
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
 /// dq_accum stay in L2, but in a fixed order as many as let no tile wait for one that has not begun.
 void plan_order(Plan& plan, const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = num_batch_heads(plan, p);
-  const int heads_at_once = std::max(1, plan.tiles_at_once / plan.num_n_blocks);
+  const int heads_at_once = std::max(1, plan.order.tiles_at_once / plan.order.num_n_blocks);
   int64_t group = 1, last = 0;
   if (rows_see_prefixes(p)) {
     // Steps of as many query rows as a tile has keys (d64) leave it no time between its neighbour's turn and its own,
@@ -103,20 +119,21 @@ void plan_order(Plan& plan, const ForwardParams& p, const DeviceInfo& device) {
     group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, square ? 4 : 1);
     // The last columns first, each tile a step behind the neighbour. [H200: d128 0 to +2%, d256 0 to +3%, d64 +5% at
     // 1k, -1% at 8k, -2% at 16k. Packed sequences of different lengths: d128 -1 to -3%.]
-    plan.falling = plan.ordered_dq || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
+    plan.order.falling = plan.dq.is_ordered() || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
     if (has_last_group(plan, p)) {
       last = heads_of_last_group(plan, heads);
-      plan.last_packed_blocks = static_cast<int>(ceil_div(plan.tiles_at_once, p.num_heads_k * plan.key_parts));
+      plan.order.last_packed_blocks =
+          static_cast<int>(ceil_div(plan.order.tiles_at_once, p.num_heads_k * plan.split.parts()));
     } else {
       while (heads % group != 0) --group;  // no heads are left over for a last group
     }
-  } else if (plan.ordered_dq) {
+  } else if (plan.dq.is_ordered()) {
     group = heads_at_once;
-    plan.wide_groups = true;
+    plan.order.wide_groups = true;
   }
   group = std::min(group, heads);
-  plan.heads_per_group = static_cast<int>(group);
-  plan.grouped_heads = static_cast<int>((heads - last) / group * group);
+  plan.order.heads_per_group = static_cast<int>(group);
+  plan.order.grouped_heads = static_cast<int>((heads - last) / group * group);
 }
 
 /// Whether packed sequences of queries and of keys have the same lengths: the host sees only that it is one tensor.
@@ -128,28 +145,29 @@ bool has_same_lengths(const ForwardParams& p) {
 /// Tiles, and key blocks of a sequence; of packed sequences on average.
 struct ExpectedTiles {
   int64_t all, n_blocks;
-  ExpectedTiles(const Plan& plan, const ForwardParams& p) : all(plan.num_tiles), n_blocks(plan.num_n_blocks) {
+  ExpectedTiles(const Plan& plan, const ForwardParams& p)
+      : all(plan.order.num_tiles), n_blocks(plan.order.num_n_blocks) {
     if (!p.is_varlen_k()) return;
-    all = p.total_k / plan.variant->block_n * p.num_heads_k * plan.key_parts;
+    all = p.total_k / plan.variant->block_n * p.num_heads_k * plan.split.parts();
     n_blocks = p.total_k / p.batch / plan.variant->block_n;
   }
 };
 
 /// Whether tiles have shares of the query rows (schedule/shares.h).
 bool shares_rows(const Plan& plan, const ForwardParams& p) {
-  const bool in_32_bits = int64_t{plan.num_n_blocks + 1} * plan.num_m_blocks < INT32_MAX &&
+  const bool in_32_bits = int64_t{plan.order.num_n_blocks + 1} * plan.num_m_blocks < INT32_MAX &&
                           int64_t{plan.num_blocks} * p.num_heads < INT32_MAX / 4;
-  return (p.is_dense() || has_same_lengths(p)) && in_32_bits && plan.row_parts == 1;
+  return (p.is_dense() || has_same_lengths(p)) && in_32_bits && plan.split.row_parts == 1;
 }
 
 /// Of a group of heads, but for the last group of a dense batch.
 int64_t max_group_tiles(const Plan& plan, const ForwardParams& p) {
-  const int64_t tiles = int64_t{plan.num_n_blocks} * plan.heads_per_group;
-  return plan.wide_groups || p.is_varlen_k() ? std::max<int64_t>(tiles, plan.tiles_at_once) : tiles;
+  const int64_t tiles = int64_t{plan.order.num_n_blocks} * plan.order.heads_per_group;
+  return plan.order.wide_groups || p.is_varlen_k() ? std::max<int64_t>(tiles, plan.order.tiles_at_once) : tiles;
 }
 
-/// Whether Shape::kFusedDq takes the problem.
-bool takes_fused_dq(const BackwardParams& params) {
+/// Whether DqPath::kOneCta takes the problem.
+bool takes_one_cta(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   return params.dq.data != nullptr && p.is_dense() && every_row_sees_first_key(p);
 }
@@ -161,7 +179,7 @@ bool takes_fused_dq(const BackwardParams& params) {
 /// to 1.24, 1.03 to 1.26, 0.96; 512 1.03 to 1.20, 0.88 to 1.15, 0.83. 1,024 to 16,384 query rows on 64 to 128 keys with
 /// 100, 76, 50, 15%: 1.34 to 1.64, 1.26 to 1.36, 1.09 to 1.12, 0.78 to 0.95; on 200 to 256 keys with 100, 76%: 1.13
 /// to 1.29, 1.04 to 1.12; on 384: 0.94 to 1.02.]
-bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
+bool one_cta_pays(const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
   const int64_t n_blocks = ceil_div(p.seqlen_k, kD64Fused.block_n), busy_percent = 100 * heads / at_once;
   const bool few_rows = p.seqlen_q <= 512;
@@ -172,7 +190,7 @@ bool fused_dq_pays(const ForwardParams& p, const DeviceInfo& device) {
 
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.
 bool has_dq_writer(const Plan& plan) {
-  return plan.variant->cluster == 1 && !(plan.variant->dq_warp && plan.ordered_dq);
+  return plan.variant->cluster == 1 && !(plan.variant->dq_path == DqPath::kWarp && plan.dq.is_ordered());
 }
 
 /// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
@@ -185,16 +203,16 @@ DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const ExpectedTiles expected(plan, p);
   const int64_t n_blocks = expected.n_blocks;
-  const int round = plan.tiles_at_once;
+  const int round = plan.order.tiles_at_once;
   DqWritingPlan writing;
   writing.by_last_block = p.window_right >= 0;
   // Tiles that add to a share come so much later in the order than the tile whose share it is; then a round of tiles.
-  const int64_t later = writing.by_last_block && !plan.falling ? 0 : max_group_tiles(plan, p);
+  const int64_t later = writing.by_last_block && !plan.order.falling ? 0 : max_group_tiles(plan, p);
   const int64_t lag = later + round;
-  writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.num_tiles));
+  writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.order.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
   const int64_t steps_over_share = writing.by_last_block ? n_blocks / 2 : n_blocks;
-  const bool enough_steps = !plan.variant->dq_warp || expected.all * steps_over_share >= 30 * round;
+  const bool enough_steps = plan.variant->dq_path != DqPath::kWarp || expected.all * steps_over_share >= 30 * round;
   const bool several_rounds = expected.all >= 3 * round && lag <= expected.all / 2;
   writing.enabled = params.dq.data != nullptr && shares_rows(plan, p) && even && n_blocks >= 4 && several_rounds &&
                     enough_steps && has_dq_writer(plan);
@@ -204,31 +222,31 @@ DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
 /// Sets what tiles prepare (preprocess/prepared_rows.h), and what another launch: so much that a tile finds its own
 /// rows prepared by tiles more than a round before, and all heads of the last group, which begin at the same time. It
 /// takes several rounds.
-void plan_preparation(Plan& plan, const ForwardParams& p) {
+void plan_preparation(Plan& plan, const ForwardParams& p, const Forced& forced) {
   const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64), packed = p.is_varlen_k();
   if (!shares_rows(plan, p)) return;
-  if (packed) plan.prepared_tiles = plan.num_tiles;
-  const int64_t n_blocks = plan.num_n_blocks, group_size = p.group_size() / plan.key_parts;
+  if (packed) plan.preparation.tiles = plan.order.num_tiles;
+  const int64_t n_blocks = plan.order.num_n_blocks, group_size = p.group_size() / plan.split.head_parts;
   const int64_t rows_per_tile =
       packed ? plan.variant->block_n : ceil_div(plan.num_m_blocks, n_blocks) * plan.variant->block_m;
-  if (!out_fits_q || rows_per_tile * group_size > kMaxPreparedRows) return;
+  if (!out_fits_q || rows_per_tile * group_size > kMaxPreparedRows || forced.preparation == 0) return;
 
-  const int64_t ahead = plan.tiles_at_once * 5 / 4;  // tiles, or heads of a CTA each
+  const int64_t ahead = plan.order.tiles_at_once * 5 / 4;  // tiles, or heads of a CTA each
   int64_t first = max_group_tiles(plan, p) + ahead;
-  if (plan.variant->fused_dq) {
+  if (plan.variant->dq_path == DqPath::kOneCta) {
     first = ahead * n_blocks;
   } else if (!packed) {
-    const int64_t heads = num_batch_heads(plan, p), last_heads = heads - plan.grouped_heads;
-    const int64_t last_begins = plan.grouped_heads * n_blocks + std::max<int64_t>(0, last_heads - 1);
+    const int64_t heads = num_batch_heads(plan, p), last_heads = heads - plan.order.grouped_heads;
+    const int64_t last_begins = plan.order.grouped_heads * n_blocks + std::max<int64_t>(0, last_heads - 1);
     first = std::max(first, heads * n_blocks - last_begins + ahead);
   }
   if (!packed) first = ceil_div(first, n_blocks) * n_blocks;  // whole heads
   if (4 * first > 3 * ExpectedTiles(plan, p).all) return;
-  plan.prepared_ahead = static_cast<int>(first);
+  plan.preparation.ahead = static_cast<int>(first);
   if (packed) {
-    plan.prepared_tiles = first;
+    plan.preparation.tiles = first;
   } else {
-    plan.prepared_heads = first / n_blocks * group_size;
+    plan.preparation.heads = first / n_blocks * group_size;
   }
 }
 
@@ -243,52 +261,64 @@ const Variant& variant_for(const ForwardParams& p) {
 }
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {
+  const Forced forced = Forced::from_environment();
   const Variant& variant = variant_for(params.forward);
-  const bool fused = &variant == &kD64 && takes_fused_dq(params) && fused_dq_pays(params.forward, device);
-  return choose_plan(params, device, fused ? kD64Fused : variant);
+  const bool can = &variant == &kD64 && takes_one_cta(params);
+  const bool one_cta = can && (forced.one_cta < 0 ? one_cta_pays(params.forward, device) : forced.one_cta > 0);
+  const Plan plan = choose_plan(params, device, one_cta ? kD64Fused : variant, forced);
+  forced.require("one_cta", forced.one_cta, one_cta);
+  forced.require("head_parts", forced.head_parts, plan.split.head_parts);
+  forced.require("row_parts", forced.row_parts, plan.split.row_parts);
+  forced.require("dq_writing", forced.dq_writing, plan.dq.writing.enabled);
+  forced.require("preparation", forced.preparation, plan.preparation.ahead > 0);
+  return plan;
 }
 
-Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const Variant& variant) {
+Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const Variant& variant, const Forced& forced) {
   const ForwardParams& p = params.forward;
+  const bool one_cta = variant.dq_path == DqPath::kOneCta;
   Plan plan;
   plan.variant = &variant;
-  plan.tiles_at_once = std::max(1, device.num_sms / variant.cluster);
   plan.num_m_blocks = static_cast<int>(ceil_div(p.seqlen_q, variant.block_m));
   plan.num_blocks =
       static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
-  plan.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
-  if (p.is_varlen_k()) plan.max_packed_blocks = static_cast<int>(p.total_k / variant.block_n + p.batch);
-  plan.prepared_heads = p.batch * p.num_heads;
-  if (!variant.fused_dq) plan.key_parts = key_parts(plan, p);
-  plan.part_blocks = plan.num_m_blocks;
-  if (!variant.fused_dq && plan.key_parts == p.group_size()) {
-    plan.part_blocks = static_cast<int>(part_blocks(plan, p));
-    plan.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.part_blocks));
-    plan.key_parts *= plan.row_parts;
+  plan.order.tiles_at_once = std::max(1, device.num_sms / variant.cluster);
+  plan.order.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
+  if (p.is_varlen_k()) plan.order.max_packed_blocks = static_cast<int>(p.total_k / variant.block_n + p.batch);
+  plan.preparation.heads = p.batch * p.num_heads;
+  plan.split.part_blocks = plan.num_m_blocks;
+  if (!one_cta) {
+    plan.split.head_parts = head_parts(plan, p, forced);
+    if (plan.split.head_parts == p.group_size()) {
+      plan.split.part_blocks = static_cast<int>(part_blocks(plan, p, forced));
+      plan.split.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.split.part_blocks));
+    }
   }
-  plan.num_tiles = static_cast<int>(num_tiles(plan, p));
-  plan.grid = plan.num_tiles * variant.cluster;
-  plan.ordered_dq = p.deterministic && !variant.fused_dq && params.dq.data != nullptr;
-  if (variant.fused_dq) {
-    plan.grouped_heads = static_cast<int>(num_batch_heads(plan, p));
+  plan.order.num_tiles = static_cast<int>(num_tiles(plan, p));
+  plan.grid = plan.order.num_tiles * variant.cluster;
+  if (one_cta) {
+    plan.order.grouped_heads = static_cast<int>(num_batch_heads(plan, p));
     plan.dynamic = true;
     plan.grid = static_cast<int>(std::min<int64_t>(p.batch * p.num_heads_k, device.num_sms));
-    plan_preparation(plan, p);
+    plan_preparation(plan, p, forced);
     return plan;
   }
+  if (p.deterministic && params.dq.data != nullptr) plan.dq.protocol = DqProtocol::kOrdered;
   plan_order(plan, p, device);
-  // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on 0
-  // to +1%, shorter -2%.
-  const bool claims_pay = variant.dq_warp || variant.cluster > 1 || plan.falling;
-  plan.claims_dq = claims_pay && !plan.ordered_dq;
-  plan.zeroes_dq = !plan.claims_dq && !plan.ordered_dq;
-  plan.spread_starts = plan.claims_dq && !p.has_window();
-  if (variant.cluster == 1 && plan.num_tiles > device.num_sms) {
+  if (!plan.dq.is_ordered()) {
+    // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on
+    // 0 to +1%, shorter -2%.
+    const bool claims_pay = variant.dq_path == DqPath::kWarp || variant.cluster > 1 || plan.order.falling;
+    plan.dq.protocol = claims_pay ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
+  }
+  plan.dq.spread_starts = plan.dq.protocol == DqProtocol::kFirstStores && !p.has_window();
+  if (variant.cluster == 1 && plan.order.num_tiles > device.num_sms) {
     plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
     plan.grid = device.num_sms;
   }
-  plan_preparation(plan, p);
-  plan.dq_writing = plan_dq_writing(plan, params);
+  plan_preparation(plan, p, forced);
+  plan.dq.writing = plan_dq_writing(plan, params);
+  if (forced.dq_writing == 0) plan.dq.writing.enabled = false;
   return plan;
 }
 

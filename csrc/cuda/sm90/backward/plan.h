@@ -5,10 +5,12 @@
 
 #include "../../../kernel.h"
 #include "../../../sequence.h"
+#include "dq/protocol.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
 struct KernelParams;
+struct Forced;
 
 /// What launches a kernel, for each dtype.
 struct Launch {
@@ -22,16 +24,34 @@ struct Variant {
   int head_dim, head_dim_v;  // the largest it takes
   int dq_columns;            // of dq_accum: whole panels of 64
   int block_m, block_n;
-  int map_rows;                     // rows of a box of K or V: of a CTA's share of a tile
-  int cluster;                      // CTAs that share a tile
-  float accum_factor_bf16 = 1.f;    // what dq_accum holds over dQ, of bf16
-  bool dq_warp, descends;           // see Shape, KernelConfig
-  bool fused_dq;                    // takes all tiles of a head in one CTA, which is an order too: see Shape
+  int map_rows;                   // rows of a box of K or V: of a CTA's share of a tile
+  int cluster;                    // CTAs that share a tile
+  float accum_factor_bf16 = 1.f;  // what dq_accum holds over dQ, of bf16
+  DqPath dq_path;
+  bool descends;                    // see KernelConfig
   Launch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 
 // Each in its own .cu file, see choose_plan() for the choice.
 extern const Variant kD64, kD64Fused, kD96, kD128, kD192V128, kD192, kD256;
+
+/// How the work on a key head is split, see HeadSplit.
+struct SplitPlan {
+  int head_parts = 1;   // of the query heads that read it
+  int row_parts = 1;    // of each one's rows, if all of them are parts
+  int part_blocks = 0;  // query blocks of a part: all without row_parts
+  int parts() const { return head_parts * row_parts; }
+  /// Gradients of dk and dv that a key head's parts store, see Config::kRowParts.
+  int stored() const { return row_parts > 1 ? 2 * parts() : parts(); }
+};
+
+/// The order of tiles, see Schedule.
+struct OrderPlan {
+  int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
+  bool falling = false, wide_groups = false;
+  // Of packed sequences: no more blocks of keys than these; see PackedBlocksParams::last_blocks.
+  int max_packed_blocks = 0, last_packed_blocks = 0;
+};
 
 /// See DqWriting.
 struct DqWritingPlan {
@@ -39,38 +59,36 @@ struct DqWritingPlan {
   int lag = 0;
 };
 
-struct Plan {
-  const Variant* variant = nullptr;
-  // See Schedule.
-  int num_n_blocks = 0, num_tiles = 0, tiles_at_once = 0, heads_per_group = 1, grouped_heads = 0;
-  bool falling = false, wide_groups = false;
-  int key_parts = 1;                     // tiles that share out the query heads of a key head, or their rows:
-  int row_parts = 1, part_blocks = 0;    // of these, the parts of one head's rows, and the query blocks of each
-  int grid = 0;                          // CTAs
-  bool ordered_dq = false;               // see dq/turns.h
-  bool claims_dq = false;                // see claim_block
-  bool zeroes_dq = false;                // dq_accum, before tiles add to it
-  bool spread_starts = false;            // see first_block_of_tile
-  bool dynamic = false;                  // CTAs take tiles from a common counter
-  int num_blocks = 0, num_m_blocks = 0;  // see KernelParams
-  // Of packed sequences: no more blocks of keys than these; see PackedBlocksParams::last_blocks.
-  int max_packed_blocks = 0, last_packed_blocks = 0;
-  DqWritingPlan dq_writing;
-  // By a launch of their own, see RowsParams; the others see RowPreparation.
-  int64_t prepared_heads = 0, prepared_tiles = 0;
-  int prepared_ahead = 0;  // RowPreparation::ahead; 0: none
+struct DqPlan {
+  DqProtocol protocol = DqProtocol::kUnshared;
+  bool spread_starts = false;  // see first_block_of_tile
+  DqWritingPlan writing;
+  bool has_turns() const { return protocol == DqProtocol::kFirstStores || protocol == DqProtocol::kOrdered; }
+  bool is_ordered() const { return protocol == DqProtocol::kOrdered; }
 };
 
-/// Gradients of a key head that its parts store, see Config::kRowParts.
-inline int stored_parts(const Plan& plan) { return plan.row_parts > 1 ? 2 * plan.key_parts : plan.key_parts; }
+/// What a launch of its own prepares, see RowsParams; tiles prepare the others, see RowPreparation.
+struct PreparationPlan {
+  int64_t heads = 0, tiles = 0;
+  int ahead = 0;  // RowPreparation::ahead; 0: tiles prepare none
+};
+
+struct Plan {
+  const Variant* variant = nullptr;
+  int num_blocks = 0, num_m_blocks = 0;  // see KernelParams
+  SplitPlan split;
+  OrderPlan order;
+  DqPlan dq;
+  PreparationPlan preparation;
+  int grid = 0;          // CTAs
+  bool dynamic = false;  // that take tiles from a common counter
+};
 
 /// The kernel for the problem's head dimensions that takes every problem.
 const Variant& variant_for(const ForwardParams& params);
+/// The plan; what FLASH_ATTN_BACKWARD_PLAN asks for, or std::runtime_error if the problem does not take it.
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device);
-Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const Variant& variant);
-
-// In launch.cpp: how much workspace the plan needs, and all launches.
-int64_t workspace_bytes(const Plan& plan, const BackwardParams& params);
-void launch_plan(const Plan& plan, const BackwardParams& params, cudaStream_t stream);
+/// With this kernel.
+Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const Variant& variant, const Forced& forced);
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -1,7 +1,7 @@
 // What both kernels do with tiles in shared memory.
 #pragma once
 
-#include "../../common/ptx.h"
+#include "../../common/swizzle.h"
 #include "../hopper/tma.h"
 
 namespace flash_attn::cuda::sm90::backward {
@@ -16,7 +16,7 @@ FLASH_ATTN_DEVICE void clear_shared(void* begin, int bytes) {
 /// From 16-bit fragments of S^T or dP^T, 64 key rows by query rows, to where a lane's stmatrix row of dS begins in a
 /// panel [query rows][64 key rows]; 16 query rows on are 2048 bytes further.
 FLASH_ATTN_DEVICE int ds_store_offset(int warp, int lane) {
-  const int chunk = (2 * warp + lane / 8 % 2) ^ (lane % 8);  // 128-byte swizzle
+  const int chunk = swizzled_chunk(2 * warp + lane / 8 % 2, lane);
   return (lane % 8 + lane / 16 * 8) * 128 + chunk * 16;
 }
 

@@ -68,8 +68,8 @@ struct SharedStorage {
 
 /// Named barriers; 0 is __syncthreads.
 enum Barrier : int {
-  kTurn = 1,  // + consumer: whose turn it is to issue matrix products
-  kVote = 5,  // + consumer: the vote of OnlineSoftmax::advance_lazily
+  kIssue = 1,  // + consumer: whose turn it is to issue matrix products
+  kVote = 5,   // + consumer: the vote of OnlineSoftmax::advance_lazily
 };
 
 /// Place in the ring of tiles and of Q buffers.

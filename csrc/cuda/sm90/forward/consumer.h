@@ -3,6 +3,7 @@
 
 #include "../../common/mask_fragment.h"
 #include "../../common/softmax.h"
+#include "../../common/swizzle.h"
 #include "../hopper/barriers.h"
 #include "../hopper/stmatrix.h"
 #include "../hopper/tma.h"
@@ -86,9 +87,9 @@ struct Consumer {
   }
 
   // Consumer i waits for its turn until i - 1 has issued its products, and then lets i + 1 issue.
-  FLASH_ATTN_DEVICE void begin_turn() { named_barrier_sync(kTurn + warpgroup, 256); }
-  FLASH_ATTN_DEVICE void end_turn() {
-    named_barrier_arrive(kTurn + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1), 256);
+  FLASH_ATTN_DEVICE void begin_issue() { named_barrier_sync(kIssue + warpgroup, 256); }
+  FLASH_ATTN_DEVICE void end_issue() {
+    named_barrier_arrive(kIssue + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1), 256);
   }
 
   /// Blocks that other warpgroups of the tile need. Only the warp that releases them waits for them: the next block
@@ -97,8 +98,8 @@ struct Consumer {
     constexpr int kUnroll = Config::kMasked ? 1 : 4;  // 1% of d64 each way
 #pragma unroll kUnroll
     for (; count > 0; --count) {
-      begin_turn();
-      end_turn();
+      begin_issue();
+      end_issue();
       if (warp == 0) {
         wait_k();
         __syncwarp();
@@ -124,9 +125,9 @@ struct Consumer {
 
   FLASH_ATTN_DEVICE void process_first_block(const Tile& tile, int row, int n_block) {
     wait_k();
-    begin_turn();
+    begin_issue();
     issue_qk();
-    end_turn();
+    end_issue();
     wgmma_wait<0>();
     wgmma_results(s);
     release_k();
@@ -140,11 +141,11 @@ struct Consumer {
   /// S and softmax of this block, under them O += P V of the one before.
   FLASH_ATTN_DEVICE void process_block(const Tile& tile, int row, int n_block) {
     wait_k();
-    begin_turn();
+    begin_issue();
     issue_qk();
     wait_v();
     issue_pv();
-    end_turn();
+    end_issue();
     wgmma_wait<1>();
     wgmma_results(s);
     const bool edge = Config::kMasked && blocks.is_partial(n_block);
@@ -233,7 +234,7 @@ struct Consumer {
       for (int j = 0; j < 4 * Config::kOutPanels; ++j) {  // 16 columns each
         const int i = 8 * (4 * first + j);
         if (i >= Config::kHeadDimV / 2) continue;
-        const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
+        const int chunk = swizzled_chunk(j % 4 * 2 + lane / 16, lane);
         stmatrix_x4(staging_row + j / 4 * Config::kPanelBytesOut + chunk * 16, pair(i), pair(i + 2), pair(i + 4),
                     pair(i + 6));
       }
@@ -303,7 +304,7 @@ struct Consumer {
   }
 
   FLASH_ATTN_DEVICE void run() {
-    if (warpgroup == kConsumers - 1) end_turn();  // the first turn is consumer 0's
+    if (warpgroup == kConsumers - 1) end_issue();  // the first turn is consumer 0's
     for (;; ++tiles.count) {
       mbarrier_wait(&shared.q_full[tiles.stage()], tiles.phase());
       const Tile& tile = shared.tiles[tiles.slot()];

@@ -10,7 +10,8 @@
 //   producer   Q | K(n) | K(n-1) V(n) | K(n-2) V(n-1) | ...            blocks of columns from right to left
 //   consumer   S(n), softmax | S(n-1) and O += P V(n) in flight, softmax(n-1) as soon as S is done | ...
 //
-// Consumers take turns in issuing products (Turn), so that the softmax of one runs under the products of the others.
+// Consumers take turns in issuing products (begin_issue), so that the softmax of one runs under the products of the
+// others.
 #pragma once
 
 #include "consumer.h"

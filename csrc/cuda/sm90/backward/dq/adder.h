@@ -37,7 +37,7 @@ struct FixedTurn {
 /// Adds dQ of kCount consumers from shared to global memory. In a fixed order each consumer has a warp, so that none
 /// waits for the other's turn.
 template <typename Config, int kCount>
-FLASH_ATTN_DEVICE void store_dq(const KernelParams& params, single::SharedStorage<Config>& shared, int first_consumer) {
+FLASH_ATTN_DEVICE void add_dq(const KernelParams& params, single::SharedStorage<Config>& shared, int first_consumer) {
   single::TileRing<Config> tiles;
   const auto elected = [] { return lane_id() == 0; };  // no register for it
   while (true) {
@@ -113,7 +113,7 @@ FLASH_ATTN_DEVICE void follow_dq(const KernelParams& params, single::SharedStora
     mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
     const Tile& tile = shared.tiles[tiles.slot()];
     if (tile.num_heads < 0) break;
-    if (params.dq_turns != nullptr) follow_turns<TurnPart::kBoth, Config>(params, tile, shared.dq_turns, step);
+    if (params.has_turns()) follow_turns<TurnPart::kBoth, Config>(params, tile, shared.dq_turns, step);
     mbarrier_wait(&shared.dq_added[tiles.slot()], tiles.slot_phase());
     say_added(params, tile);
     mbarrier_arrive(&shared.tile_empty[tiles.slot()]);

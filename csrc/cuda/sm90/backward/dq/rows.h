@@ -73,7 +73,7 @@ struct DqRows {
       const DqShare& share = shared.share;
       if (share.end < 0) break;
 #pragma unroll 1
-      for (int head = 0; head < params.group_size; ++head) {
+      for (int head = 0; head < params.split.heads_of_tile; ++head) {
 #pragma unroll 1
         for (int m_block = share.begin; m_block < share.end; m_block += kShareBlocks) {
           write_share_blocks(share, head, m_block);

@@ -1,6 +1,6 @@
-// The order in which tiles bring their dQ of a query block to dq_accum: with ordered_dq a fixed one, so that the sum is
-// the same every time, else as they come. Either way the first stores and the others add, so dq_accum need not be zero
-// before. (Where it is, at head dimension 64, dq_turns is null, and all tiles add without waiting.)
+// The order in which tiles bring their dQ of a query block to dq_accum: with DqProtocol::kOrdered a fixed one, so that
+// the sum is the same every time, else as they come. Either way the first stores and the others add, so dq_accum need
+// not be zero before. (Where it is, at head dimension 64, dq_turns is null, and all tiles add without waiting.)
 #pragma once
 
 #include "../../../common/counters.h"
@@ -79,7 +79,7 @@ FLASH_ATTN_DEVICE void init_turns(DqTurns& turns, int consumer_threads) {
 
 /// What a block of dq_turns has for a CTA of this rank in its cluster. In a fixed order each rank has its own.
 FLASH_ATTN_DEVICE int* turn_count(const KernelParams& params, int* block, int rank) {
-  return block + (params.ordered_dq ? rank : 0);
+  return block + (params.is_ordered() ? rank : 0);
 }
 
 /// By a thread: waits for the turn of a step, `step` counted over all tiles; `block` is the step's of dq_turns.
@@ -89,7 +89,7 @@ FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, 
   constexpr int kBlockM = Config::kBlockM;
   int* const count = turn_count(params, block, rank);
   bool first;
-  if (params.ordered_dq) {
+  if (params.is_ordered()) {
     const int before = tiles_before<Config>(params, tile, m_block * kBlockM, (m_block + 1) * kBlockM);
     wait_for_count(count, before);
     first = before == 0;
@@ -106,7 +106,7 @@ FLASH_ATTN_DEVICE void end_turn(const KernelParams& params, int* block, DqTurns&
   mbarrier_wait(&turns.added[step % 2], step / 2 % 2);
   const bool first = turns.first[step % 2];
   mbarrier_arrive(&turns.released[step % 2]);
-  if (params.ordered_dq || first) add_to_count(turn_count(params, block, rank));  // the next turn has come; or stored
+  if (params.is_ordered() || first) add_to_count(turn_count(params, block, rank));  // the next turn has come; or stored
 }
 
 /// Which of the two a thread does at each step of a tile.
@@ -141,7 +141,7 @@ FLASH_ATTN_DEVICE void global_store_or_add(bool store, float* global, const floa
 
 /// Waits for the turn; whether it is the first of the step's block.
 FLASH_ATTN_DEVICE bool await_turn(const KernelParams& params, DqTurns& turns, uint32_t step) {
-  if (params.dq_turns == nullptr) return false;
+  if (!params.has_turns()) return false;
   mbarrier_wait(&turns.begun[step % 2], step / 2 % 2);
   return turns.first[step % 2];
 }
@@ -152,7 +152,7 @@ FLASH_ATTN_DEVICE void take_turn(const KernelParams& params, DqTurns& turns, uin
                                  const float (&dq)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; i += 4) global_store_or_add(first, to + i / 4 * 128, dq + i);
-  if (params.dq_turns != nullptr) mbarrier_arrive(&turns.added[step % 2]);
+  if (params.has_turns()) mbarrier_arrive(&turns.added[step % 2]);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

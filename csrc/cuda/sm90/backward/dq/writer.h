@@ -75,7 +75,7 @@ struct Writer {
       load_shared(from + j * 512, x);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] *= params.softmax_scale;
-      const int chunk = j % 8 ^ lane % 8;  // 128-byte swizzle
+      const int chunk = swizzled_chunk(j % 8, lane);
       stmatrix_x2(row + j / 8 * (16 * 128) + chunk * 16, pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]));
     }
     async_proxy_fence();  // the copy engine reads them
@@ -118,7 +118,7 @@ struct Writer {
     begin_share(index);
     global_proxy_fence();
 #pragma unroll 1
-    for (int head = params.group_size; head > 0; --head) {
+    for (int head = params.split.heads_of_tile; head > 0; --head) {
       write_head();
       __syncwarp();
       if (lane == 0) {

@@ -5,11 +5,11 @@ namespace {
 
 struct D64 : single::Shape {
   static constexpr int kHeadDim = 64, kBlockM = 128, kStagesKV = 2;
-  static constexpr bool kDqWarp = false;
+  static constexpr DqPath kDqPath = DqPath::kRegisters;
 };
 
 struct D64Fused : D64 {
-  static constexpr bool kFusedDq = true;
+  static constexpr DqPath kDqPath = DqPath::kOneCta;
 };
 
 }  // namespace

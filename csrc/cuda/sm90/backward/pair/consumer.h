@@ -258,7 +258,7 @@ struct Consumer {
   FLASH_ATTN_DEVICE void prepare_block(int i, uint32_t phase) {
     using Rows = PreparedRows<Element, 256, Config::kBlockM, Config::kPanelsV>;
     const QueryShare& share = shared.prepared_share;
-    const SharedBlock at = block_of_share(share, i);
+    const BlockOfShare at = block_of_share(share, i);
     const int thread = (kScores ? 0 : 128) + 32 * warp + lane_id(), row = thread / Rows::kThreadsOfRow;
     const bool writes = thread % Rows::kThreadsOfRow == 0;
     const bool inside = writes && at.m_block * Config::kBlockM + row < share.seqlen_q;
@@ -299,7 +299,7 @@ struct Consumer {
         const auto packed = rest ? pack_rest<Element> : pack<Element>;
         return packed(x[i] * scale, x[i + 1] * scale);
       };
-      const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
+      const int chunk = swizzled_chunk(j % 4 * 2 + lane / 16, lane);
       stmatrix_x4(staging + j / 4 * Config::kPanelBytes + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
                   pair(6));
     }

@@ -34,6 +34,7 @@ constexpr Variant make_variant(const char* name) {
   variant.map_rows = Config::kRowsN;
   variant.cluster = 2;
   variant.accum_factor_bf16 = Config::kProbabilityFactor;
+  variant.dq_path = DqPath::kRegisters;
   variant.descends = Config::kDescends;
   variant.launch = kLaunch<kHeadDim, kHeadDimV, false>;
   variant.launch_row_parts = kLaunch<kHeadDim, kHeadDimV, true>;

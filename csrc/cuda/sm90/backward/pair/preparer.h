@@ -26,7 +26,7 @@ struct Preparer {
   /// To buffers that the first step does not use at its start.
   FLASH_ATTN_DEVICE void load_block(int i) {
     const QueryShare& share = shared.prepared_share;
-    const SharedBlock at = block_of_share(share, i);
+    const BlockOfShare at = block_of_share(share, i);
     const int x = share.q_x + at.m_block * Config::kBlockM, head = share.q_head + at.head;
     uint64_t* const full = &shared.prepared_full;
     mbarrier_arrive_expect(full, 2 * params.panels_v * Config::kPanelBytes);

@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 
 /// One CTA: two 64 x 64 tiles of dq_accum (params.h), by way of shared memory to whole rows.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constant__ RowsParams params) {
+__global__ void __launch_bounds__(kThreads) convert_dq_kernel(const __grid_constant__ RowsParams params) {
   constexpr int kPadded = 64 + 8;  // 16-bit elements; rows then start in different banks
   __shared__ __align__(16) uint16_t tiles[2][64][kPadded];
   const ForwardParams& p = params.problem.forward;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constan
 
 /// Of `rows` rows of a key head.
 template <typename Element>
-__device__ void add_key_parts(const TensorView& parts, const TensorView& sum, int num_parts, uint32_t columns,
+__device__ void add_parts(const TensorView& parts, const TensorView& sum, int num_parts, uint32_t columns,
                               int64_t batch, int64_t row, int64_t rows, int64_t head) {
   if (sum.data == nullptr) return;
   const uint32_t chunks = columns / 8;
@@ -84,7 +84,7 @@ __device__ void add_key_parts(const TensorView& parts, const TensorView& sum, in
 constexpr int kKeyRows = 16;  // of a CTA, of one head's dk or dv
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) add_key_parts_kernel(const __grid_constant__ KeyPartsParams params) {
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_constant__ PartsParams params) {
   const ForwardParams& p = params.problem.forward;
   const uint32_t groups = (static_cast<uint32_t>(p.seqlen_k) + kKeyRows - 1) / kKeyRows, heads = p.num_heads_k;
   const uint32_t all_groups = blockIdx.x / heads, head = blockIdx.x - all_groups * heads, b = all_groups / groups;
@@ -95,24 +95,24 @@ __global__ void __launch_bounds__(kThreads) add_key_parts_kernel(const __grid_co
   if (rows <= 0) return;
   const int64_t batch = p.cu_seqlens_k != nullptr ? 0 : b, row = info.k_row + first;
   const bool is_dk = blockIdx.y == 0;
-  add_key_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
+  add_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
                          params.num_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
 }
 
 }  // namespace
 
-void launch_add_key_parts(const KeyPartsParams& params, cudaStream_t stream) {
+void launch_add_parts(const PartsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const int64_t ctas = p.batch * ((p.seqlen_k + kKeyRows - 1) / kKeyRows) * p.num_heads_k;
-  const auto kernel = p.dtype == DType::kBFloat16 ? add_key_parts_kernel<__nv_bfloat16> : add_key_parts_kernel<__half>;
+  const auto kernel = p.dtype == DType::kBFloat16 ? add_parts_kernel<__nv_bfloat16> : add_parts_kernel<__half>;
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, params, "sm90 backward dk dv");
 }
 
-void launch_store_dq(const RowsParams& params, cudaStream_t stream) {
+void launch_convert_dq(const RowsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const int64_t pairs = int64_t{params.block_m} * params.dq_columns / (2 * kDqTile);
   const int64_t ctas = p.batch * p.num_heads * params.num_m_blocks * pairs;
-  const auto kernel = p.dtype == DType::kBFloat16 ? store_dq_kernel<__nv_bfloat16> : store_dq_kernel<__half>;
+  const auto kernel = p.dtype == DType::kBFloat16 ? convert_dq_kernel<__nv_bfloat16> : convert_dq_kernel<__half>;
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, stream, params, "sm90 backward dq");
 }
 

@@ -9,16 +9,16 @@
 namespace flash_attn::cuda::sm90::backward {
 
 /// What a key head's tiles have stored of dk and dv, (rows of k, num_heads_k * num_parts, columns): see stored_parts().
-struct KeyPartsParams {
+struct PartsParams {
   BackwardParams problem;
   TensorView dk_parts, dv_parts;
   int num_parts;
 };
 
 /// Adds them up, in order.
-void launch_add_key_parts(const KeyPartsParams& params, cudaStream_t stream);
+void launch_add_parts(const PartsParams& params, cudaStream_t stream);
 
 /// dq = dq_scale * dq_accum.
-void launch_store_dq(const RowsParams& params, cudaStream_t stream);
+void launch_convert_dq(const RowsParams& params, cudaStream_t stream);
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "../../../common/counters.h"
+#include "../../../common/swizzle.h"
 #include "../params.h"
 #include "../schedule/shares.h"
 #include "../schedule/tile.h"
@@ -30,7 +31,7 @@ FLASH_ATTN_DEVICE int choose_prepared(const KernelParams& params, int index, Que
   const int number = index + params.preparation.ahead;
   if (number >= params.schedule.num_tiles || !find_number(params, number, at)) return 0;
   choose_share<Config>(params, at, false, share);
-  return (share.end - share.begin) * params.group_size;
+  return (share.end - share.begin) * params.split.heads_of_tile;
 }
 
 /// How many blocks of each of the tile's heads tiles before it prepare: of a head of the dense batch all or none.
@@ -45,7 +46,7 @@ FLASH_ATTN_DEVICE int count_awaited(const KernelParams& params, const Tile& tile
 
 /// Where the blocks of a query head are counted.
 FLASH_ATTN_DEVICE int* prepared_count(const KernelParams& params, int batch_head, int head) {
-  return params.preparation.prepared + batch_head * params.group_size + head;
+  return params.preparation.prepared + batch_head * params.split.heads_of_tile + head;
 }
 
 /// Until all blocks of the tile's head are prepared.
@@ -54,7 +55,7 @@ FLASH_ATTN_DEVICE void await_prepared(const KernelParams& params, const Tile& ti
 }
 
 /// Of a block of a share: the first row's place in `view`.
-FLASH_ATTN_DEVICE const float* first_of(const RowView& view, const QueryShare& share, const SharedBlock& at,
+FLASH_ATTN_DEVICE const float* first_of(const RowView& view, const QueryShare& share, const BlockOfShare& at,
                                         int block_m) {
   const int64_t row = share.row + at.m_block * block_m;
   return static_cast<const float*>(view.data) + share.q_batch * view.batch + (share.q_head + at.head) * view.head +
@@ -87,8 +88,8 @@ struct PreparedRows {
     if (some) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        // 128-byte swizzle; what eight neighbours read at a time lies in different banks.
-        const int chunk = (first + (i ^ turn % kChunks)) ^ row % 8;
+        // What eight neighbours read at a time lies in different banks.
+        const int chunk = swizzled_chunk(first + (i ^ turn % kChunks), row);
         uint4 x, y;
         load_shared(shared_address(out) + offset + 16 * chunk, &x.x);
         load_shared(shared_address(dout) + offset + 16 * chunk, &y.x);

@@ -18,7 +18,7 @@ struct RowPreparer {
 
   FLASH_ATTN_DEVICE void begin_block(int i) {
     const QueryShare& share = shared.prepared_share;
-    const SharedBlock at = block_of_share(share, i);
+    const BlockOfShare at = block_of_share(share, i);
     PreparedBlock& block = shared.prepared;
     block.count = prepared_count(params, share.batch_head, at.head);
     block.rows_left = share.seqlen_q - at.m_block * kBlockM;

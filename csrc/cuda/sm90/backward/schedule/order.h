@@ -19,12 +19,12 @@ struct TilePlace {
 /// Of dense sequences.
 FLASH_ATTN_HOST_DEVICE TilePlace place_in_group(const KernelParams& params, int index) {
   const Schedule& schedule = params.schedule;
-  int first_head = params.group_tiles.quotient(index) * schedule.heads_per_group;
+  int first_head = params.group_tiles.divide(index) * schedule.heads_per_group;
   const bool in_last = first_head >= schedule.grouped_heads;
   if (in_last) first_head = schedule.grouped_heads;
   const int in_group = index - first_head * schedule.num_n_blocks;
   const int heads = in_last ? schedule.num_batch_heads - first_head : schedule.heads_per_group;
-  const int n_block = in_last ? in_group / heads : params.heads_per_group.quotient(in_group);
+  const int n_block = in_last ? in_group / heads : params.heads_per_group.divide(in_group);
   const bool falling = schedule.falling && !in_last;
   const int batch_head = first_head + in_group - n_block * heads;
   return {falling ? schedule.num_n_blocks - 1 - n_block : n_block, batch_head, batch_head * schedule.num_n_blocks,
@@ -32,9 +32,9 @@ FLASH_ATTN_HOST_DEVICE TilePlace place_in_group(const KernelParams& params, int 
 }
 
 /// The same, sequence by sequence.
-FLASH_ATTN_HOST_DEVICE TilePlace place_packed(const KernelParams& params, const PackedBlock& block, int index) {
+FLASH_ATTN_HOST_DEVICE TilePlace place_in_sequence(const KernelParams& params, const PackedBlock& block, int index) {
   const Schedule& schedule = params.schedule;
-  const int all_heads = params.heads_k.divisor;
+  const int all_heads = params.split.heads.value;
   const bool in_last = block.in_last != 0;
   const int wanted = in_last || schedule.wide_groups ? schedule.tiles_at_once / block.count : schedule.heads_per_group;
   const int heads_per_group = min(max(wanted, 1), all_heads);
@@ -53,9 +53,9 @@ FLASH_ATTN_HOST_DEVICE bool find_place(const KernelParams& params, int index, Ti
     at = place_in_group(params, index);
     return true;
   }
-  const PackedBlock block = params.schedule.packed_blocks[params.heads_k.quotient(index)];
+  const PackedBlock block = params.schedule.packed_blocks[params.split.heads.divide(index)];
   if (block.sequence < 0) return false;
-  at = place_packed(params, block, index);
+  at = place_in_sequence(params, block, index);
   return true;
 }
 
@@ -68,15 +68,14 @@ FLASH_ATTN_HOST_DEVICE bool find_number(const KernelParams& params, int number, 
   at.in_last = false;
   at.batch_head = 0;
   if (schedule.packed_blocks != nullptr) {
-    const PackedBlock block = schedule.packed_blocks[params.heads_k.quotient(number)];
+    const PackedBlock block = schedule.packed_blocks[params.split.heads.divide(number)];
     if (block.sequence < 0) return false;
-    all_heads = params.heads_k.divisor;
+    all_heads = params.split.heads.value;
     at.first = block.first * all_heads;
     at.count = block.count;
     at.batch_head = block.sequence * all_heads;
   }
-  const int head =
-      schedule.packed_blocks == nullptr ? params.n_blocks.quotient(number) : (number - at.first) / at.count;
+  const int head = schedule.packed_blocks == nullptr ? params.n_blocks.divide(number) : (number - at.first) / at.count;
   at.batch_head += head;
   at.first += head * at.count;
   at.n_block = number - at.first;
@@ -87,7 +86,7 @@ FLASH_ATTN_HOST_DEVICE bool find_number(const KernelParams& params, int number, 
 FLASH_ATTN_HOST_DEVICE int count_tiles(const KernelParams& params) {
   const Schedule& schedule = params.schedule;
   if (schedule.packed_blocks == nullptr) return schedule.num_tiles;
-  return schedule.packed_blocks[schedule.num_key_blocks].first * static_cast<int>(params.heads_k.divisor);
+  return schedule.packed_blocks[schedule.num_key_blocks].first * static_cast<int>(params.split.heads.value);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -53,16 +53,16 @@ FLASH_ATTN_DEVICE int first_block_seeing(const KernelParams& params, int n_block
 template <typename Config>
 FLASH_ATTN_DEVICE int share_begin(const KernelParams& params, int n_block, bool by_last_block) {
   if (by_last_block) return first_block_seeing<Config>(params, n_block);
-  return params.n_blocks.quotient(n_block * params.num_m_blocks);
+  return params.n_blocks.divide(n_block * params.num_m_blocks);
 }
 
 /// The share of the tile at this place, to shared memory.
 template <typename Config>
 FLASH_ATTN_DEVICE void choose_share(const KernelParams& params, const TilePlace& at, bool by_last_block,
                                     QueryShare& share) {
-  const int b = params.heads_k.quotient(at.batch_head);
+  const int b = params.split.heads.divide(at.batch_head);
   share.batch_head = at.batch_head;
-  share.q_head = (at.batch_head - b * static_cast<int>(params.heads_k.divisor)) * params.group_size;
+  share.q_head = (at.batch_head - b * static_cast<int>(params.split.heads.value)) * params.split.heads_of_tile;
   share.first_block = share.q_head * params.num_blocks;
   if (params.schedule.packed_blocks == nullptr) {
     share.begin = share_begin<Config>(params, at.n_block, by_last_block);
@@ -86,10 +86,10 @@ FLASH_ATTN_DEVICE void choose_share(const KernelParams& params, const TilePlace&
 }
 
 /// Block i of a share, counted head by head: `head` from its first on.
-struct SharedBlock {
+struct BlockOfShare {
   int head, m_block;
 };
-FLASH_ATTN_DEVICE SharedBlock block_of_share(const QueryShare& share, int i) {
+FLASH_ATTN_DEVICE BlockOfShare block_of_share(const QueryShare& share, int i) {
   const int blocks = share.end - share.begin;
   const int head = static_cast<int>(__fdividef(i + 0.5f, blocks));  // exact for what a tile prepares
   return {head, share.begin + i - head * blocks};

@@ -15,7 +15,7 @@ namespace flash_attn::cuda::sm90::backward {
 struct Tile {
   int num_heads;                // query heads; -1: no more tiles
   int index;                    // in the order of tiles
-  int batch_head;               // of k, each counted key_parts times
+  int batch_head;               // of k, once for each part
   int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
   int m_first;                  // which of them comes first, see first_block_of_tile
   int block;                    // index of the first head's block 0 in dq_accum and statistics
@@ -53,13 +53,13 @@ FLASH_ATTN_DEVICE int block_step(const Tile& tile) {
 template <typename Config>
 FLASH_ATTN_DEVICE void take_part_of_rows(const KernelParams& params, Tile& tile) {
   asm volatile("" ::: "memory");  // reads the fields back: the scheduler has no registers for them
-  const int parts = params.row_parts.divisor, begin = tile.batch_head % parts * params.part_blocks;
-  const int m_end = min(tile.m_end, begin + params.part_blocks), m_begin = min(max(tile.m_begin, begin), m_end);
+  const int parts = params.split.row_parts.value, begin = tile.batch_head % parts * params.split.part_blocks;
+  const int m_end = min(tile.m_end, begin + params.split.part_blocks), m_begin = min(max(tile.m_begin, begin), m_end);
   int m_first = m_begin;
   if (block_step<Config>(tile) < 0) {
     m_first = m_end - 1;
   } else if (params.spread_starts) {
-    m_first = max(min(begin + params.row_parts.quotient(tile.m_first), m_end - 1), m_begin);
+    m_first = max(min(begin + params.split.row_parts.divide(tile.m_first), m_end - 1), m_begin);
   }
   tile.m_first = m_first;
   tile.m_begin = m_begin;
@@ -79,17 +79,17 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
     tile.number = at.number();
     tile.batch_head = at.batch_head;
     tile.n_begin = at.n_block * kBlockN;
-    if constexpr (Config::kDescends) tile.m_step = at.in_last && params.ordered_dq ? -1 : 1;
+    if constexpr (Config::kDescends) tile.m_step = at.in_last && params.is_ordered() ? -1 : 1;
   }
   asm volatile("" ::: "memory");  // what led to them needs no registers any more
   const int batch_head = tile.batch_head, n_begin = tile.n_begin;
-  const int b = params.heads_k.quotient(batch_head);
-  const int head_k = batch_head - b * static_cast<int>(params.heads_k.divisor);
+  const int b = params.split.heads.divide(batch_head);
+  const int head_k = batch_head - b * static_cast<int>(params.split.heads.value);
 
   int seqlen_q = params.seqlen_q, seqlen_k = params.seqlen_k, diagonal;
-  int block = head_k * params.group_size * params.num_blocks;
+  int block = head_k * params.split.heads_of_tile * params.num_blocks;
   if constexpr (Config::kRowParts) {
-    tile.q_head = params.row_parts.quotient(head_k);
+    tile.q_head = params.split.row_parts.divide(head_k);
     block = tile.q_head * params.num_blocks;
   }
   tile.q_batch = tile.kv_batch = b;
@@ -133,9 +133,9 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
   tile.seqlen_q = seqlen_q;
   tile.seqlen_k = seqlen_k;
   tile.block = block;
-  tile.num_heads = params.group_size;
-  if constexpr (!Config::kRowParts) tile.q_head = head_k * params.group_size;
-  tile.kv_head = params.key_parts.quotient(head_k);
+  tile.num_heads = params.split.heads_of_tile;
+  if constexpr (!Config::kRowParts) tile.q_head = head_k * params.split.heads_of_tile;
+  tile.kv_head = params.split.parts.divide(head_k);
   tile.dkv_head = Config::kRowParts ? 2 * head_k : head_k;
   if constexpr (Config::kRowParts) take_part_of_rows<Config>(params, tile);
   return true;

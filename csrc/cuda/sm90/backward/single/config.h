@@ -14,11 +14,8 @@ struct Shape {
   static constexpr int kBlockM = 64;    // query rows of a step
   static constexpr int kStages = 2;     // of Q and dO
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
-  // dQ leaves through shared memory and a warp that stores and adds it in bulk; else from registers (dq/turns.h).
-  static constexpr bool kDqWarp = true;
-  // A CTA has all tiles of a head: dQ is summed by the thread that computes it, and written by the last tile's. Only
-  // for dense problems in which every query row sees the first key.
-  static constexpr bool kFusedDq = false;
+  static constexpr DqPath kDqPath =
+      DqPath::kWarp;  // kOneCta: dense problems alone in which every row sees the first key
 };
 
 /// kRowParts: a tile has a part of a head's query rows, and stores of its part of dk and dv also what rounding to 16
@@ -47,13 +44,13 @@ struct KernelConfig : Shape {
   static constexpr int kTileSlots = 2;
   // Threads that read a tile, each of which says when it is through: the producer, the consumers, the dq writer's or
   // a second dQ warp, and the first dQ warp or follow_dq's one thread.
-  static constexpr int kTileReaders = 1 + 128 * kConsumers + (Shape::kFusedDq ? 0 : 32 + (Shape::kDqWarp ? 32 : 1));
-  static constexpr bool kDqFromRegisters = !Shape::kDqWarp && !Shape::kFusedDq;  // brought to dq_accum by the consumers
+  static constexpr int kTileReaders =
+      1 + 128 * kConsumers + (Shape::kDqPath == DqPath::kOneCta ? 0 : 32 + (Shape::kDqPath == DqPath::kWarp ? 32 : 1));
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-  static_assert(!Shape::kFusedDq || !Shape::kDqWarp, "dQ stays with the thread that computes it");
-  static_assert(!Shape::kFusedDq || Shape::kBlockM == kBlockN, "process_unseen_step does not know of fused dq");
+  static_assert(Shape::kDqPath != DqPath::kOneCta || Shape::kBlockM == kBlockN,
+                "process_unseen_step does not know of DqPath::kOneCta");
   // Each warpgroup computes one 64 x 64 tile of dQ, whose columns are whole panels: a panel, or half of the rows.
   static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
 };
@@ -96,7 +93,7 @@ struct SharedStorage {
   alignas(1024) uint8_t dq_rows[2][kDqPiece * 2];                          // [kDqPieceRows][64], 16-bit
   alignas(128) float dq_piece[2][kDqPiece];
   alignas(128) float deltas[kMaxPreparedRows];
-  alignas(128) float dq[Config::kDqWarp ? Config::kConsumers : 0][kDqTile];
+  alignas(128) float dq[Config::kDqPath == DqPath::kWarp ? Config::kConsumers : 0][kDqTile];
 };
 
 /// Place in the rings of tiles and of K and V, which advance together: one register for all of a consumer's places.

@@ -60,9 +60,9 @@ struct Consumer {
     const uint32_t a = descriptor(shared.ds[step % 2]) + (kHalfOfColumns ? 0 : warpgroup * (64 * 128 / 16));
     const uint32_t b = descriptor_across(
         shared.k[tiles.stage_kv()] + (kHalfOfColumns ? warpgroup * Config::kPanelBytesKV : 0), kBlockN);
-    if constexpr (!Config::kFusedDq) wgmma_discard(dq);
+    if constexpr (Config::kDqPath != DqPath::kOneCta) wgmma_discard(dq);
     wgmma_fence();
-    Mma::template ss<Config::kFusedDq, kColumns, kRows>(dq, a, b);
+    Mma::template ss<Config::kDqPath == DqPath::kOneCta, kColumns, kRows>(dq, a, b);
 #pragma unroll
     for (int k = 1; k < kBlockN / 16; ++k) {
       Mma::template ss<true, kColumns, kRows>(dq, a + k_step_along(k, kBlockM), b + k_step_across(k));
@@ -90,7 +90,7 @@ struct Consumer {
 
   /// Where this thread adds up its part of dQ, as float4s 32 apart.
   FLASH_ATTN_DEVICE float4* dq_sum(const Tile& tile, int head, int m_block) const {
-    const int64_t block = Config::kFusedDq
+    const int64_t block = Config::kDqPath == DqPath::kOneCta
                               ? (int64_t{blockIdx.x} * tile.num_heads + head) * params.num_m_blocks + m_block
                               : tile.block + head * params.num_blocks + m_block;
     return reinterpret_cast<float4*>(params.dq_accum + (block * Config::kConsumers + warpgroup) * kDqTile +
@@ -114,14 +114,14 @@ struct Consumer {
 
   /// Hands this warp's quarter of dQ to the dQ warp, or takes it to global memory itself.
   FLASH_ATTN_DEVICE void emit_dq(const Tile& tile, int head, int m_block, bool first) {
-    if constexpr (Config::kDqWarp) {
+    if constexpr (Config::kDqPath == DqPath::kWarp) {
       const uint32_t to = shared_address(shared.dq[warpgroup]) + (warp * (kDqTile / 4) + lane * 4) * sizeof(float);
       mbarrier_wait(&shared.dq_empty[warpgroup], (step & 1) ^ 1);  // the last step's has left
 #pragma unroll
       for (int i = 0; i < kDqSize; i += 4) store_shared(to + i / 4 * 512, dq + i);
       async_proxy_fence();
       named_barrier_arrive(kDqReady + warpgroup, 160);
-    } else if constexpr (Config::kFusedDq) {
+    } else if constexpr (Config::kDqPath == DqPath::kOneCta) {
       const int last_row = min((m_block + 1) * kBlockM, static_cast<int>(params.problem.seqlen_q)) - 1;
       if (tile.n_begin + kBlockN > tile.band().last_column(last_row)) {  // no later tile adds to it
         dq_rows().store(dq, tile.q_batch, tile.q_head + head, m_block * kBlockM, params.problem.seqlen_q);
@@ -190,7 +190,7 @@ struct Consumer {
       mask_transposed(s, tile.band(), tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
                       m_block * kBlockM + 2 * (lane % 4));
     }
-    if constexpr (Config::kFusedDq) load_dq(tile, head, m_block);
+    if constexpr (Config::kDqPath == DqPath::kOneCta) load_dq(tile, head, m_block);
     wgmma_wait<0>();
     wgmma_results(dp);
 #pragma unroll
@@ -202,7 +202,7 @@ struct Consumer {
     named_barrier_sync(kDsReady, 256);  // both halves of dS; also, dQ of the last step has read the other buffer
     issue_dq();
     issue_accumulate(dk, ds, shared.q[q.stage]);
-    const bool first = Config::kDqFromRegisters && await_turn(params, shared.dq_turns, step);
+    const bool first = Config::kDqPath == DqPath::kRegisters && await_turn(params, shared.dq_turns, step);
     wgmma_wait<1>();  // dV and dQ
     wgmma_results(dv);
     wgmma_results(dq);
@@ -229,7 +229,7 @@ struct Consumer {
     store_ds();
     named_barrier_sync(kDsReady, 256);
     issue_dq();
-    const bool first = Config::kDqFromRegisters && await_turn(params, shared.dq_turns, step);
+    const bool first = Config::kDqPath == DqPath::kRegisters && await_turn(params, shared.dq_turns, step);
     wgmma_wait<0>();
     wgmma_results(dq);
     release(&shared.dout_empty[q.stage]);
@@ -261,7 +261,7 @@ struct Consumer {
       }
     });
     forget_derived(tiles.count);
-    if constexpr (Config::kDqFromRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
+    if constexpr (Config::kDqPath == DqPath::kRegisters) mbarrier_arrive(&shared.dq_added[tiles.slot()]);
     wgmma_wait<0>();
     wgmma_results(dk);
     if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
@@ -282,7 +282,7 @@ struct Consumer {
         const auto packed = rest ? pack_rest<Element> : pack<Element>;
         return packed(acc[8 * j + i] * scale, acc[8 * j + i + 1] * scale);
       };
-      const int chunk = (j % 4 * 2 + lane / 16) ^ (lane % 8);  // 128-byte swizzle
+      const int chunk = swizzled_chunk(j % 4 * 2 + lane / 16, lane);
       stmatrix_x4(staging + j / 4 * Config::kPanelBytesKV + lane % 16 * 128 + chunk * 16, pair(0), pair(2), pair(4),
                   pair(6));
     }
@@ -334,7 +334,7 @@ struct Consumer {
       store_tile(tile);
       ++tiles.count;
     }
-    if (!Config::kFusedDq && params.dq_writing.enabled()) dq_rows().write_last_shares();
+    if (Config::kDqPath != DqPath::kOneCta && params.dq_writing.enabled()) dq_rows().write_last_shares();
     if (lane == 0) tma_store_wait();  // shared memory must outlive the stores
   }
 };

@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __g
       if (lane_id() == 0) Producer<Config>{params, shared}.run();
     } else if (warp == 3) {
       Scheduler<Config>{params, shared}.run();
-    } else if constexpr (!Config::kFusedDq) {
-      const bool two_dq_warps = Config::kDqWarp && params.ordered_dq;
+    } else if constexpr (Config::kDqPath != DqPath::kOneCta) {
+      const bool two_dq_warps = Config::kDqPath == DqPath::kWarp && params.is_ordered();
       if (warp == 2 && !two_dq_warps) {
         Writer<Config>{params, shared, static_cast<uint32_t>(lane_id())}.run();
-      } else if constexpr (Config::kDqWarp) {
-        two_dq_warps ? store_dq<Config, 1>(params, shared, warp - 1) : store_dq<Config, 2>(params, shared, 0);
+      } else if constexpr (Config::kDqPath == DqPath::kWarp) {
+        two_dq_warps ? add_dq<Config, 1>(params, shared, warp - 1) : add_dq<Config, 2>(params, shared, 0);
       } else {
         if (lane_id() == 0) follow_dq(params, shared);
       }

@@ -31,11 +31,10 @@ constexpr Variant make_variant(const char* name) {
   variant.block_m = Config::kBlockM;
   variant.block_n = variant.map_rows = Config::kBlockN;
   variant.cluster = 1;
-  variant.dq_warp = Config::kDqWarp;
-  variant.fused_dq = Config::kFusedDq;
+  variant.dq_path = Config::kDqPath;
   variant.descends = Config::kDescends;
   variant.launch = kLaunch<Shape, false>;
-  if constexpr (!Config::kFusedDq) variant.launch_row_parts = kLaunch<Shape, true>;
+  if constexpr (Config::kDqPath != DqPath::kOneCta) variant.launch_row_parts = kLaunch<Shape, true>;
   return variant;
 }
 

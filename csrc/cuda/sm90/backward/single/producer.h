@@ -58,7 +58,7 @@ struct Producer {
   FLASH_ATTN_DEVICE void load_prepared(const Tile& tile) {
     const QueryShare& share = shared.prepared_share;
     for (int i = 0; i < tile.prepared_blocks; ++i) {
-      const SharedBlock at = block_of_share(share, i);
+      const BlockOfShare at = block_of_share(share, i);
       const auto load_block = [&](const CUtensorMap& map, uint8_t* buffer, uint64_t* full, uint64_t* empty) {
         mbarrier_wait(empty, q.phase ^ 1);
         mbarrier_arrive_expect(full, params.panels_v * Config::kPanelBytesQ);

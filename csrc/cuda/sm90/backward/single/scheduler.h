@@ -11,13 +11,13 @@ template <typename Config>
 FLASH_ATTN_DEVICE int take_tile(const Schedule& schedule) {
   if (schedule.next_tile == nullptr) return blockIdx.x;
   const int ticket = atomicAdd(schedule.next_tile, 1);
-  return Config::kFusedDq ? ticket * schedule.num_n_blocks : ticket;
+  return Config::kDqPath == DqPath::kOneCta ? ticket * schedule.num_n_blocks : ticket;
 }
 
 template <typename Config>
 FLASH_ATTN_DEVICE int next_tile(const Schedule& schedule, int index) {
   if (schedule.next_tile == nullptr) return schedule.num_tiles;
-  const bool head_goes_on = Config::kFusedDq && (index + 1) % schedule.num_n_blocks != 0;
+  const bool head_goes_on = Config::kDqPath == DqPath::kOneCta && (index + 1) % schedule.num_n_blocks != 0;
   return head_goes_on ? index + 1 : take_tile<Config>(schedule);
 }
 
