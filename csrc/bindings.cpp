@@ -78,6 +78,16 @@ py::dict describe(const std::vector<const Kernel<Params>*>& kernels, const Param
   d["kernel"] = plan.kernel;
   d["tile"] = py::make_tuple(plan.block_m, plan.block_n);
   d["workspace_bytes"] = plan.workspace_bytes;
+  py::dict decisions;
+  for (int i = 0; i < plan.num_decisions; ++i) {
+    const Decision& decision = plan.decisions[i];
+    if (decision.word != nullptr) {
+      decisions[decision.name] = decision.word;
+    } else {
+      decisions[decision.name] = decision.number;
+    }
+  }
+  d["decisions"] = decisions;
   d["rejected"] = rejected;
   return d;
 }

@@ -16,11 +16,25 @@ struct DeviceInfo {
   int64_t l2_bytes = 0;
 };
 
+/// What a planner decided beyond the variant, for people, tests and measurements: a number, or a word.
+struct Decision {
+  const char* name;
+  int64_t number;
+  const char* word;  // null: the number
+};
+
 /// How a kernel would run a problem.
 struct Plan {
   const char* kernel = "";       // the variant, for people: "simt fp32 d64"
   int block_m = 0, block_n = 0;  // query rows and key rows of a tile
   int64_t workspace_bytes = 0;   // scratch the caller allocates; contents undefined on entry
+
+  // The first num_decisions of them. No container: plans are made for each call.
+  static constexpr int kMaxDecisions = 12;
+  Decision decisions[kMaxDecisions] = {};
+  int num_decisions = 0;
+  void decide(const char* name, int64_t number) { decisions[num_decisions++] = {name, number, nullptr}; }
+  void decide(const char* name, const char* word) { decisions[num_decisions++] = {name, 0, word}; }
 };
 
 /// Params is ForwardParams or BackwardParams.

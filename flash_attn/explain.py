@@ -26,6 +26,8 @@ class KernelChoice:
         kernel: the variant.
         tile: (query rows, key rows) a step.
         workspace_bytes: scratch memory while the pass runs.
+        decisions: what the planner decided beyond that, by name: how tiles are shared out, in which order, how sums come
+            together. Not part of the API: names change with the kernels.
         rejected: faster families, and why each did not take the problem.
     """
 
@@ -33,10 +35,13 @@ class KernelChoice:
     kernel: str
     tile: tuple[int, int]
     workspace_bytes: int
+    decisions: dict[str, int | str]
     rejected: list[tuple[str, str]]
 
     def __str__(self) -> str:
         lines = [f"{self.family}: {self.kernel}, tile {self.tile[0]} x {self.tile[1]}, workspace {self._workspace()}"]
+        if self.decisions:
+            lines.append(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.decisions.items()))
         lines += [f"not {family}: {reason}" for family, reason in self.rejected]
         return "\n           ".join(lines)
 

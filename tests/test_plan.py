@@ -57,6 +57,10 @@ def plan(
     return _C.plan(values | (tensors or {}), defaults._replace(**options)._asdict(), [True] * 3 + [False] * 3, device)
 
 
+def backward_decisions(*problem: int, **changes: Any) -> dict[str, int | str]:
+    return plan(*problem, **changes)["backward"]["decisions"]
+
+
 def test_a_gpu_that_is_no_hopper_gets_the_universal_kernels() -> None:
     plans = plan(device=A100)
     for choice in plans.values():
@@ -131,8 +135,10 @@ def test_a_forward_kernel_can_be_asked_for_by_its_name(name: str, monkeypatch: p
 @needs_sm90
 def test_keys_are_shared_out_when_there_are_few_tiles() -> None:
     few = plan(batch=1, heads=1, seqlen_q=128, seqlen_k=65536)["forward"]
+    assert few["decisions"]["key_splits"] >= 2
     assert few["workspace_bytes"] >= 2 * 128 * 128 * 4, "two parts' float32 results at least"
     whole_waves = plan(batch=1, heads=132, seqlen_q=few["tile"][0])["forward"]
+    assert whole_waves["decisions"]["key_splits"] == 1
     assert whole_waves["workspace_bytes"] == 0
 
 
@@ -155,27 +161,35 @@ def test_backward_needs_dq_in_float32_and_two_floats_a_row() -> None:
 @pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (96, False), (128, False)])
 @pytest.mark.parametrize("causal", [0, 1])
 def test_backward_writes_dq_itself_when_ctas_take_many_tiles(head_dim: int, deterministic: bool, causal: int) -> None:
-    """Shows in the workspace: a flag for each tile beside dq_accum and statistics."""
-    per_head = 1024 * (64 * ((head_dim + 63) // 64) * 4 + 16)  # in whole panels of 64 columns; 16 bytes a row
-    few, many = (
-        plan(batch=batch, seqlen_q=1024, head_dim=head_dim, causal=causal, deterministic=deterministic)["backward"][
-            "workspace_bytes"
-        ]
-        - batch * 16 * per_head
-        for batch in (1, 16)
-    )
-    # 8 bytes a query block, in a fixed order or where the first tile stores: at head dim 64 only in causal attention
-    turns = (deterministic or head_dim > 64 or causal) * 16 * (1024 // (128 if head_dim == 64 else 64)) * 8
-    assert few - turns <= 512
-    assert many - 16 * turns >= 16 * 16 * 8 * 4
-    assert turns or many < 16 * 16 * 8 * 8
+    for batch, writes in ((1, 0), (16, 1)):
+        decisions = backward_decisions(
+            batch=batch, seqlen_q=1024, head_dim=head_dim, causal=causal, deterministic=deterministic
+        )
+        assert decisions["dq_writing"] == writes
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "changes, dq",
+    [
+        ({}, "first stores"),
+        ({"head_dim": 256}, "first stores"),
+        ({"head_dim": 64}, "added to zeros"),
+        ({"head_dim": 64, "causal": 1, "seqlen_q": 1024}, "first stores"),
+        ({"batch": 64, "seqlen_q": 128, "head_dim": 64}, "of one CTA"),
+        ({"deterministic": True}, "in a fixed order"),
+        ({"head_dim": 64, "deterministic": True}, "in a fixed order"),
+        ({"head_dim": 256, "deterministic": True}, "in a fixed order"),
+    ],
+)
+def test_how_tiles_add_up_dq(changes: dict[str, Any], dq: str) -> None:
+    assert backward_decisions(**changes)["dq"] == dq
 
 
 @needs_sm90
 def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
-    alone = plan(batch=1, heads=16, heads_k=16)["backward"]["workspace_bytes"]
-    grouped = plan(batch=1, heads=16, heads_k=1)["backward"]["workspace_bytes"]
-    assert grouped - alone >= 2 * 2 * 4096 * 128 * 2, "two parts at least, of dk and dv, in 16 bits"
+    assert backward_decisions(batch=1, heads=16, heads_k=16)["head_parts"] == 1
+    assert backward_decisions(batch=1, heads=16, heads_k=1)["head_parts"] >= 2
 
 
 @needs_sm90
@@ -201,11 +215,34 @@ def test_query_heads_of_few_key_heads_are_shared_out_in_backward() -> None:
 def test_rows_are_shared_out_in_backward_where_tiles_are_few(
     heads: int, seqlen_q: int, changes: dict[str, Any], parts: int
 ) -> None:
-    """Shows in the workspace: two of dk and two of dv for each part, in 16 bits, beside dq_accum and statistics."""
-    columns, seqlen_k = changes.get("head_dim", 128), changes.get("seqlen_k", seqlen_q)
-    workspace = plan(1, heads, seqlen_q, **changes)["backward"]["workspace_bytes"]
-    bytes_of_parts = workspace - heads * seqlen_q * (columns * 4 + 16)
-    assert bytes_of_parts // (heads * seqlen_k * columns * 2 * 4) == (parts if parts > 1 else 0)
+    assert backward_decisions(1, heads, seqlen_q, **changes)["row_parts"] == parts
+
+
+@needs_sm90
+def test_decisions_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forced(text: str, **problem: Any) -> dict[str, int | str]:
+        monkeypatch.setenv("FLASH_ATTN_BACKWARD_PLAN", text)
+        return backward_decisions(**problem)
+
+    assert forced("row_parts=3")["row_parts"] == 3
+    assert forced("row_parts=2", heads_k=4) | {"head_parts": 4, "row_parts": 2} == forced("row_parts=2", heads_k=4)
+    assert forced("row_parts=1", batch=1, heads=4, seqlen_q=1024)["row_parts"] == 1
+    assert forced("head_parts=2,preparation=0", heads_k=4)["head_parts"] == 2
+    short: dict[str, Any] = {"batch": 64, "seqlen_q": 128, "head_dim": 64}
+    assert [forced(f"one_cta={i}", **short)["one_cta"] for i in (0, 1)] == [0, 1]
+    many: dict[str, Any] = {"batch": 16, "seqlen_q": 1024}
+    assert [forced(f"dq_writing={i}", **many)["dq_writing"] for i in (0, 1)] == [0, 1]
+    assert [forced(f"preparation={i}", **many)["preparation"] for i in (0, 1)] == [0, 1]
+    for text, reason in (
+        ("row_parts=1000", "row_parts=1000, the nearest is"),
+        ("head_parts=3", "head_parts=3, the nearest is 1"),
+        ("one_cta=1", "one_cta=1, the nearest is 0"),
+        ("rows=3", "'rows=3' is no decision.*there are: head_parts, row_parts"),
+        ("row_parts=few", "'row_parts=few' is no decision"),
+        ("row_parts", "'row_parts' is no decision"),
+    ):
+        with pytest.raises(RuntimeError, match=f"FLASH_ATTN_BACKWARD_PLAN={text}: .*{reason}"):
+            forced(text)
 
 
 @needs_sm90
@@ -232,8 +269,8 @@ def test_a_short_heads_dq_stays_with_one_cta_where_these_are_busy(
     batch: int, heads: int, seqlen_q: int, changes: dict[str, int], fused: bool
 ) -> None:
     for head_dim in (8, 64):
-        kernel = plan(batch, heads, seqlen_q, head_dim, **changes)["backward"]["kernel"]
-        assert kernel.endswith("fused dq") == fused
+        choice = plan(batch, heads, seqlen_q, head_dim, **changes)["backward"]
+        assert choice["kernel"].endswith("fused dq") == choice["decisions"]["one_cta"] == fused
 
 
 @needs_sm90
@@ -241,9 +278,7 @@ def test_deterministic_gradients_come_of_the_same_kernels() -> None:
     for head_dim in (64, 96, 128, 192, 256):
         ordered = plan(head_dim=head_dim, deterministic=True)["backward"]
         assert ordered["kernel"] == plan(head_dim=head_dim)["backward"]["kernel"]
-        counts = 4 * 16 * 4096 // (128 if head_dim == 64 else 64) * 8
-        padded = 256 if head_dim > 128 else 64 * ((head_dim + 63) // 64)
-        assert ordered["workspace_bytes"] >= 4 * 16 * 4096 * (padded * 4 + 16) + counts, "a count for each query block"
+        assert ordered["decisions"]["dq"] == "in a fixed order"
 
 
 @needs_sm90

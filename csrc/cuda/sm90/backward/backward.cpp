@@ -52,10 +52,36 @@ const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
   return refuses_tensors(params);
 }
 
+const char* name_of(DqProtocol protocol) {
+  switch (protocol) {
+    case DqProtocol::kUnshared: return "of one CTA";
+    case DqProtocol::kZeroed: return "added to zeros";
+    case DqProtocol::kFirstStores: return "first stores";
+    default: return "in a fixed order";
+  }
+}
+
+/// See Schedule.
+const char* order_name(const Plan& plan) {
+  if (plan.variant->dq_path == DqPath::kOneCta) return "head by head";
+  return plan.order.falling ? "last columns first" : "first columns first";
+}
+
 flash_attn::Plan plan(const BackwardParams& given, const DeviceInfo& device) {
   const BackwardParams params = with_true_maxima(given);
   const Plan chosen = choose_plan(params, device);
-  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, workspace_bytes(chosen, params)};
+  flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
+                        workspace_bytes(chosen, params)};
+  plan.decide("ctas", chosen.grid);
+  plan.decide("order", order_name(chosen));
+  plan.decide("heads_per_group", chosen.order.heads_per_group);
+  plan.decide("head_parts", chosen.split.head_parts);
+  plan.decide("row_parts", chosen.split.row_parts);
+  plan.decide("dq", name_of(chosen.dq.protocol));
+  plan.decide("one_cta", chosen.variant->dq_path == DqPath::kOneCta);
+  plan.decide("dq_writing", chosen.dq.writing.enabled);
+  plan.decide("preparation", chosen.preparation.ahead > 0);
+  return plan;
 }
 
 void launch(const BackwardParams& given, const DeviceInfo& device, void* stream) {

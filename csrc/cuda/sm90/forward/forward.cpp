@@ -29,10 +29,24 @@ const char* refuses(const ForwardParams& given, const DeviceInfo& device) {
   return refuses_tensors(p);
 }
 
+const char* name_of(TileSchedule::Order order) {
+  switch (order) {
+    case TileSchedule::kLongestFirst: return "longest processing time first";
+    case TileSchedule::kPacked: return "sequence by sequence";
+    default: return "head by head";
+  }
+}
+
 flash_attn::Plan plan(const ForwardParams& given, const DeviceInfo& device) {
   const ForwardParams p = with_true_maxima(given);
   Plan chosen = choose_plan(p, device);
-  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, place_workspace(chosen, p, nullptr)};
+  flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
+                        place_workspace(chosen, p, nullptr)};
+  plan.decide("ctas", chosen.grid);
+  plan.decide("order", name_of(chosen.schedule.order));
+  plan.decide("counter", chosen.dynamic);
+  plan.decide("key_splits", chosen.schedule.num_splits);
+  return plan;
 }
 
 void launch(const ForwardParams& given, const DeviceInfo& device, void* stream) {

@@ -12,7 +12,7 @@ namespace flash_attn::cuda::sm90::backward {
 // ---- a fixed order
 
 /// How many tiles add to dq of query rows [row_begin, row_end) before this one: by n_begin, in the order of columns
-/// that Schedule gives its group. So the tiles before it have been taken before it, and waiting for them ends.
+/// that Schedule gives its group.
 /// Where columns rise in causal attention, in the last group, a tile begins with the last block (m_step is -1): it is
 /// then one turn behind its neighbour. From the first on it would wait until that one has come to the block where its
 /// own keys are seen.
@@ -36,8 +36,7 @@ FLASH_ATTN_DEVICE bool is_stored(int state) {
 }
 
 /// Whether this tile is the first; if not, waits until the first has stored its dQ. One CTA of a tile claims for all of
-/// them (`claims`), in the order of the tile's steps: so a tile that holds a block can store it, for it has been
-/// granted all that come before.
+/// them (`claims`), in the order of the tile's steps.
 template <int kCtas = 1>
 FLASH_ATTN_DEVICE bool claim_block(int* state, int tile, bool claims = true) {
   const int claimed = 4 * (tile + 1);

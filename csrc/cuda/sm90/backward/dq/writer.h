@@ -3,8 +3,7 @@
 // each CTA, the dq writer, does it beside the products while L2 still holds it: a share for each tile that its CTA
 // takes (schedule/shares.h), of a tile that lies so far back that all who add to the share are through.
 //
-// Flags in global memory say which tiles have added. The writer waits for those of tiles that come earlier in the order
-// of tiles, which have all been taken: so the waiting ends. benchmarks/experiments/040.
+// Flags in global memory say which tiles have added. benchmarks/experiments/040.
 #pragma once
 
 #include "../../hopper/stmatrix.h"

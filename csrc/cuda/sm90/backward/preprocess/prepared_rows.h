@@ -11,8 +11,7 @@
 // In the kernels of two CTAs (pair/kernel.h) these share out the blocks, consumers write the statistics, a
 // thread of its own chooses, copies and counts them, and the producer waits for the blocks of a head.
 //
-// A tile prepares the share (schedule/shares.h) of another one, so far ahead that a tile waits for tiles before it
-// alone: waiting ends.
+// A tile prepares the share (schedule/shares.h) of another one, RowPreparation::ahead further on.
 #pragma once
 
 #include "../../../common/counters.h"

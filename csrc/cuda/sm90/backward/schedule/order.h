@@ -1,7 +1,24 @@
-// The order in which tiles are worked on, see Schedule. A tile waits for others: for those before it in its
-// turn to add to a block of dq (dq/turns.h), for those that prepare its query rows (preprocess/prepared_rows.h), and a
-// CTA's dq writer for those that add to a share (dq/writer.h). Tickets are drawn in this order, so all of them come
-// before it: tests/backward_order.cu.
+// The order in which tiles are worked on (Schedule), and why no tile waits for ever.
+//
+// CTAs draw tiles in this order (take_tile), or start in it where each has a single one, and keep a tile until it ends.
+// So when a tile runs, all before it in the order run or have ended. A tile waits for others of the launch in four
+// ways:
+//
+//   its turn         DqProtocol::kOrdered: for those whose turn at a query block is before its own (tiles_before() of
+//                    dq/turns.h). These are its head's tiles on one side, which the order puts before it.
+//   the first store  DqProtocol::kFirstStores: for the tile that has claimed the block, wherever in the order that is.
+//   A
+//                    tile claims blocks in the order of its steps, so when it holds one it has been granted all that it
+//                    needs before, and waits for nobody until it has stored.
+//   prepared rows    (preprocess/prepared_rows.h) for those that prepare its own: a share is prepared by the tile that
+//   is
+//                    RowPreparation::ahead before the one whose share it is, which is more than the order strays from
+//                    the numbers of tiles.
+//   complete dQ      the dq writer (dq/writer.h) for all that add to the share that it writes: that of a tile which is
+//                    DqWriting::lag back in the order, so far that these are before its own tile.
+//
+// The first tile in the order that has not ended therefore waits for nobody but claimants, and these for nobody: it
+// ends, and so do all. tests/backward_order.cu holds plans of random problems to the first, the third and the fourth.
 #pragma once
 
 #include "../params.h"
