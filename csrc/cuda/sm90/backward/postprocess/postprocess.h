@@ -8,7 +8,8 @@
 
 namespace flash_attn::cuda::sm90::backward {
 
-/// What a key head's tiles have stored of dk and dv, (rows of k, num_heads_k * num_parts, columns): see stored_parts().
+/// What a key head's tiles have stored of dk and dv, (rows of k, num_heads_k * num_parts, columns): see
+/// SplitPlan::stored().
 struct PartsParams {
   BackwardParams problem;
   TensorView dk_parts, dv_parts;

@@ -1,8 +1,7 @@
 // A tile is kBlockN rows of k and v of one key head, with the query rows that see them, of the query heads that read
-// this key head. Where this would make too few tiles it is one of key_parts, each of which has a part of these heads;
-// or each has a part of one head's rows, if there are row_parts times as many as heads. Each part has its own dk and
-// dv, which are added up afterwards. The producer turns an index in the order of tiles (schedule/order.h) into a
-// Tile, the other warps work on that alone.
+// this key head. Where this would make too few tiles a key head's work is split into parts (HeadSplit): each has some
+// of these heads, or some of one head's rows, and its own dk and dv, which are added up afterwards. The scheduler turns
+// an index in the order of tiles (schedule/order.h) into a Tile, the other warps work on that alone.
 #pragma once
 
 #include "../../../common/ptx.h"
