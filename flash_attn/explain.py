@@ -26,8 +26,8 @@ class KernelChoice:
         kernel: the variant.
         tile: (query rows, key rows) a step.
         workspace_bytes: scratch memory while the pass runs.
-        decisions: what the planner decided beyond that, by name: how tiles are shared out, in which order, how sums come
-            together. Not part of the API: names change with the kernels.
+        decisions: what the planner decided beyond that, by name: how tiles are shared out, in which order, how sums
+            come together. Not part of the API: names change with the kernels.
         rejected: faster families, and why each did not take the problem.
     """
 

@@ -193,7 +193,8 @@ void check_dense(const BackwardParams& params, const Plan& plan, Counts& counts)
   const int64_t heads = params.forward.batch * kernel.split.heads.value;
   require(kernel.schedule.num_tiles == heads * kernel.schedule.num_n_blocks, "so many tiles");
   const int64_t parts = kernel.split.row_parts.value;
-  require(heads * kernel.split.heads_of_tile == params.forward.batch * params.forward.num_heads * parts, "so many query heads");
+  require(heads * kernel.split.heads_of_tile == params.forward.batch * params.forward.num_heads * parts,
+          "so many query heads");
   require(parts * kernel.split.part_blocks >= kernel.num_m_blocks, "rows of no part");
   require(parts == 1 || (parts - 1) * kernel.split.part_blocks < kernel.num_m_blocks, "a part without rows");
   require(parts == 1 || kernel.split.part_blocks % 2 == 0, "a turn of two parts");

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const __grid_const
 /// Of `rows` rows of a key head.
 template <typename Element>
 __device__ void add_parts(const TensorView& parts, const TensorView& sum, int num_parts, uint32_t columns,
-                              int64_t batch, int64_t row, int64_t rows, int64_t head) {
+                          int64_t batch, int64_t row, int64_t rows, int64_t head) {
   if (sum.data == nullptr) return;
   const uint32_t chunks = columns / 8;
   for (uint32_t i = threadIdx.x; i < rows * chunks; i += kThreads) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
   const int64_t batch = p.cu_seqlens_k != nullptr ? 0 : b, row = info.k_row + first;
   const bool is_dk = blockIdx.y == 0;
   add_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
-                         params.num_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
+                     params.num_parts, is_dk ? p.head_dim : p.head_dim_v, batch, row, rows, head);
 }
 
 }  // namespace
