@@ -15,7 +15,9 @@ namespace {
 struct Workspace {
   float* dq_accum = nullptr;
   uint4* statistics = nullptr;
-  int *next_tile = nullptr, *dq_turns = nullptr, *dq_flags = nullptr, *prepared = nullptr;  // 0 at first
+  // 0 at first:
+  int *next_tile = nullptr, *dq_flags = nullptr, *prepared = nullptr;
+  BlockCounters* dq_counters = nullptr;
   uint16_t *dk_parts = nullptr, *dv_parts = nullptr;
   PackedBlock* packed_blocks = nullptr;
   int64_t bytes = 0, cleared_bytes = 0;  // of all; of those that are 0 at first, which lie side by side
@@ -37,7 +39,7 @@ struct Workspace {
     place(statistics, blocks * variant.block_m);
     cleared_bytes -= bytes;
     place(next_tile, 1);
-    place(dq_turns, plan.dq.has_turns() ? blocks * kDqTurns : 0);
+    place(dq_counters, plan.dq.has_turns() ? blocks : 0);
     place(dq_flags, plan.dq.writing.enabled ? plan.order.num_tiles : 0);
     place(prepared, plan.preparation.ahead > 0 ? p.batch * p.num_heads : 0);
     cleared_bytes += bytes;
@@ -131,7 +133,7 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
   kernel.num_m_blocks = plan.num_m_blocks;
   kernel.dq_accum = workspace.dq_accum;
   kernel.dq_protocol = plan.dq.protocol;
-  kernel.dq_turns = workspace.dq_turns;
+  kernel.dq_counters = workspace.dq_counters;
   kernel.spread_starts = plan.dq.spread_starts;
   kernel.dq = params.dq;
   kernel.statistics = workspace.statistics;

@@ -81,8 +81,8 @@ struct KernelParams {
   RowPreparation preparation;
   bool spread_starts;  // tiles of a head begin with different query blocks, see first_block_of_tile
   DqProtocol dq_protocol;
-  int* dq_turns;      // (num_heads * num_blocks, kDqTurns), 0 at first: counters of dq_protocol, null if it has none
-  uint4* statistics;  // (num_heads * num_blocks, kBlockM), see preprocess/statistics.h
+  BlockCounters* dq_counters;  // (num_heads * num_blocks), 0 at first: of dq_protocol, null if it has none
+  uint4* statistics;           // (num_heads * num_blocks, kBlockM), see preprocess/statistics.h
   // Of problem, in 32 bits.
   int window_left, window_right, seqlen_q, seqlen_k;
   int panels,
@@ -94,7 +94,7 @@ struct KernelParams {
   bool wants_dk, wants_dv;
 
   FLASH_ATTN_HOST_DEVICE bool is_ordered() const { return dq_protocol == DqProtocol::kOrdered; }
-  FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_turns != nullptr; }
+  FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_counters != nullptr; }
 };
 
 /// With cu_seqlens, sequence b of n rows has n / kBlockM rounded up blocks: these never reach into those of b + 1.

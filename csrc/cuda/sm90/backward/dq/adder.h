@@ -49,7 +49,8 @@ FLASH_ATTN_DEVICE void add_dq(const KernelParams& params, single::SharedStorage<
       const int block = walk.index(params);
       const FixedTurn<Config> turn{params, tile, walk.m_block};
       const int counted = kCount == 1 ? block - turn.place() : block;
-      int* const count = params.dq_turns + int64_t{counted} * kDqTurns + first_consumer;
+      BlockCounters& counters = params.dq_counters[counted];
+      int* const count = kCount == 1 ? &counters.added[first_consumer] : &counters.claim;
       bool first = false, stored = false;  // by this tile, by another
       if (elected()) {                     // while dQ is being computed
         if constexpr (kCount == 1) {

@@ -27,7 +27,10 @@ constexpr int kDqTile = 64 * 64;
 /// Half a tile of kDqTile, the unit in which the main kernel turns dq_accum to dq.
 constexpr int kDqPieceRows = 32, kDqPiece = kDqPieceRows * 64;
 
-/// Counters of a block. In a fixed order those of a tile's CTAs, or of its dQ warps, are kept apart.
-constexpr int kDqTurns = 2;
+/// The counters of a query block, 0 at first.
+union BlockCounters {
+  int added[2];  // kOrdered: how many tiles have added; of a tile's CTAs, or of its dQ warps, each has its own
+  int claim;     // kFirstStores: a state of claim_block()
+};
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -1,6 +1,6 @@
 // The order in which tiles bring their dQ of a query block to dq_accum: with DqProtocol::kOrdered a fixed one, so that
 // the sum is the same every time, else as they come. Either way the first stores and the others add, so dq_accum need
-// not be zero before. (Where it is, at head dimension 64, dq_turns is null, and all tiles add without waiting.)
+// not be zero before. (Where it is, at head dimension 64, dq_counters is null, and all tiles add without waiting.)
 #pragma once
 
 #include "../../../common/counters.h"
@@ -76,15 +76,15 @@ FLASH_ATTN_DEVICE void init_turns(DqTurns& turns, int consumer_threads) {
   }
 }
 
-/// What a block of dq_turns has for a CTA of this rank in its cluster. In a fixed order each rank has its own.
-FLASH_ATTN_DEVICE int* turn_count(const KernelParams& params, int* block, int rank) {
-  return block + (params.is_ordered() ? rank : 0);
+/// The counter at which the next turn is called: of a CTA of this rank in its cluster.
+FLASH_ATTN_DEVICE int* turn_count(const KernelParams& params, BlockCounters& block, int rank) {
+  return params.is_ordered() ? &block.added[rank] : &block.claim;
 }
 
-/// By a thread: waits for the turn of a step, `step` counted over all tiles; `block` is the step's of dq_turns.
+/// By a thread: waits for the turn of a step, `step` counted over all tiles; `block`: counters of the step's.
 template <typename Config>
-FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, int m_block, int* block, DqTurns& turns,
-                                  uint32_t step, int rank = 0) {
+FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, int m_block, BlockCounters& block,
+                                  DqTurns& turns, uint32_t step, int rank = 0) {
   constexpr int kBlockM = Config::kBlockM;
   int* const count = turn_count(params, block, rank);
   bool first;
@@ -101,7 +101,8 @@ FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, 
 }
 
 /// By the same thread or another.
-FLASH_ATTN_DEVICE void end_turn(const KernelParams& params, int* block, DqTurns& turns, uint32_t step, int rank = 0) {
+FLASH_ATTN_DEVICE void end_turn(const KernelParams& params, BlockCounters& block, DqTurns& turns, uint32_t step,
+                                int rank = 0) {
   mbarrier_wait(&turns.added[step % 2], step / 2 % 2);
   const bool first = turns.first[step % 2];
   mbarrier_arrive(&turns.released[step % 2]);
@@ -116,7 +117,7 @@ template <TurnPart kPart, typename Config>
 FLASH_ATTN_DEVICE void follow_turns(const KernelParams& params, const Tile& tile, DqTurns& turns, uint32_t& step,
                                     int rank = 0) {
   for_each_block<Config>(tile, [&](const BlockWalk<Config>& walk) {
-    int* const block = params.dq_turns + int64_t{walk.index(params)} * kDqTurns;
+    BlockCounters& block = params.dq_counters[walk.index(params)];
     if constexpr (kPart != TurnPart::kEnd) begin_turn<Config>(params, tile, walk.m_block, block, turns, step, rank);
     if constexpr (kPart != TurnPart::kBegin) end_turn(params, block, turns, step, rank);
     ++step;
