@@ -29,8 +29,8 @@ FLASH_ATTN_DEVICE void mask_scores(float (&s)[kSize], const Band& band, const Co
 }
 
 /// Probabilities P^T, key rows by query rows: 0 where the query row does not see the key row. `key`, `query`: rows of
-/// the thread's accumulator 0.
-template <int kSize>
+/// the thread's accumulator 0. `band`: a Band, or what has its fields in shared memory, which are read here then.
+template <int kSize, typename Band>
 FLASH_ATTN_DEVICE void mask_transposed(float (&p)[kSize], const Band& band, int key, int query) {
   // left <= key - query <= right, as one unsigned comparison; a key row that takes no part fails it.
   const uint32_t span = band.right - band.left;

@@ -154,7 +154,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = fast_exp2(fmaf(s[i], params.scale_log2, Config::kProbabilityExponent));
     if (mask) {
-      mask_transposed(s, shared.tile.band(), shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
+      mask_transposed(s, shared.tile, shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
                       m_block * Config::kBlockM + 2 * (lane % 4));
     }
     mbarrier_wait(&shared.p_empty[stage], step / 2 % 2 ^ 1);

@@ -12,24 +12,24 @@ namespace flash_attn::cuda::sm90::backward {
 
 /// Lives in shared memory. `m` counts blocks of kBlockM query rows.
 struct Tile {
-  int num_heads;                // query heads; -1: no more tiles
-  int index;                    // in the order of tiles
-  int batch_head;               // of k, once for each part
-  int m_begin, m_end;           // query blocks that see the tile; none: dk = dv = 0
-  int m_first;                  // which of them comes first, see first_block_of_tile
-  int block;                    // index of the first head's block 0 in dq_accum and statistics
-  int n_begin;                  // first row of k, in the sequence
-  int prepared_blocks;          // of queries, that the tile prepares for later ones, see RowPreparation
-  int awaited_blocks;           // of each of its heads, that tiles before it prepare
-  int seqlen_q, seqlen_k;       // rows from here on take no part
-  int right_bound, left_bound;  // row r sees columns [r + left_bound, r + right_bound]
+  int num_heads;           // query heads; -1: no more tiles
+  int index;               // in the order of tiles
+  int batch_head;          // of k, once for each part
+  int m_begin, m_end;      // query blocks that see the tile; none: dk = dv = 0
+  int m_first;             // which of them comes first, see first_block_of_tile
+  int block;               // index of the first head's block 0 in dq_accum and statistics
+  int n_begin;             // first row of k, in the sequence
+  int prepared_blocks;     // of queries, that the tile prepares for later ones, see RowPreparation
+  int awaited_blocks;      // of each of its heads, that tiles before it prepare
+  int seqlen_q, seqlen_k;  // rows from here on take no part
+  int right, left;         // row r sees columns [r + left, r + right], see Band
   // TMA coordinates (tensor_map.h): of block 0 of q and dout, of the tile's first row of k, v and of dk, dv.
   int q_x, q_y, q_head, q_batch;
   int kv_x, kv_y, dkv_x, dkv_y, kv_head, dkv_head, kv_batch;
   int m_step;  // from a query block to the next, 1 or -1, where Config::kDescends: see tiles_before
   int number;  // see TilePlace
 
-  FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, seqlen_k, seqlen_q}; }
+  FLASH_ATTN_DEVICE Band band() const { return {right, left, seqlen_k, seqlen_q}; }
 };
 
 // If it is even ptxas joins the loads of the bounds, packs dS later and puts up to six instructions more into the
@@ -127,8 +127,8 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
   if (params.spread_starts && !seeing.empty()) {
     tile.m_first = first_block_of_tile(n_begin / kBlockN, (seqlen_k + kBlockN - 1) / kBlockN, tile.m_end);
   }
-  tile.right_bound = band.right;
-  tile.left_bound = band.left;
+  tile.right = band.right;
+  tile.left = band.left;
   tile.seqlen_q = seqlen_q;
   tile.seqlen_k = seqlen_k;
   tile.block = block;

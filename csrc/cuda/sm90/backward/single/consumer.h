@@ -187,7 +187,7 @@ struct Consumer {
     for (int i = 0; i < kFragment; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
     // ptxas would sink the exponentials below the wait for dP; this branch keeps them under it.
     if (mask) {
-      mask_transposed(s, tile.band(), tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
+      mask_transposed(s, tile, tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,
                       m_block * kBlockM + 2 * (lane % 4));
     }
     if constexpr (Config::kDqPath == DqPath::kOneCta) load_dq(tile, head, m_block);
