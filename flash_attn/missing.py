@@ -25,10 +25,6 @@ INSTEAD = {
     "_wrapped_flash_attn_forward": _OPS,
     "_wrapped_flash_attn_varlen_backward": _OPS,
     "_wrapped_flash_attn_varlen_forward": _OPS,
-    "bert_padding": (
-        "x[mask] packs a padded batch, F.pad(mask.sum(1).cumsum(0), (1, 0)).int() are its cu_seqlens, and "
-        "torch.zeros_like(x).index_put((mask,), rows) pads it again"
-    ),
     "cute": "it is a distribution of its own, which lies beside this one: pip install flash-attn-4",
     "flash_attn_triton": "its bias is attn_mask of flash_attn.scaled_dot_product_attention",
     "flash_attn_with_kvcache": (
