@@ -12,6 +12,7 @@ from types import ModuleType
 
 _NORM = "use torch.nn.RMSNorm or torch.nn.LayerNorm, under torch.compile"
 _MLP = "use torch.nn.Linear and torch's activations, under torch.compile"
+_MHA = "flash_attn.FlashMHA is multi-head attention with its projections; its arguments have names of its own"
 _OPS = "call flash_attn_func or flash_attn_varlen_func; torch.ops.flash_attn.forward and .backward are what they run on"
 _LOSS = "use torch.nn.functional.cross_entropy, under torch.compile, or the package liger-kernel"
 
@@ -33,7 +34,13 @@ INSTEAD = {
     "layers.patch_embed": "use torch.nn.Conv2d with its stride equal to its kernel size",
     "losses": _LOSS,
     "models": "there are attention functions and flash_attn.FlashMHA here, and no models; transformers has them",
-    "modules": f"flash_attn.FlashMHA is multi-head attention with its projections; for mlp, block and embedding {_MLP}",
+    "modules.block": "use torch.nn.TransformerEncoderLayer, or a module of your own around flash_attn.FlashMHA",
+    "modules.embedding": "use torch.nn.Embedding",
+    "modules.mha.CrossAttention": "use FlashCrossAttention of the same module",
+    "modules.mha.MHA": _MHA,
+    "modules.mha.ParallelMHA": _MHA,
+    "modules.mha.SelfAttention": "use FlashSelfAttention of the same module",
+    "modules.mlp": _MLP,
     "ops.activations": _MLP,
     "ops.fused_dense": _MLP,
     "ops.layer_norm": _NORM,
