@@ -8,7 +8,16 @@ from typing import Literal, overload
 from torch import Tensor
 
 from . import tensor_subclasses
-from .interface_arguments import NO_WINDOW, Lengths, Options, Outputs, Window, attention, distributed_attention
+from .interface_arguments import (
+    NO_WINDOW,
+    Lengths,
+    Options,
+    Outputs,
+    Window,
+    attention,
+    distributed_attention,
+    refuse_pages,
+)
 
 
 @overload
@@ -189,8 +198,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
     causal: bool = ...,
@@ -216,8 +225,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
     causal: bool = ...,
@@ -243,8 +252,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
     causal: bool = ...,
@@ -270,8 +279,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -297,8 +306,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
     causal: bool = ...,
@@ -323,8 +332,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -350,7 +359,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q: (batch + 1) int32, from 0 on: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1 of q.
             Rows behind the last sequence get zeros.
         cu_seqlens_k: (batch + 1) int32, the same for k and v.
-        max_seqlen_q: at least the longest sequence in q. A tensor of one element on a CUDA device is waited for.
+        max_seqlen_q: at least the longest sequence in q: an int, or a tensor of one integer, which is not read where
+            that would wait for a device. None is allowed: results never depend on it.
         max_seqlen_k: at least the longest sequence in k.
         block_table: not supported; must be None.
         seqused_q: (batch) int32: only so many rows of each sequence take part, others get zeros.
@@ -362,8 +372,7 @@ def flash_attn_varlen_func(
     Raises:
         NotImplementedError: block_table or DTensors are given.
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table must be None: paged keys and values are not supported")
+    refuse_pages("block_table", block_table)
     options = Options(
         dropout_p,
         softmax_scale,

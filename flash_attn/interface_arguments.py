@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     if s_aux is not None:
         sink = _only_sink(sink, s_aux)
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = (
-        lengths if lengths is ONE_LENGTH else _plain_lengths(lengths)
+        lengths if lengths is ONE_LENGTH else plain_lengths(lengths, q, k)
     )
     try:
         out, lse = ops.attention(
@@ -69,8 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             k,
             v,
             None,
-            None if slopes is None else _statistics("alibi_slopes", slopes, q),
-            None if sink is None else _statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
+            None if slopes is None else statistics("alibi_slopes", slopes, q),
+            None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
             starts_q,
             starts_k,
             used_q,
@@ -154,7 +154,7 @@ def _only_sink(learnable_sink: Tensor | None, s_aux: Tensor) -> Tensor:
     return s_aux
 
 
-def _statistics(name: str, x: Tensor, q: Tensor) -> Tensor:
+def statistics(name: str, x: Tensor, q: Tensor) -> Tensor:
     """Slopes and sinks in the dtype that the kernels compute the softmax in."""
     if checks.tensor(name, x).is_complex():
         raise RuntimeError(f"{name} must be real, but is {x.dtype}")
@@ -167,21 +167,34 @@ def _check_vectors(lengths: Lengths) -> None:
             checks.tensor(name, x)
 
 
-def _plain_lengths(lengths: Lengths) -> Lengths:
+def refuse_pages(name: str, table: Any) -> None:
+    if table is not None:
+        raise NotImplementedError(
+            f"{name} must be None: keys and values in pages are not supported. Give those of all sequences one after "
+            "the other with cu_seqlens_k, or (batch, seqlen, heads, head_dim) with seqused_k and without cu_seqlens_k"
+        )
+
+
+def plain_lengths(lengths: Lengths, q: Tensor, k: Tensor) -> Lengths:
+    """Bounds as numbers, and tensors where tensors have to be."""
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = lengths
     plain = type(starts_q) is type(starts_k) is Tensor and type(longest_q) is type(longest_k) is int
     if plain and used_q is used_k is None:
         return lengths
     _check_vectors(lengths)
     return lengths._replace(
-        max_seqlen_q=_longest("max_seqlen_q", lengths.max_seqlen_q),
-        max_seqlen_k=_longest("max_seqlen_k", lengths.max_seqlen_k),
+        max_seqlen_q=_longest("max_seqlen_q", longest_q, q, starts_q),
+        max_seqlen_k=_longest("max_seqlen_k", longest_k, k, starts_k),
     )
 
 
-def _longest(name: str, x: Any) -> int | None:
-    if not isinstance(x, Tensor):
-        return x
-    if not checks.is_integral(x):
-        raise TypeError(f"{name} must be an int or a tensor of one integer, but is {checks.described(x)}")
-    return int(x)
+def _longest(name: str, bound: Any, x: Tensor, starts: Tensor | None) -> int | None:
+    """A bound of the lengths in x. All of its rows are one too, where the caller's is not there to be read at once."""
+    if isinstance(bound, Tensor):
+        if not checks.is_integral(bound):
+            raise TypeError(f"{name} must be an int or a tensor of one integer, but is {checks.described(bound)}")
+        if bound.device.type == "cpu" and not torch.compiler.is_compiling():
+            return int(bound)
+    elif bound is not None or starts is None:
+        return bound
+    return x.shape[0] if x.dim() > 0 else 0

@@ -13,19 +13,10 @@ from types import ModuleType
 _NORM = "use torch.nn.RMSNorm or torch.nn.LayerNorm, under torch.compile"
 _MLP = "use torch.nn.Linear and torch's activations, under torch.compile"
 _MHA = "flash_attn.FlashMHA is multi-head attention with its projections; its arguments have names of its own"
-_OPS = "call flash_attn_func or flash_attn_varlen_func; torch.ops.flash_attn.forward and .backward are what they run on"
 _LOSS = "use torch.nn.functional.cross_entropy, under torch.compile, or the package liger-kernel"
 
 # Modules and functions alike, without the leading "flash_attn."
 INSTEAD = {
-    "_flash_attn_backward": _OPS,
-    "_flash_attn_forward": _OPS,
-    "_flash_attn_varlen_backward": _OPS,
-    "_flash_attn_varlen_forward": _OPS,
-    "_wrapped_flash_attn_backward": _OPS,
-    "_wrapped_flash_attn_forward": _OPS,
-    "_wrapped_flash_attn_varlen_backward": _OPS,
-    "_wrapped_flash_attn_varlen_forward": _OPS,
     "cute": "it is a distribution of its own, which lies beside this one: pip install flash-attn-4",
     "flash_attn_triton": "its bias is attn_mask of flash_attn.scaled_dot_product_attention",
     "flash_attn_with_kvcache": (

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op.arguments import Options
 
@@ -37,6 +38,37 @@ def _gradients(max_seqlen: int, heads_k: int) -> list[torch.Tensor]:
 def test_results_do_not_depend_on_it(heads_k: int) -> None:
     for close, careless in zip(_gradients(max(LENGTHS), heads_k), _gradients(CARELESS, heads_k), strict=True):
         assert torch.equal(close, careless)
+
+
+def test_it_may_be_left_out_or_lie_where_reading_it_would_wait() -> None:
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q = torch.randn(int(starts[-1]), 4, 16)
+
+    def run(q: torch.Tensor, bound: Any) -> torch.Tensor:
+        return flash_attn_varlen_func(q, q, q, starts, starts, bound, bound, causal=True)
+
+    longest = max(LENGTHS)
+    expected = run(q, longest)
+    elsewhere = torch.tensor(longest, device="meta")  # which cannot be read at all
+    for bound in (None, elsewhere, torch.tensor(longest), torch.tensor([longest], dtype=torch.int32)):
+        assert torch.equal(run(q, bound), expected)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, torch.tensor(longest)), expected)
+    with pytest.raises(RuntimeError, match="max_seqlen_q must be at least the longest sequence, but is 5"):
+        run(q, torch.tensor(5))
+    for bound in (torch.tensor(7.0), torch.tensor([7, 7])):
+        with pytest.raises(TypeError, match="max_seqlen_q must be an int or a tensor of one integer"):
+            run(q, bound)
+
+
+def test_keys_of_one_length_need_no_bound() -> None:
+    starts, used = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 6], [4, 9]))
+    q, cache = torch.randn(6, 4, 8), torch.randn(2, 9, 2, 8)
+    out = flash_attn_varlen_func(q, cache, cache, starts, None, 3, None, causal=True, seqused_k=used)
+    for b, n in enumerate((4, 9)):
+        part = cache[b : b + 1, :n]
+        expected = flash_attn_func(q[None, 3 * b : 3 * b + 3], part, part, causal=True)
+        torch.testing.assert_close(out[3 * b : 3 * b + 3], expected[0])
 
 
 # An address space that has no room for batch * the bound, nor for batch * the longest sequence.
