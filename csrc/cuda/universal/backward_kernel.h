@@ -25,12 +25,11 @@ __global__ void __launch_bounds__(kThreads, 2) dkdv_kernel(const __grid_constant
   int64_t index = arguments.first_block + blockIdx.x;
   const int part = int(index % arguments.num_parts) * kHeadDim;
   index /= arguments.num_parts;
-  const int64_t n_begin = index % arguments.num_blocks * C::kBlock;
-  index /= arguments.num_blocks;
-  const int64_t num_heads_k = p.num_heads_k, b = index / num_heads_k;
-  const int h_k = int(index % num_heads_k), group_size = int(arguments.group_size);
+  const auto [b, head_k, n_block] = arguments.blocks.find_of_heads(index, p.num_heads_k, /*descending=*/false);
+  const int64_t n_begin = n_block * C::kBlock;
+  const int h_k = int(head_k), group_size = int(arguments.group_size);
   const SequenceInfo sequence = sequence_info(p, b);
-  if (n_begin >= sequence.seqlen_k) return;
+  if (n_begin < 0 || n_begin >= sequence.seqlen_k) return;
   const int64_t n_end = n_begin + C::kBlock < sequence.seqlen_k ? n_begin + C::kBlock : sequence.seqlen_k;
   const RowRange keys{0, int(n_end - n_begin)};
   const bool want_dk = params.dk.data != nullptr && part < p.head_dim;
@@ -93,11 +92,10 @@ __global__ void __launch_bounds__(kThreads, kExtended || sizeof(T) == 8 ? 2 : 3)
   int64_t index = arguments.first_block + blockIdx.x;
   const int64_t part = index % arguments.num_parts * kHeadDim;
   index /= arguments.num_parts;
-  const int64_t m_begin = (arguments.num_blocks - 1 - index % arguments.num_blocks) * C::kBlock;
-  index /= arguments.num_blocks;
-  const int64_t num_heads = p.num_heads, h = index % num_heads, b = index / num_heads;
+  const auto [b, h, m_block] = arguments.blocks.find_of_heads(index, p.num_heads, /*descending=*/true);
+  const int64_t m_begin = m_block * C::kBlock;
   const SequenceInfo sequence = sequence_info(p, b);
-  if (m_begin >= sequence.seqlen_q) return;
+  if (m_begin < 0 || m_begin >= sequence.seqlen_q) return;
   const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
   const RowRange queries{0, int(m_end - m_begin)};
   const BackwardHead<C> head(arguments, sequence, b, int(h));
@@ -164,16 +162,16 @@ void launch_backward_kernels(const BackwardParams& params, cudaStream_t stream) 
   const ForwardParams& p = params.forward;
   BackwardArguments a = backward_arguments<T>(params);
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
-    a.num_blocks = ceil_div(p.seqlen_k, C::kBlock);
+    a.blocks = SequenceBlocks::of_keys(p, C::kBlock);
     a.num_parts = ceil_div(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, kHeadDim);
-    cuda::launch_blocks(dkdv_kernel<T, kHeadDim, kExtended>, a, p.batch * p.num_heads_k * a.num_blocks * a.num_parts,
+    cuda::launch_blocks(dkdv_kernel<T, kHeadDim, kExtended>, a, a.blocks.count() * p.num_heads_k * a.num_parts,
                         kThreads, kSharedBytes, stream, "universal dk dv");
   }
   if (params.dq.data != nullptr || params.dslopes != nullptr) {
-    a.num_blocks = ceil_div(p.seqlen_q, C::kBlock);
+    a.blocks = SequenceBlocks::of_queries(p, C::kBlock);
     a.num_parts = params.dq.data != nullptr && p.head_dim > 0 ? ceil_div(p.head_dim, kHeadDim) : 1;
-    cuda::launch_blocks(dq_kernel<T, kHeadDim, kExtended>, a, p.batch * p.num_heads * a.num_blocks * a.num_parts,
-                        kThreads, kSharedBytes, stream, "universal dq");
+    cuda::launch_blocks(dq_kernel<T, kHeadDim, kExtended>, a, a.blocks.count() * p.num_heads * a.num_parts, kThreads,
+                        kSharedBytes, stream, "universal dq");
   }
 }
 

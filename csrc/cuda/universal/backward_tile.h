@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/launch.h"
+#include "../common/sequence_blocks.h"
 #include "backward_launch.h"
 #include "rows.h"
 #include "scores.h"
@@ -12,7 +13,8 @@ namespace {
 struct BackwardArguments {
   BackwardParams params;
   RowWorkspace rows;
-  int64_t first_block, num_blocks, num_parts, group_size;  // blocks of rows; parts of head_dim and head_dim_v
+  SequenceBlocks blocks;                       // of the rows that the kernel's blocks own
+  int64_t first_block, num_parts, group_size;  // parts: of head_dim and head_dim_v
   bool q_quads, k_quads, v_quads, dout_quads, dq_quads, dk_quads, dv_quads;
 };
 

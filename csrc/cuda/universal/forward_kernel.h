@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/launch.h"
+#include "../common/sequence_blocks.h"
 #include "forward_launch.h"
 #include "scores.h"
 
@@ -11,7 +12,8 @@ namespace {
 
 struct ForwardArguments {
   ForwardParams params;
-  int64_t first_block, num_m_blocks, num_parts, group_size;  // parts: of head_dim_v
+  SequenceBlocks m_blocks;
+  int64_t first_block, num_parts, group_size;  // parts: of head_dim_v
   bool q_quads, k_quads, v_quads, out_quads;
 };
 
@@ -130,11 +132,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
   int64_t index = arguments.first_block + blockIdx.x;
   const int64_t part_column = index % arguments.num_parts * kHeadDim;
   index /= arguments.num_parts;
-  const int64_t m_begin = (arguments.num_m_blocks - 1 - index % arguments.num_m_blocks) * C::kBlock;
-  index /= arguments.num_m_blocks;
-  const int64_t h = index % p.num_heads, b = index / p.num_heads;
+  const auto [b, h, m_block] = arguments.m_blocks.find_of_heads(index, p.num_heads, /*descending=*/true);
+  const int64_t m_begin = m_block * C::kBlock;
   const SequenceInfo sequence = sequence_info(p, b);
-  if (m_begin >= sequence.seqlen_q) return;
+  if (m_begin < 0 || m_begin >= sequence.seqlen_q) return;
   const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
   const int rows = int(m_end - m_begin);
   const int64_t h_k = h / arguments.group_size;
@@ -187,7 +188,7 @@ void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   using C = Config<T, kHeadDim, kExtended>;
   ForwardArguments arguments;
   arguments.params = p;
-  arguments.num_m_blocks = ceil_div(p.seqlen_q, C::kBlock);
+  arguments.m_blocks = SequenceBlocks::of_queries(p, C::kBlock);
   arguments.num_parts = p.head_dim_v > 0 ? ceil_div(p.head_dim_v, kHeadDim) : 1;
   arguments.group_size = p.group_size();
   arguments.q_quads = is_quad_aligned(p.q, p.head_dim, sizeof(T));
@@ -195,7 +196,7 @@ void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   arguments.v_quads = is_quad_aligned(p.v, p.head_dim_v, sizeof(T));
   arguments.out_quads = is_quad_aligned(p.out, p.head_dim_v, sizeof(T));
   cuda::launch_blocks(forward_kernel<T, kHeadDim, kExtended>, arguments,
-                      p.batch * p.num_heads * arguments.num_m_blocks * arguments.num_parts, kThreads,
+                      arguments.m_blocks.count() * p.num_heads * arguments.num_parts, kThreads,
                       int(sizeof(SharedStorage<C>)), stream, "universal forward");
 }
 

@@ -170,6 +170,7 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   RowsParams rows{};
   rows.problem = params;
   rows.block_m = variant.block_m;
+  rows.m_blocks = SequenceBlocks::of_queries(p, variant.block_m);
   rows.dq_columns = variant.dq_columns;
   rows.num_blocks = plan.num_blocks;
   rows.num_m_blocks = plan.num_m_blocks;

@@ -6,6 +6,7 @@
 
 #include "../../../sequence.h"
 #include "../../common/division.h"
+#include "../../common/sequence_blocks.h"
 #include "dq/protocol.h"
 
 namespace flash_attn::cuda::sm90::backward {
@@ -97,10 +98,10 @@ struct KernelParams {
   FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_counters != nullptr; }
 };
 
-/// With cu_seqlens, sequence b of n rows has n / kBlockM rounded up blocks: these never reach into those of b + 1.
+/// Of dq_accum and statistics, of head 0.
 FLASH_ATTN_HOST_DEVICE int64_t first_block(const ForwardParams& p, const SequenceInfo& info, int64_t b, int block_m,
                                            int64_t num_m_blocks) {
-  return p.cu_seqlens_q != nullptr ? info.q_row / block_m + b : b * num_m_blocks;
+  return p.cu_seqlens_q != nullptr ? first_packed_block(info.q_row, b, block_m) : b * num_m_blocks;
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../../common/sequence_blocks.h"
 #include "../../common/visibility.h"
 #include "forced.h"
 #include "params.h"
@@ -84,9 +85,9 @@ int64_t part_blocks(const Plan& plan, const ForwardParams& p, const Forced& forc
 
 /// Heads whose Q, dO and dQ together take a share of L2 that grows with their length, up to half of it.
 int64_t heads_in_l2(const Plan& plan, const ForwardParams& p, int64_t l2_bytes) {
-  const int64_t bytes_per_head =
-      p.seqlen_q * (p.group_size() / plan.split.head_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
-  return std::min(l2_bytes / 2, p.seqlen_q << 14) / bytes_per_head;
+  const int64_t rows = mean_problem(p).seqlen_q;
+  const int64_t bytes_per_head = rows * (p.group_size() / plan.split.head_parts) * (6 * p.head_dim + 2 * p.head_dim_v);
+  return std::min(l2_bytes / 2, rows << 14) / bytes_per_head;
 }
 
 /// Whether causal attention ends with several heads at a time. In a fixed order tiles have to descend for it.
@@ -280,11 +281,13 @@ Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const V
   Plan plan;
   plan.variant = &variant;
   plan.num_m_blocks = static_cast<int>(ceil_div(p.seqlen_q, variant.block_m));
-  plan.num_blocks =
-      static_cast<int>(p.is_varlen_q() ? p.total_q / variant.block_m + p.batch : p.batch * plan.num_m_blocks);
+  plan.num_blocks = static_cast<int>(p.is_varlen_q() ? max_packed_blocks(p.total_q, p.batch, variant.block_m)
+                                                     : p.batch * plan.num_m_blocks);
   plan.order.tiles_at_once = std::max(1, device.num_sms / variant.cluster);
   plan.order.num_n_blocks = static_cast<int>(ceil_div(p.seqlen_k, variant.block_n));
-  if (p.is_varlen_k()) plan.order.max_packed_blocks = static_cast<int>(p.total_k / variant.block_n + p.batch);
+  if (p.is_varlen_k()) {
+    plan.order.max_packed_blocks = static_cast<int>(max_packed_blocks(p.total_k, p.batch, variant.block_n));
+  }
   plan.preparation.heads = p.batch * p.num_heads;
   plan.split.part_blocks = plan.num_m_blocks;
   if (!one_cta) {

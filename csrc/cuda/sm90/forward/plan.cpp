@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../../../sequence.h"
+#include "../../common/sequence_blocks.h"
 #include "../../common/visibility.h"
 
 namespace flash_attn::cuda::sm90::forward {
@@ -153,11 +154,8 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
   schedule.alike = params.is_dense();
   if (schedule.alike) schedule.sequence = sequence_info(params, 0);
   // With cu_seqlens_q an upper bound: every sequence may end inside a tile.
-  schedule.num_tiles =
-      params.is_varlen_q()
-          ? static_cast<int>(params.num_heads *
-                             std::min(params.total_q / variant.block_m + params.batch, params.batch * num_m_blocks))
-          : static_cast<int>(params.batch * params.num_heads * num_m_blocks);
+  const int64_t num_blocks = SequenceBlocks::of_queries(params, variant.block_m).count();
+  schedule.num_tiles = static_cast<int>(params.num_heads * num_blocks);
   schedule.split_begin = INT32_MAX;
   schedule.num_splits = 1;
   if (params.is_varlen_q()) {

@@ -1,5 +1,6 @@
 #include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
+#include "../../../common/sequence_blocks.h"
 #include "../params.h"
 #include "../rows.h"
 #include "postprocess.h"
@@ -16,16 +17,16 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const __grid_const
   __shared__ __align__(16) uint16_t tiles[2][64][kPadded];
   const ForwardParams& p = params.problem.forward;
   const int tiles_per_block = params.block_m * params.dq_columns / kDqTile, pairs = tiles_per_block / 2;
-  const uint32_t heads = p.num_heads, per_sequence = heads * params.num_m_blocks * pairs;
-  const uint32_t b = blockIdx.x / per_sequence, in_sequence = blockIdx.x - b * per_sequence;
-  const uint32_t m_block = in_sequence / (heads * pairs), head = (in_sequence - m_block * heads * pairs) / pairs;
+  const uint32_t heads = p.num_heads, number = blockIdx.x / (heads * pairs);
+  const uint32_t in_block = blockIdx.x - number * heads * pairs, head = in_block / pairs;
+  const auto [b, m_block] = params.m_blocks.find(number);
   const SequenceInfo info = sequence_info(p, b);
   const int64_t block_row = int64_t{m_block} * params.block_m;
   grid_dependency_wait();
-  if (block_row >= info.seqlen_q_padded) return;
+  if (block_row < 0 || block_row >= info.seqlen_q_padded) return;
 
   const int tile = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int first_tile = in_sequence % pairs * 2;
+  const int first_tile = (in_block - head * pairs) * 2;
   const int64_t block =
       int64_t{head} * params.num_blocks + first_block(p, info, b, params.block_m, params.num_m_blocks) + m_block;
   const float4* const accum = reinterpret_cast<const float4*>(
@@ -83,16 +84,22 @@ __device__ void add_parts(const TensorView& parts, const TensorView& sum, int nu
 
 constexpr int kKeyRows = 16;  // of a CTA, of one head's dk or dv
 
+struct AddPartsParams {
+  PartsParams parts;
+  SequenceBlocks groups;  // of kKeyRows keys
+};
+
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_constant__ PartsParams params) {
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_constant__ AddPartsParams arguments) {
+  const PartsParams& params = arguments.parts;
   const ForwardParams& p = params.problem.forward;
-  const uint32_t groups = (static_cast<uint32_t>(p.seqlen_k) + kKeyRows - 1) / kKeyRows, heads = p.num_heads_k;
-  const uint32_t all_groups = blockIdx.x / heads, head = blockIdx.x - all_groups * heads, b = all_groups / groups;
+  const uint32_t heads = p.num_heads_k, number = blockIdx.x / heads, head = blockIdx.x - number * heads;
+  const auto [b, group] = arguments.groups.find(number);
   const SequenceInfo info = sequence_info(p, b);
-  const int64_t first = int64_t{all_groups - b * groups} * kKeyRows;
+  const int64_t first = int64_t{group} * kKeyRows;
   const int64_t rows = info.seqlen_k_padded - first < kKeyRows ? info.seqlen_k_padded - first : kKeyRows;
   grid_dependency_wait();
-  if (rows <= 0) return;
+  if (first < 0 || rows <= 0) return;
   const int64_t batch = p.cu_seqlens_k != nullptr ? 0 : b, row = info.k_row + first;
   const bool is_dk = blockIdx.y == 0;
   add_parts<Element>(is_dk ? params.dk_parts : params.dv_parts, is_dk ? params.problem.dk : params.problem.dv,
@@ -103,15 +110,16 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
 
 void launch_add_parts(const PartsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
-  const int64_t ctas = p.batch * ((p.seqlen_k + kKeyRows - 1) / kKeyRows) * p.num_heads_k;
+  const AddPartsParams arguments{params, SequenceBlocks::of_keys(p, kKeyRows)};
+  const int64_t ctas = arguments.groups.count() * p.num_heads_k;
   const auto kernel = p.dtype == DType::kBFloat16 ? add_parts_kernel<__nv_bfloat16> : add_parts_kernel<__half>;
-  launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, params, "sm90 backward dk dv");
+  launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, arguments, "sm90 backward dk dv");
 }
 
 void launch_convert_dq(const RowsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const int64_t pairs = int64_t{params.block_m} * params.dq_columns / (2 * kDqTile);
-  const int64_t ctas = p.batch * p.num_heads * params.num_m_blocks * pairs;
+  const int64_t ctas = params.m_blocks.count() * p.num_heads * pairs;
   const auto kernel = p.dtype == DType::kBFloat16 ? convert_dq_kernel<__nv_bfloat16> : convert_dq_kernel<__half>;
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, stream, params, "sm90 backward dq");
 }

@@ -30,6 +30,19 @@ __device__ RowGroup row_group(const RowsParams& p, const SequenceInfo& info, uin
           static_cast<int>((group - m_block * groups_of_block) * kRows)};
 }
 
+/// The rows of this CTA, of all heads of packed sequences. False: before the first sequence.
+__device__ bool find_packed_rows(const RowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
+  const uint32_t num_heads = params.problem.forward.num_heads, groups = params.block_m / kRows;
+  const uint32_t all_groups = blockIdx.x / num_heads, number = all_groups / groups;
+  const SequenceBlocks::Place place = params.m_blocks.find(number);
+  if (place.index < 0) return false;
+  b = place.batch;
+  info = sequence_info(params.problem.forward, b);
+  at = row_group(params, info, b, blockIdx.x - all_groups * num_heads,
+                 place.index * groups + all_groups - number * groups);
+  return true;
+}
+
 /// The rows of this CTA, of the first prepared_heads.
 __device__ void find_rows(const RowsParams& params, SequenceInfo& info, uint32_t& b, RowGroup& at) {
   const uint32_t heads = params.prepared_heads, num_heads = params.problem.forward.num_heads;
@@ -75,6 +88,8 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
   uint32_t b;
   if (params.prepared_tiles > 0) {
     if (!find_rows_beside(params, info, b, at)) return;
+  } else if (params.m_blocks.starts != nullptr) {
+    if (!find_packed_rows(params, info, b, at)) return;
   } else {
     find_rows(params, info, b, at);
   }
@@ -178,9 +193,11 @@ template <typename Element>
 void launch_prepare(const RowsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const PackedBlocksParams& packed = params.packed_blocks;
-  const int64_t groups = params.prepared_tiles > 0
-                             ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
-                             : params.prepared_heads * params.num_m_blocks * (params.block_m / kRows);
+  const int64_t groups_of_block = params.block_m / kRows;
+  const int64_t groups =
+      params.prepared_tiles > 0 ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
+      : params.m_blocks.starts != nullptr ? params.m_blocks.count() * p.num_heads * groups_of_block
+                                          : params.prepared_heads * params.num_m_blocks * groups_of_block;
   const auto kernel = params.dq_columns == 64    ? preprocess_kernel<Element, 64>
                       : params.dq_columns == 128 ? preprocess_kernel<Element, 128>
                                                  : preprocess_kernel<Element, 256>;

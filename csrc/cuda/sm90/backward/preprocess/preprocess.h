@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../../../params.h"
+#include "../../../common/sequence_blocks.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
@@ -19,6 +20,7 @@ struct PackedBlocksParams {
 struct RowsParams {
   BackwardParams problem;
   int block_m, dq_columns;       // of the main kernel's tiles
+  SequenceBlocks m_blocks;       // of block_m query rows, to launch CTAs by
   int num_blocks, num_m_blocks;  // see KernelParams
   float* dq_accum;               // (num_heads * num_blocks, block_m * dq_columns)
   float dq_scale;                // dq over dq_accum
