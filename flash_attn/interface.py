@@ -3,7 +3,7 @@ causal masks aligned at the bottom right, inclusive windows."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -18,6 +18,10 @@ from .interface_arguments import (
     distributed_attention,
     refuse_pages,
 )
+from .other_versions import Extras, VarlenExtras, check_hints, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
@@ -35,8 +39,7 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = ...,
     *,
     return_lse: Literal[False] = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
+    **extras: Unpack[Extras],
 ) -> Tensor: ...
 
 
@@ -55,8 +58,7 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = ...,
     *,
     return_lse: Literal[True],
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
+    **extras: Unpack[Extras],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -75,8 +77,7 @@ def flash_attn_func(
     *,
     return_attn_probs: Literal[True],
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
+    **extras: Unpack[Extras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -95,8 +96,7 @@ def flash_attn_func(
     return_attn_probs: Literal[True],
     *,
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
+    **extras: Unpack[Extras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -115,8 +115,7 @@ def flash_attn_func(
     return_attn_probs: bool = ...,
     *,
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
+    **extras: Unpack[Extras],
 ) -> Outputs: ...
 
 
@@ -136,6 +135,9 @@ def flash_attn_func(
     return_lse: bool = False,
     learnable_sink: Tensor | None = None,
     s_aux: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    **others: Any,
 ) -> Outputs:
     """Attention of a batch of sequences of one length (Dao 2023, arXiv:2307.08691).
 
@@ -158,6 +160,9 @@ def flash_attn_func(
         learnable_sink: (num_heads), a logit a head that joins the softmax's sum and has no value (Xiao et al. 2024;
             Agarwal et al. 2025, gpt-oss). Trainable.
         s_aux: another name for `learnable_sink`.
+        num_splits: a hint, >= 0, which changes no result.
+        pack_gqa: a hint, which changes no result.
+        others: what else FlashAttention 3 and 4 take, turned off (None, or 0): it is not supported.
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim_v); with `return_lse` (out, lse), with `return_attn_probs`
@@ -168,11 +173,14 @@ def flash_attn_func(
         ValueError: window_size is not two integers, or both names of the sink are given.
         TypeError: an argument is of another type. A number is Python's, numpy's or a tensor of no dimensions that is
             not differentiated, and never a bool: ``flash_attn_func(q, k, v, True)`` asks for dropout_p=True.
-        NotImplementedError: float8 or complex inputs, nested tensors, or DTensors sharded otherwise than over batch and
-            heads.
+        NotImplementedError: float8 or complex inputs, nested tensors, DTensors sharded otherwise than over batch and
+            heads, or an argument of FlashAttention 3 or 4 that is not supported.
 
     Under autocast q, k and v are cast as for torch's own attention. DTensors are taken without slopes, sinks and lse.
     """
+    if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
+        check_hints(num_splits, pack_gqa)
+        refuse("flash_attn_func", others)
     options = Options(
         dropout_p,
         softmax_scale,
@@ -211,10 +219,7 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = ...,
     *,
     return_lse: Literal[False] = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
-    seqused_q: Tensor | None = ...,
-    seqused_k: Tensor | None = ...,
+    **extras: Unpack[VarlenExtras],
 ) -> Tensor: ...
 
 
@@ -238,10 +243,7 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = ...,
     *,
     return_lse: Literal[True],
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
-    seqused_q: Tensor | None = ...,
-    seqused_k: Tensor | None = ...,
+    **extras: Unpack[VarlenExtras],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -265,10 +267,7 @@ def flash_attn_varlen_func(
     return_attn_probs: Literal[True],
     block_table: Tensor | None = ...,
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
-    seqused_q: Tensor | None = ...,
-    seqused_k: Tensor | None = ...,
+    **extras: Unpack[VarlenExtras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -292,10 +291,7 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = ...,
     *,
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
-    seqused_q: Tensor | None = ...,
-    seqused_k: Tensor | None = ...,
+    **extras: Unpack[VarlenExtras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -319,10 +315,7 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = ...,
     *,
     return_lse: bool = ...,
-    learnable_sink: Tensor | None = ...,
-    s_aux: Tensor | None = ...,
-    seqused_q: Tensor | None = ...,
-    seqused_k: Tensor | None = ...,
+    **extras: Unpack[VarlenExtras],
 ) -> Outputs: ...
 
 
@@ -349,6 +342,9 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    **others: Any,
 ) -> Outputs:
     """Attention of packed sequences of different lengths. Arguments not listed are those of `flash_attn_func`.
 
@@ -370,9 +366,12 @@ def flash_attn_varlen_func(
         As `flash_attn_func`, with out (total_q, num_heads, head_dim_v) and lse (num_heads, total_q).
 
     Raises:
-        NotImplementedError: block_table or DTensors are given.
+        NotImplementedError: block_table, DTensors, or what else is not supported are given.
     """
     refuse_pages("block_table", block_table)
+    if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
+        check_hints(num_splits, pack_gqa)
+        refuse("flash_attn_varlen_func", others)
     options = Options(
         dropout_p,
         softmax_scale,

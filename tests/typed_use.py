@@ -21,6 +21,7 @@ def batched(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, train: bool) -> Ten
     assert_type(flash_attn_func(q, k, v, 0.0, None, False, (-1, -1), 0.0, None, False, False), Tensor)
     assert_type(flash_attn_func(q, k, v, window_size=[128, None], s_aux=slopes), Tensor)
     assert_type(flash_attn_func(q, k, v, return_attn_probs=False, return_lse=False), Tensor)
+    assert_type(flash_attn_func(q, k, v, learnable_sink=slopes, num_splits=1, pack_gqa=True), Tensor)
     out, lse = flash_attn_func(q, k, v, dropout_p=0.1, return_lse=True)
     assert_type(lse, Tensor)
     out, lse, probabilities = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
