@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op.arguments import Options
+from introspection import _C, needs_kernels
 
 LENGTHS = [100, 37, 0, 64]
 CARELESS = 1 << 20
@@ -131,35 +131,59 @@ def test_memory_on_the_cpu_is_the_sequences() -> None:
     assert result.returncode == 0, result.stderr
 
 
-_C = importlib.import_module("flash_attn._C")
+H200, A100 = (90, 132, 232448, 60 << 20), (80, 108, 166912, 40 << 20)
 
 
-@pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels")
-@pytest.mark.parametrize("device", [(90, 132, 232448, 60 << 20), (80, 108, 166912, 40 << 20)], ids=["H200", "A100"])
+def _plan(
+    max_seqlen: int | tuple[int, int],
+    *,
+    sequences: int = 64,
+    heads: int = 8,
+    heads_k: int = 8,
+    head_dim: int = 64,
+    dtype: str = "bfloat16",
+    window_right: int = -1,
+    device: tuple[int, int, int, int] = H200,
+) -> dict[str, Any]:
+    """Of so many sequences with 100 rows on average."""
+
+    def tensor(n: int) -> tuple[int, str, int, list[int], list[int]]:
+        return (1 << 20, dtype, 0, [100 * sequences, n, head_dim], [n * head_dim, head_dim, 1])
+
+    starts = (1 << 20, "int32", 0, [sequences + 1], [1])
+    tensors = {"q": tensor(heads), "k": tensor(heads_k), "v": tensor(heads_k)}
+    bounds = max_seqlen if isinstance(max_seqlen, tuple) else (max_seqlen, max_seqlen)
+    options = Options(*bounds, None, 0, -1, window_right, 0.0, 0.0, False, False)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return _C.plan(tensors | packed, options._asdict(), [True] * 3 + [False] * 3, device)
+
+
+@needs_kernels("universal")
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim, heads_k", [(64, 8), (128, 2), (256, 8)])
 @pytest.mark.parametrize("window_right", [-1, 0])
-def test_workspace_does_not_depend_on_it(
+def test_plans_do_not_depend_on_it(
     device: tuple[int, int, int, int], dtype: str, head_dim: int, heads_k: int, window_right: int
 ) -> None:
-    def plan(max_seqlen: int) -> dict[str, Any]:
-        def tensor(heads: int) -> tuple[int, str, int, list[int], list[int]]:
-            return (1 << 20, dtype, 0, [6400, heads, head_dim], [heads * head_dim, head_dim, 1])
-
-        starts = (1 << 20, "int32", 0, [65], [1])
-        tensors = {"q": tensor(8), "k": tensor(heads_k), "v": tensor(heads_k)}
-        options = Options(max_seqlen, max_seqlen, None, 0, -1, window_right, 0.0, 0.0, False, False)
-        packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
-        return _C.plan(tensors | packed, options._asdict(), [True] * 3 + [False] * 3, device)
-
-    close, total = plan(100), plan(6400)
-    assert plan(CARELESS) == total  # no sequence is longer than all together
+    problem: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": head_dim, "heads_k": heads_k}
+    problem["window_right"] = window_right
+    close, total = _plan(100, **problem), _plan(6400, **problem)
+    assert _plan(CARELESS, **problem) == total  # no sequence is longer than all together
+    assert _plan((100, CARELESS), **problem) == _plan((CARELESS, 100), **problem) == close  # of the same lengths
     for way in ("forward", "backward"):  # the choice of tile and of flags may follow what is known of the lengths
         assert close[way]["family"] == total[way]["family"]
         assert close[way]["workspace_bytes"] == pytest.approx(total[way]["workspace_bytes"], rel=1e-3)
     if close["backward"]["family"] == "sm90":  # what stays in L2 is a matter of the mean length
         groups = [choice["backward"]["decisions"]["heads_per_group"] for choice in (close, total)]
         assert groups[0] == groups[1]
+
+
+@needs_kernels("sm90")
+def test_no_family_refuses_a_careless_bound() -> None:
+    for max_seqlen in (100, CARELESS):
+        for choice in _plan(max_seqlen, sequences=8192, heads=32).values():
+            assert choice["family"] == "sm90"
 
 
 def test_a_mask_is_as_large_as_the_bound() -> None:

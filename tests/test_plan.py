@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -11,20 +10,17 @@ from typing import Any
 import pytest
 
 from flash_attn.torch_op.arguments import Options
+from introspection import _C, needs_kernels
 from problems import HOPPER_FORWARD, forward_head_dims
-
-_C = importlib.import_module("flash_attn._C")
 
 H200 = (90, 132, 232448, 60 << 20)  # compute capability, SMs, shared memory of a block, L2 cache
 A100 = (80, 108, 166912, 40 << 20)
 
 pytestmark = [
-    pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels"),
+    needs_kernels("universal"),
     pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
 ]
-needs_sm90 = pytest.mark.skipif(
-    "cuda" in _C.kernels() and "sm90" not in _C.kernels()["cuda"][0], reason="built without Hopper kernels"
-)
+needs_sm90 = needs_kernels("sm90")
 
 
 def plan(

@@ -260,6 +260,9 @@ ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
   // max_seqlen is a bound, and may be a careless one: no sequence is longer than all together.
   p.seqlen_q = packed_q ? std::min(a.max_seqlen_q, q.rows) : q.rows;
   p.seqlen_k = packed_k ? std::min(a.max_seqlen_k, k.rows) : k.rows;
+  if (packed_q && packed_k && a.cu_seqlens_q->data == a.cu_seqlens_k->data) {  // one bound holds for both
+    p.seqlen_q = p.seqlen_k = std::min(p.seqlen_q, p.seqlen_k);
+  }
   p.total_q = packed_q ? q.rows : p.batch * q.rows;
   p.total_k = packed_k ? k.rows : p.batch * k.rows;
   p.head_dim = q.columns;

@@ -1,18 +1,9 @@
 // What neither pass of the Hopper family takes. Host code, for forward.cpp and backward.cpp.
 #pragma once
 
-#include <algorithm>
-
 #include "../../kernel.h"
 
 namespace flash_attn::cuda::sm90 {
-
-/// A maximum beyond the packed tensor itself says nothing, and would not fit the tensor maps.
-inline ForwardParams with_true_maxima(ForwardParams p) {
-  if (p.is_varlen_q()) p.seqlen_q = std::min(p.seqlen_q, p.total_q);
-  if (p.is_varlen_k()) p.seqlen_k = std::min(p.seqlen_k, p.total_k);
-  return p;
-}
 
 /// Why, as a clause; null if it is for the pass to say.
 inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceInfo& device) {

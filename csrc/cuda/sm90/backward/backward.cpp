@@ -1,4 +1,5 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
+#include "../../common/sequence_blocks.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
@@ -11,10 +12,11 @@ constexpr int64_t kMaxRows = int64_t{1} << 27;  // so that bounds and difference
 
 const char* refuses_sizes(const ForwardParams& p) {
   if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
-  const double heads = double(p.batch) * double(p.num_heads);
   // Blocks of 64 rows, of which the row kernels launch up to two CTAs each.
-  if (heads * (double(p.seqlen_q) / 64 + 2) >= double(1 << 30) ||
-      heads * (double(p.seqlen_k) / 64 + 2) >= double(1 << 30)) {
+  const auto too_many = [&](const SequenceBlocks& blocks) {
+    return double(p.num_heads) * double(blocks.count() + p.batch) >= double(1 << 30);
+  };
+  if (too_many(SequenceBlocks::of_queries(p, 64)) || too_many(SequenceBlocks::of_keys(p, 64))) {
     return "there are over 2^30 tiles";
   }
   return nullptr;
@@ -38,13 +40,7 @@ const char* refuses_tensors(const BackwardParams& params) {
   return nullptr;
 }
 
-BackwardParams with_true_maxima(BackwardParams params) {
-  params.forward = sm90::with_true_maxima(params.forward);
-  return params;
-}
-
-const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
-  const BackwardParams params = with_true_maxima(given);
+const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   if (const char* reason = refuses_sizes(p)) return reason;
@@ -67,8 +63,7 @@ const char* order_name(const Plan& plan) {
   return plan.order.falling ? "last columns first" : "first columns first";
 }
 
-flash_attn::Plan plan(const BackwardParams& given, const DeviceInfo& device) {
-  const BackwardParams params = with_true_maxima(given);
+flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   const Plan chosen = choose_plan(params, device);
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
                         workspace_bytes(chosen, params)};
@@ -84,8 +79,7 @@ flash_attn::Plan plan(const BackwardParams& given, const DeviceInfo& device) {
   return plan;
 }
 
-void launch(const BackwardParams& given, const DeviceInfo& device, void* stream) {
-  const BackwardParams params = with_true_maxima(given);
+void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
   launch_plan(choose_plan(params, device), params, static_cast<cudaStream_t>(stream));
 }
 

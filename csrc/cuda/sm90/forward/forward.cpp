@@ -1,6 +1,7 @@
 // The Hopper family's forward entry: what it takes, its plan, its launch.
 #include <initializer_list>
 
+#include "../../common/sequence_blocks.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
@@ -18,11 +19,10 @@ const char* refuses_tensors(const ForwardParams& p) {
   return nullptr;
 }
 
-const char* refuses(const ForwardParams& given, const DeviceInfo& device) {
-  const ForwardParams p = with_true_maxima(given);
+const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   // Tile indices are 32-bit, parts of split tiles included.
-  const double tiles = double(p.batch) * double(p.num_heads) * (double(p.seqlen_q) / 128 + 1);
+  const double tiles = double(SequenceBlocks::of_queries(p, 128).count()) * double(p.num_heads);
   if (tiles >= double(1 << 27)) return "there are over 2^27 tiles";
   // The running maximum is one of unscaled scores, and -inf times the scale has to stay -inf.
   if (!(p.softmax_scale >= 1e-20 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-20 and 1e6";
@@ -37,8 +37,7 @@ const char* name_of(TileSchedule::Order order) {
   }
 }
 
-flash_attn::Plan plan(const ForwardParams& given, const DeviceInfo& device) {
-  const ForwardParams p = with_true_maxima(given);
+flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   Plan chosen = choose_plan(p, device);
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
                         place_workspace(chosen, p, nullptr)};
@@ -49,8 +48,7 @@ flash_attn::Plan plan(const ForwardParams& given, const DeviceInfo& device) {
   return plan;
 }
 
-void launch(const ForwardParams& given, const DeviceInfo& device, void* stream) {
-  const ForwardParams p = with_true_maxima(given);
+void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   Plan chosen = choose_plan(p, device);
   place_workspace(chosen, p, p.workspace);
   const Variant& variant = *chosen.variant;
