@@ -61,7 +61,7 @@ def _forward(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor
     q = tensors.q
     if options.dropout_p > 0.0:
         tensors = tensors._replace(rng_state=ops.make_rng_state(q.device))
-    out, lse, rng_used = forward_op(*tensors, *options)
+    out, lse, rng_used = ops.one_step(forward_op, tensors, options, (*tensors, *options))
     if rng_used is None:
         rng_used = torch.empty(2, dtype=torch.int64, device=q.device)
     return out, lse, q.new_empty(0), rng_used
@@ -82,7 +82,8 @@ def _backward(
         _check_gradient(f"d{name}", name, wanted, like)
     needs = [gradient is not None for gradient in gradients] + [False] * (NUM_DIFFERENTIABLE - 3)
     try:
-        computed = backward_op(dout, None, *tensors, out, softmax_lse, needs, *options)
+        arguments = (dout, None, *tensors, out, softmax_lse, needs, *options)
+        computed = ops.one_step(backward_op, tensors, options, arguments)
     except RuntimeError as error:
         checks.rename(error, {"lse": "softmax_lse"})
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,18 @@ LENGTHS = [3, 0, 5, 1]
 def _mask(side: str, dtype: torch.dtype) -> Tensor:
     mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
     return (mask.flip(-1) if side == "left" else mask).to(dtype)
+
+
+def test_names_and_order() -> None:
+    for function, names in (
+        (unpad_input, "hidden_states attention_mask unused_mask"),
+        (unpad_input_for_concatenated_sequences, "hidden_states attention_mask_in_length"),
+        (pad_input, "hidden_states indices batch seqlen"),
+        (index_first_axis, "input indices"),
+        (index_put_first_axis, "values indices first_axis_dim"),
+        (index_first_axis_residual, "input indices"),
+    ):
+        assert list(inspect.signature(function).parameters) == names.split()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -19,6 +19,7 @@ from flash_attn.flash_attn_interface import (
     _wrapped_flash_attn_backward,
     _wrapped_flash_attn_forward,
 )
+from flash_attn.torch_op import attention as ops
 
 STARTS_Q = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
 STARTS_K = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
@@ -160,6 +161,17 @@ def test_keys_may_be_spread_over_several_calls() -> None:
     torch.testing.assert_close([dq, dk, dv], list(torch.autograd.grad(expected, whole, dout)))
 
 
+def test_lengths_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(ops, "_CHECK_LENGTHS", True)
+    monkeypatch.setattr(ops, "_check_lengths", lambda tensors, options: checked.append(tensors.cu_seqlens_k))
+    q, tail = torch.randn(10, 4, 8), (0.0, None, False, -1, -1, 0.0, None, False)
+    out, lse, _, _ = _flash_attn_varlen_forward(q, q, q, STARTS_Q, STARTS_Q, 7, 7, *tail)
+    gradients = [torch.empty_like(q) for _ in range(3)]
+    _flash_attn_varlen_backward(q, q, q, q, out, lse, *gradients, STARTS_Q, STARTS_Q, 7, 7, *tail)
+    assert len(checked) == 2 and all(x is STARTS_Q for x in checked)
+
+
 class _Theirs(torch.autograd.Function):
     """As diffusers and ring attention wrap both steps: all arguments by position."""
 
@@ -178,6 +190,14 @@ class _Theirs(torch.autograd.Function):
         return *gradients, None, None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("inference", [False, True])
+def test_running_out_of_memory_is_torchs_error(inference: bool) -> None:
+    q = torch.zeros(1, 1, 1, 8, device="cuda").expand(1 << 20, 1 << 14, 4, 8)
+    with torch.inference_mode(inference), pytest.raises(torch.OutOfMemoryError, match="MiB for out"):
+        _flash_attn_forward(q, q[:, :1], q[:, :1], 0.0, None, False, -1, -1, 0.0, None, False)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_function_around_both_trains(dtype: torch.dtype, compiled: bool) -> None:
@@ -191,6 +211,23 @@ def test_a_function_around_both_trains(dtype: torch.dtype, compiled: bool) -> No
     for out in (run(*qkv), flash_attn_func(*qkv, causal=True)):
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), qkv)])
     _assert_equal(*results)
+
+
+def test_both_steps_compile_for_any_length_with_dropout() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        tail: tuple[Any, ...] = (0.3, None, True, -1, -1, 0.0, None, False)
+        out, lse, _, rng_state = _flash_attn_forward(q, k, v, *tail)
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        row_sums = _flash_attn_backward(out, q, k, v, out, lse, *gradients, *tail, rng_state)
+        return [out, row_sums, *gradients]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 9):
+        qkv = [torch.randn(2, rows, 3, 8) for _ in range(3)]
+        torch.manual_seed(0)
+        expected = run(*qkv)
+        torch.manual_seed(0)
+        _assert_equal(compiled(*qkv), expected)
 
 
 def test_its_own_derivative_is_never_silently_zero() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,6 +147,17 @@ def _length(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     if max_seqlen is None:
         raise RuntimeError(f"max_seqlen_{name} must be given with cu_seqlens_{name}, but is None")
     return max_seqlen
+
+
+def one_step(op: Any, tensors: Tensors, options: Options, arguments: Sequence[Any]) -> Any:
+    """One of the ops, whose `arguments` contain `tensors` and `options`, for those who derive it themselves."""
+    if torch.compiler.is_compiling() or jit_is_tracing():
+        return op(*arguments)
+    if _CHECK_LENGTHS:
+        _check_lengths(tensors, options)
+    if transforms_active() or requires_grad([x for x in arguments if isinstance(x, Tensor)]):
+        return op(*arguments)
+    return call_op(op, *arguments)
 
 
 def _check_lengths(tensors: Tensors, options: Options) -> None:
