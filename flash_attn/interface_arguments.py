@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import tensor_subclasses
 from .autocast import autocast
 from .torch_op import attention as ops
-from .torch_op import checks
+from .torch_op import checks, plain
+from .torch_op.private import ops_are_watched
 
 Window = Sequence[int | None] | Tensor
 Outputs = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]
@@ -64,27 +66,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
         lengths if lengths is ONE_LENGTH else plain_lengths(lengths, q, k)
     )
     try:
-        out, lse = ops.attention(
-            q,
-            k,
-            v,
-            None,
-            None if slopes is None else statistics("alibi_slopes", slopes, q),
-            None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
-            starts_q,
-            starts_k,
-            used_q,
-            used_k,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            softmax_scale=scale,
-            causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
-            window_left=left,
-            window_right=right,
-            softcap=softcap,
-            dropout_p=dropout_p,
-            deterministic=True if deterministic else None,
-        )
+        if slopes is sink is None and lengths is ONE_LENGTH and _is_plain(q, k, v, options, left, right):
+            alignment = ops.BOTTOM_RIGHT if causal else ops.NONE
+            out, lse = plain.attend(q, k, v, scale, alignment, False, True if deterministic else None)
+        else:
+            out, lse = ops.attention(
+                q,
+                k,
+                v,
+                None,
+                None if slopes is None else statistics("alibi_slopes", slopes, q),
+                None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
+                starts_q,
+                starts_k,
+                used_q,
+                used_k,
+                max_seqlen_q=longest_q,
+                max_seqlen_k=longest_k,
+                softmax_scale=scale,
+                causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
+                window_left=left,
+                window_right=right,
+                softcap=softcap,
+                dropout_p=dropout_p,
+                deterministic=True if deterministic else None,
+            )
     except RuntimeError as error:
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.plain(name, x)
@@ -95,6 +101,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     if with_probs:
         return out, lse, None
     return (out, lse) if with_lse else out
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: Options, left: int, right: int) -> bool:
+    """Whether `plain.attend` takes all that is given besides slopes and sinks."""
+    dropout_p, scale, softcap = options.dropout_p, options.softmax_scale, options.softcap
+    return (
+        type(dropout_p) is type(softcap) is float
+        and dropout_p == softcap == 0.0
+        and (scale is None or type(scale) is float)
+        and not torch.compiler.is_compiling()
+        and left == right == -1
+        and type(q) is type(k) is type(v) is Tensor
+        and not (q.is_nested or k.is_nested or v.is_nested)
+        and q.dim() == k.dim() == v.dim() == 4
+        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
+        and not has_torch_function((q, k, v))
+        and not ops_are_watched()
+    )
 
 
 def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:

@@ -68,9 +68,9 @@ def _standing_over(before: Callable[..., Tensor], layer: _Layer | None = None) -
                 given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 # Who looks out for torch's function compares with what stands in its place, not with ours.
                 return sdpa.overridden(scaled_dot_product_attention, given)
-            return sdpa.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            if F.scaled_dot_product_attention is not scaled_dot_product_attention:
+                context_parallel.refuse("scaled_dot_product_attention")
+            return sdpa.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if runs == _TORCHS:
             return sdpa.call_torch(given)

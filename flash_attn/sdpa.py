@@ -15,8 +15,8 @@ from .autocast import autocast
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .torch_op import attention as ops
-from .torch_op import checks
-from .torch_op.private import torch_sdpa
+from .torch_op import checks, plain
+from .torch_op.private import ops_are_watched, torch_sdpa
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -68,11 +68,28 @@ def scaled_dot_product_attention(
     if has_torch_function((query, key, value, attn_mask)):
         given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return overridden(scaled_dot_product_attention, given)
-    if attn_mask is None and _is_common(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The same, once nobody overrides torch functions and torch's `context_parallel` is known not to be active."""
+    if attn_mask is None and _is_common(query, key, value, is_causal, scale, enable_gqa):
         causal = ops.TOP_LEFT if is_causal else ops.NONE
-        return ops.attention(
-            query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
-        )[0]
+        if type(dropout_p) is float:
+            if dropout_p == 0.0 and not ops_are_watched():
+                return plain.attend(query, key, value, scale, causal, True)[0]
+            return ops.attention(
+                query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
+            )[0]
     return _attend(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
@@ -80,7 +97,6 @@ def _is_common(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
@@ -89,9 +105,8 @@ def _is_common(
     return (
         type(query) is type(key) is type(value) is Tensor
         and type(is_causal) is type(enable_gqa) is bool
-        and (type(dropout_p) is float or type(dropout_p) is int)
         and (scale is None or type(scale) is float)
-        and not any_nested(query, key, value)
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and not torch.compiler.is_compiling()  # there, a length known only at run time can't be compared
         and query.shape == key.shape == value.shape
         and query.dim() == 4

@@ -27,6 +27,7 @@ NAMES = [
     "torch._C._get_sdp_priority_order",
     "torch._C._is_key_in_tls",
     "torch._C._is_tracing",
+    "torch._C._len_torch_dispatch_stack",
     "torch._C._nn.scaled_dot_product_attention",
     "torch.autograd.forward_ad._current_level",
     "torch.jit._builtins._register_builtin",

@@ -66,6 +66,16 @@ struct Arguments {
   }
 };
 
+/// The options that the plain ops take, as one number: torch spends more on four arguments than on what they say.
+/// flash_attn/torch_op/arguments.py has its twin.
+struct PlainOptions {
+  int64_t causal;
+  bool heads_first, deterministic;
+
+  explicit constexpr PlainOptions(int64_t number)
+      : causal(number & 3), heads_first((number & 4) != 0), deterministic((number & 8) != 0) {}
+};
+
 /// Checks everything and fills all but out, lse and workspace. Small tensors of one dimension are taken as contiguous.
 /// Lengths in cu_seqlens and seqused are checked too when they are in host memory and `read_lengths` is true.
 FLASH_ATTN_EXPORT ForwardParams make_forward_params(const Arguments& arguments, bool read_lengths = true);

@@ -109,6 +109,37 @@ struct Gradients {
   }
 };
 
+struct Results {
+  Tensor out, lse;
+};
+
+Results attend(const Inputs& inputs) {
+  ForwardParams params = make_forward_params(inputs.arguments());
+  const Backend& backend = backend_of(params.device);
+  Results results{empty_like_dense(inputs.q_given(), params.head_dim_v, "out"), empty_lse(params, inputs.q_given())};
+  params.out = tensor_view(info_of(results.out, "out"), inputs.arguments().heads_first);
+  params.lse = row_view(info_of(results.lse, "lse"));
+  if (results.lse.numel() > 0) run(backend.forward, backend, params, inputs.q_given());
+  return results;
+}
+
+Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
+                        const std::vector<bool>& needs) {
+  const Arguments& arguments = inputs.arguments();
+  BackwardParams params;
+  params.forward = make_forward_params(arguments);
+  fill_saved(arguments, dout, dlse, out, lse, needs, params);
+  const Backend& backend = backend_of(params.forward.device);
+  Gradients gradients(inputs, needs, params);
+  if (lse.numel() == 0 || params.forward.batch == 0) {
+    gradients.zero();
+  } else {
+    run(backend.backward, backend, params, inputs.q_given());
+  }
+  gradients.convert_dmask(arguments);
+  return gradients;
+}
+
 }  // namespace
 
 void forward(StableIValue* values, uint64_t, uint64_t) {
@@ -118,15 +149,20 @@ void forward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_options(stack);
   inputs.describe();
 
-  ForwardParams params = make_forward_params(inputs.arguments());
-  const Backend& backend = backend_of(params.device);
-  const Tensor out = empty_like_dense(inputs.q_given(), params.head_dim_v, "out");
-  const Tensor lse = empty_lse(params, inputs.q_given());
-  params.out = tensor_view(info_of(out, "out"), inputs.arguments().heads_first);
-  params.lse = row_view(info_of(lse, "lse"));
-  if (lse.numel() > 0) run(backend.forward, backend, params, inputs.q_given());
+  const Results results = attend(inputs);
   const bool drops = inputs.arguments().dropout_p > 0.0;
-  put_results(values, out, lse, drops ? torch::stable::clone(*inputs.rng_state()) : Tensor());
+  put_results(values, results.out, results.lse, drops ? torch::stable::clone(*inputs.rng_state()) : Tensor());
+}
+
+void plain_forward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  Inputs inputs;
+  inputs.take_plain_tensors(stack);
+  inputs.take_plain_options(stack);
+  inputs.describe();
+
+  const Results results = attend(inputs);
+  put_results(values, results.out, results.lse);
 }
 
 void backward(StableIValue* values, uint64_t, uint64_t) {
@@ -141,19 +177,23 @@ void backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_options(stack);
   inputs.describe();
 
-  const Arguments& arguments = inputs.arguments();
-  BackwardParams params;
-  params.forward = make_forward_params(arguments);
-  fill_saved(arguments, dout, dlse, out, lse, needs, params);
-  const Backend& backend = backend_of(params.forward.device);
-  Gradients gradients(inputs, needs, params);
-  if (lse.numel() == 0 || params.forward.batch == 0) {
-    gradients.zero();
-  } else {
-    run(backend.backward, backend, params, inputs.q_given());
-  }
-  gradients.convert_dmask(arguments);
+  const Gradients gradients = differentiate(inputs, dout, dlse, out, lse, needs);
   put_results(values, gradients.dq, gradients.dk, gradients.dv, gradients.dmask, gradients.dslopes, gradients.dsinks);
+}
+
+void plain_backward(StableIValue* values, uint64_t, uint64_t) {
+  static const std::vector<bool> kNeeds{true, true, true, false, false, false};
+  Stack stack(values);
+  Inputs inputs;
+  Tensor dout = stack.take<Tensor>();
+  inputs.take_plain_tensors(stack);
+  Tensor out = stack.take<Tensor>();
+  const Tensor lse = stack.take<Tensor>();
+  inputs.take_plain_options(stack);
+  inputs.describe();
+
+  const Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, kNeeds);
+  put_results(values, *gradients.dq, *gradients.dk, *gradients.dv);
 }
 
 }  // namespace flash_attn

@@ -40,14 +40,23 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   m.def(("backward(Tensor dout, Tensor? dlse, " + tensors + "Tensor out, Tensor lse, bool[] needs, " + options +
          ") -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dslopes, Tensor? dsinks)")
             .c_str());
+  // For eager calls that nobody watches: each argument costs time, whether it is given or not.
+  m.def("plain_forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, int options) -> (Tensor out, Tensor lse)");
+  m.def(
+      "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softmax_scale, "
+      "int options) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
   m.impl("forward", flash_attn::forward);
   m.impl("backward", flash_attn::backward);
+  m.impl("plain_forward", flash_attn::plain_forward);
+  m.impl("plain_backward", flash_attn::plain_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("forward", flash_attn::forward);
   m.impl("backward", flash_attn::backward);
+  m.impl("plain_forward", flash_attn::plain_forward);
+  m.impl("plain_backward", flash_attn::plain_backward);
 }

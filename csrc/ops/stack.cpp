@@ -28,6 +28,18 @@ void Inputs::take_options(Stack& stack) {
       [&](const char*, const char*, auto& value) { value = stack.take<std::remove_reference_t<decltype(value)>>(); });
 }
 
+void Inputs::take_plain_tensors(Stack& stack) {
+  for (int i = 0; i < 3; ++i) tensors_[i] = stack.take<Tensor>();
+}
+
+void Inputs::take_plain_options(Stack& stack) {
+  arguments_.softmax_scale = stack.take<std::optional<double>>();
+  const PlainOptions options(stack.take<int64_t>());
+  arguments_.causal = options.causal;
+  arguments_.heads_first = options.heads_first;
+  arguments_.deterministic = options.deterministic;
+}
+
 void Inputs::describe() {
   OptionalTensor* tensor = tensors_.data();
   arguments_.for_each_tensor([&](const char* name, auto& info) {

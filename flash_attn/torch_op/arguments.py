@@ -43,6 +43,19 @@ class Options(NamedTuple):
     deterministic: bool
 
 
+def plain_options(causal: int, heads_first: bool, deterministic: bool) -> int:
+    """What the plain ops take besides tensors and the scale, as one number, taken apart in csrc/ops/arguments.h."""
+    return causal | heads_first << 2 | deterministic << 3
+
+
+def from_plain(q: Tensor, k: Tensor, softmax_scale: float | None, plain: int) -> Options:
+    """The options of forward that mean the same."""
+    heads_first = bool(plain & 4)
+    rows = 2 if heads_first else 1
+    deterministic = bool(plain & 8)
+    return Options(q.shape[rows], k.shape[rows], softmax_scale, plain & 3, -1, -1, 0.0, 0.0, heads_first, deterministic)
+
+
 NUM_TENSORS = len(Tensors._fields)
 NUM_DIFFERENTIABLE = 6  # the first six tensors: q, k, v, attn_mask, alibi_slopes, sinks
 

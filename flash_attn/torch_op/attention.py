@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, vmap  # noqa: F401 - vmap registers its rules
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
-from .autograd import apply_attention, call_op, requires_grad
+from .autograd import apply_attention, call_forward, call_op, requires_grad
 from .library import forward_op
 from .private import jit_is_tracing, transforms_active
 
@@ -132,7 +132,7 @@ def attention(
     elif requires_grad(tensors[:NUM_DIFFERENTIABLE]):
         out, lse = apply_attention(tensors, options)
     else:
-        out, lse, _ = call_op(forward_op, *tensors, *options)
+        out, lse, _ = call_forward(*tensors, *options)
     return out, lse
 
 

@@ -10,11 +10,12 @@ There is no second derivative and no forward mode: both raise, and are never zer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.overrides import has_torch_function
 
 from . import private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_forward
@@ -41,9 +42,30 @@ def call_op(op: Any, *arguments: Any) -> Any:
         with private.below_autograd():
             return op(*arguments)
     except RuntimeError as error:
-        if "out of memory: flash_attn" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from None
+        raise_out_of_memory(error)
         raise
+
+
+def raise_out_of_memory(error: RuntimeError) -> None:
+    """In place of an op's error that says so."""
+    if "out of memory: flash_attn" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
+_forward, _backward = private.past_torch_function(forward_op), private.past_torch_function(backward_op)
+
+
+def call_forward(*arguments: Any) -> Results:
+    return cast(Results, call_op(forward_op if has_torch_function(arguments) else _forward, *arguments))
+
+
+def call_backward(*arguments: Any) -> Gradients:
+    """The backward op in a node's backward pass."""
+    # With create_graph, or a tangent of dout, the gradients' own derivative must raise, not be zero; and compiled
+    # autograd traces this function.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or private.transforms_active():
+        return cast(Gradients, backward_op(*arguments))
+    return cast(Gradients, call_op(backward_op if has_torch_function(arguments) else _backward, *arguments))
 
 
 def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -84,11 +106,12 @@ def _padded(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class Attention(torch.autograd.Function):
-    """The eager way: op below autograd, saved tensors, op below autograd. Called through `apply_attention`."""
+    """The eager way: op below autograd, saved tensors, op below autograd. Called through `apply_attention`. Of q, k, v
+    alone there is a shorter one (`plain`)."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = out, lse, _ = call_op(forward_op, *_padded(tensors), *options)
+        results = out, lse, _ = call_forward(*_padded(tensors), *options)
         _save(ctx, options, tensors, results)
         return out, lse
 
@@ -99,11 +122,7 @@ class Attention(torch.autograd.Function):
             return (None,) * given
         needs = list(ctx.needs_input_grad[1 : 1 + NUM_DIFFERENTIABLE])
         needs += [False] * (NUM_DIFFERENTIABLE - len(needs))
-        arguments = _backward_arguments(ctx, dout, dlse, needs)
-        # With create_graph, or a tangent of dout, the gradients' own derivative must raise, not be zero; and compiled
-        # autograd traces this function.
-        seen = torch.compiler.is_compiling() or torch.is_grad_enabled() or private.transforms_active()
-        gradients = backward_op(*arguments) if seen else call_op(backward_op, *arguments)
+        gradients = call_backward(*_backward_arguments(ctx, dout, dlse, needs))
         return (None, *gradients, *(None,) * (NUM_TENSORS - NUM_DIFFERENTIABLE))[:given]
 
 

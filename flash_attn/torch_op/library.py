@@ -35,6 +35,8 @@ _load()
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default
+plain_forward_op = torch.ops.flash_attn.plain_forward.default
+plain_backward_op = torch.ops.flash_attn.plain_backward.default
 
 _namespace: Any = torch.ops.flash_attn
 if hasattr(_namespace, "registrations"):
@@ -46,6 +48,10 @@ def registrations() -> torch.library.Library:
     """What this package registers with torch in Python. No module keeps it in a variable: what is registered keeps its
     module alive, which would then keep it registered."""
     return cast(torch.library.Library, _namespace.registrations)
+
+
+for _plain in (plain_forward_op, plain_backward_op):  # their caller differentiates
+    registrations().impl(_plain, torch.library.fallthrough_kernel, "Autograd")
 
 
 def dense_strides_like(like: Tensor, last: int) -> list[int]:

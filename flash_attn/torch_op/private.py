@@ -94,6 +94,30 @@ transforms_active = _transforms_active()
 """Whether vmap, func.grad and the like, or a level of forward-mode derivatives, may see a call. True where torch does
 not say: then all calls take the way that is right for any of them."""
 
+jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+"""Whether torch.jit.trace runs. The public name takes twice as long to say so."""
+
+
+def _ops_are_watched() -> Callable[[], bool]:
+    modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    functorch: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if modes is None or functorch is None or not hasattr(forward_ad, "_current_level"):
+        return lambda: True
+    return lambda: modes() > 0 or functorch() or forward_ad._current_level >= 0 or jit_is_tracing()
+
+
+ops_are_watched = _ops_are_watched()
+"""Whether anything may look at which ops a call makes: a TorchDispatchMode, a transform, torch.jit.trace. The compiler
+is asked for by its public name. True where torch does not say."""
+
+
+def past_torch_function(op: Any) -> Callable[..., Any]:
+    """`op` for arguments of which none overrides torch functions, outside of modes that do: the search for those costs
+    more than a small kernel. The op itself where torch has no such way."""
+    call, handle = getattr(torch._C, "_dispatch_call_boxed", None), getattr(op, "_handle", None)
+    return op if call is None or handle is None else functools.partial(call, handle)
+
+
 flash_sdp_enabled: Callable[[], bool] = getattr(
     torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled
 )
@@ -106,9 +130,6 @@ torch_sdpa: Callable[..., Tensor] = getattr(
     torch._C._nn, "scaled_dot_product_attention", F.scaled_dot_product_attention
 )
 """Torch's own function, also where something else already stands in its public place."""
-
-jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
-"""Whether torch.jit.trace runs. The public name takes twice as long to say so."""
 
 
 def register_as_builtin(function: Callable[..., Any], op: str) -> None:

@@ -1,0 +1,216 @@
+"""The short way of eager calls of q, k and v alone: who takes it, and that it is the same as the long one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.profiler import profile
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flash_attn
+from flash_attn.torch_op import arguments, plain, private
+from flash_attn.torch_op import attention as ops
+from flash_attn.torch_op.library import plain_backward_op, plain_forward_op
+
+LONG, SHORT = ["forward", "backward"], ["plain_forward", "plain_backward"]
+
+
+def _leaves(*shape: int) -> list[Tensor]:
+    return [torch.randn(*shape or (2, 3, 5, 8), dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+def _ops_of(run: Callable[[], Any]) -> list[str]:
+    with profile() as record:
+        run()
+    names = [event.name for event in sorted(record.function_events, key=lambda event: event.time_range.start)]
+    return [name.removeprefix("flash_attn::") for name in names if name.startswith("flash_attn::")]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return flash_attn.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+
+
+def _func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return flash_attn.flash_attn_func(q, k, v, causal=True, **options)
+
+
+def _replaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with flash_attn.replace_sdpa():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("attend", [_sdpa, _func, _replaced])
+def test_plain_calls_go_the_short_way(attend: Callable[..., Tensor]) -> None:
+    q, k, v = _leaves()
+    assert _ops_of(lambda: attend(q, k, v).sum().backward()) == SHORT
+    with torch.no_grad():
+        assert _ops_of(lambda: attend(q, k, v)) == SHORT[:1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k, v: _sdpa(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool)),
+        lambda q, k, v: _sdpa(q, k, v, dropout_p=0.5),
+        lambda q, k, v: _func(q, k, v, dropout_p=0.5),
+        lambda q, k, v: _func(q, k, v, softcap=2.0),
+        lambda q, k, v: _func(q, k, v, window_size=(1, -1)),
+        lambda q, k, v: _func(q, k, v, alibi_slopes=torch.ones(5)),
+        lambda q, k, v: _func(q, k, v, learnable_sink=torch.ones(5)),
+    ],
+)
+def test_others_go_the_long_way(call: Callable[..., Tensor]) -> None:
+    q, k, v = _leaves()
+    assert _ops_of(lambda: call(q, k, v).sum().backward()) == LONG
+
+
+@pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_both_ways_are_equal(causal: int, heads_first: bool, scale: float | None) -> None:
+    q, k, v = _leaves(2, 4, 6, 8)
+    if heads_first:
+        k, v = (x[:, :, :5] for x in (k, v))
+    long = ops.attention(q, k, v, softmax_scale=scale, causal=causal, heads_first=heads_first)
+    short = plain.attend(q, k, v, scale, causal, heads_first)
+    weights = torch.randn_like(long[0]), torch.randn_like(long[1])
+    for a, b in zip(short, long, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    for wanted in ((q, k, v), (k,), (q, v)):
+        for results in (slice(0, 1), slice(1, 2), slice(0, 2)):  # out, lse, both
+            got, expected = (
+                torch.autograd.grad(x[results], wanted, weights[results], retain_graph=True, allow_unused=True)
+                for x in (short, long)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_only_some_inputs_require_grad() -> None:
+    q, k, v = _leaves()
+    k = k.detach()
+    got = torch.autograd.grad(_sdpa(q, k, v).square().sum(), (q, v))
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum(), (q, v))
+    torch.testing.assert_close(got, expected)
+
+
+class _Watcher(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "flash_attn":
+            self.seen.append(op._schema.name.removeprefix("flash_attn::"))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attend", [_sdpa, _func])
+def test_who_watches_one_pass_sees_the_op_of_it(attend: Callable[..., Tensor]) -> None:
+    leaves = _leaves()
+    with _Watcher() as watcher:
+        loss = attend(*leaves).square().sum()
+    assert watcher.seen == LONG[:1]
+    expected = torch.autograd.grad(loss, leaves)
+    loss = attend(*leaves).square().sum()
+    with _Watcher() as watcher:
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True))
+    assert watcher.seen == LONG[1:]
+
+
+def test_hooks_of_saved_tensors_may_return_subclasses() -> None:
+    seen = []
+
+    class Seeing(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(op))
+            result = op(*(x.plain if isinstance(x, Seeing) else x for x in args), **(kwargs or {}))
+            return unpack(result) if op is torch.ops.aten.detach.default else result
+
+    def unpack(x: Tensor) -> Tensor:
+        y: Any = Tensor._make_subclass(Seeing, x)
+        y.plain = x
+        return y
+
+    leaves = _leaves()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), unpack):
+        out = _sdpa(*leaves)
+    torch.autograd.grad(out.sum(), leaves)
+    assert "flash_attn.backward.default" in seen
+
+
+def test_modes_of_torch_functions_see_the_op_of_flash_attn_func() -> None:
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Recorder():
+        _func(*_leaves())
+    assert "flash_attn.forward.default" in seen
+
+
+def test_gradients_of_gradients_raise_and_batched_ones_work() -> None:
+    leaves = _leaves()
+    (dq,) = torch.autograd.grad(_sdpa(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dq.sum().backward()
+    out, weights = _sdpa(*leaves), torch.randn(4, 2, 3, 5, 8, dtype=torch.float64)
+    batched = torch.autograd.grad(out, leaves, weights, retain_graph=True, is_grads_batched=True)
+    for i, weight in enumerate(weights):
+        for a, b in zip(batched, torch.autograd.grad(out, leaves, weight, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def record(*args: Any) -> Any:
+        given.append(args[-1])
+        return plain_backward_op(*args)
+
+    monkeypatch.setattr(plain, "_backward", record)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        outs = _sdpa(*_leaves()), _func(*_leaves()), _func(*_leaves(), deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for out in outs:
+        out.sum().backward()
+    q = torch.empty(2, 3, 5, 8)
+    found = [arguments.from_plain(q, q, None, number) for number in given]
+    assert [options.deterministic for options in found] == [deterministic, deterministic, True]
+    assert [options.heads_first for options in found] == [True, False, False]
+    assert [options.causal for options in found] == [ops.TOP_LEFT, ops.BOTTOM_RIGHT, ops.BOTTOM_RIGHT]
+
+
+def test_it_works_where_torch_has_no_way_past_the_search_for_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_dispatch_call_boxed")
+    for name, op in (("_forward", plain_forward_op), ("_backward", plain_backward_op)):
+        called = private.past_torch_function(op)
+        assert called is op
+        monkeypatch.setattr(plain, name, called)
+    leaves = _leaves()
+    got = torch.autograd.grad(_sdpa(*leaves).square().sum(), leaves)
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True).square().sum(), leaves)
+    torch.testing.assert_close(got, expected)
+
+
+def test_refusals_are_those_of_the_long_way() -> None:
+    q, k, v = _leaves()
+    for bad in ((q, k[..., :4], v), (q, k.float(), v), (q, k[:1], v), (q, k, v[:, :2])):
+        with pytest.raises(RuntimeError) as short:
+            flash_attn.flash_attn_func(*bad)
+        with pytest.raises(RuntimeError) as long:
+            flash_attn.flash_attn_func(*bad, window_size=(9, 9))
+        assert str(short.value) == str(long.value)
