@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn.torch_op import attention as ops
+from introspection import needs_introspection
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -105,6 +106,7 @@ def _refusal(arguments: dict[str, Any]) -> tuple[type[BaseException], str]:
     return raised.type, str(raised.value)
 
 
+@needs_introspection
 @pytest.mark.parametrize(
     "text, changes", [*REFUSALS, ("at most 4 dimensions", {"attn_mask": torch.zeros(1, 1, 1, 5, 5)})]
 )
@@ -116,6 +118,7 @@ def test_tensors_without_data_are_refused_in_the_same_words(text: str, changes: 
         assert _refusal(fake) == refused
 
 
+@needs_introspection
 @pytest.mark.parametrize("name", ["k", "v", "attn_mask", "alibi_slopes", "seqused_k"])
 def test_tensors_without_data_do_not_mix_with_others(name: str) -> None:
     optional = {"attn_mask": torch.zeros(1, 1, 5, 5), "alibi_slopes": torch.zeros(4), "seqused_k": torch.zeros(2).int()}
@@ -174,7 +177,7 @@ def test_an_unsupported_instruction_set_is_refused(monkeypatch: pytest.MonkeyPat
         ops.attention(**_qkv())
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("meta", marks=needs_introspection)])
 def test_gradients_of_what_has_none_are_refused(device: str) -> None:
     inputs = _on(device, {})
     out, lse = ops.attention(**inputs)

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from introspection import needs_introspection
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "benchmarks").rglob("*.md"))
 SUITES = ("peers", "extra", "sweep", "few", "varlen", "gqa", "window", "deterministic", "mask", "fp32", "host")
@@ -54,6 +56,7 @@ def _arguments(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) 
     return bench.parse_arguments()
 
 
+@needs_introspection
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs(suite: str, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     bench, shapes, report, timing = map(module, ("bench", "shapes", "report", "timing"))

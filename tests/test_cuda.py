@@ -13,6 +13,7 @@ from torch import Tensor
 from flash_attn import explain
 from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.torch_op import attention as ops
+from introspection import needs_introspection
 from problems import HOPPER_FORWARD, Problem, check_all, forward_head_dims, random_problem
 
 pytestmark = pytest.mark.gpu
@@ -205,6 +206,7 @@ def test_more_than_65535_heads_and_sequences(batch: int, heads: int) -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@needs_introspection
 def test_a_forced_family_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _qkv(1, 2, 64, 64)
     monkeypatch.setenv("FLASH_ATTN_FORCE", "universal")

@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import flash_attn
 from flash_attn import FlashMHA, explain, flash_attn_func, replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
+from introspection import needs_introspection
+
+pytestmark = needs_introspection
 
 
 def test_it_says_kernel_tile_memory_and_copies() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import flash_attn
 from flash_attn import explain, replace_sdpa
+from introspection import needs_introspection
 
 
 class Attends(nn.Module):
@@ -44,6 +45,7 @@ def _inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
 
 
+@needs_introspection
 def test_fx_records_the_function_that_was_called() -> None:
     model, inputs = Attends(), _inputs()
     expected = model(*inputs)

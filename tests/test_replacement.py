@@ -23,7 +23,9 @@ from torch.nn.attention.bias import causal_lower_right
 import flash_attn
 from flash_attn import explain, replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
+from introspection import needs_introspection
 
+pytestmark = needs_introspection
 TORCHS = F.scaled_dot_product_attention
 
 

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import flash_attn
 from flash_attn import replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
+from introspection import needs_introspection
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -358,6 +359,7 @@ class TestReplaceSdpa:
         replaced.restore()
         assert F.scaled_dot_product_attention is before
 
+    @needs_introspection
     def test_modules_run_it(self) -> None:
         module = nn.MultiheadAttention(16, 2, batch_first=True)
         x = torch.randn(2, 5, 16, requires_grad=True)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import flash_attn
 from flash_attn import replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
+from introspection import needs_introspection
 
 TORCHS = F.scaled_dot_product_attention
 
@@ -207,6 +208,7 @@ def test_tensors_on_meta_do_not_mix_with_others() -> None:
         sdpa(x, x, x, torch.zeros(5, 5, device="meta"))
 
 
+@needs_introspection
 def test_replacements_can_be_entered_again() -> None:
     replacement = replace_sdpa()
     replacement.restore()
