@@ -109,8 +109,9 @@ void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& l
 /// and 256, 8 MB were best at 512 keys, 16 at 1024, 32 from 2048 on; at 64, where copies weigh less, 32 throughout.
 int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   const int64_t bytes_per_key = p.head_dim + p.head_dim_v < 256 ? int64_t{64} << 10 : int64_t{16} << 10;
-  const int64_t bytes = std::min(l2_bytes * 8 / 15, p.seqlen_k * bytes_per_key);
-  const int64_t bytes_per_head = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int64_t keys = mean_problem(p).seqlen_k;
+  const int64_t bytes = std::min(l2_bytes * 8 / 15, keys * bytes_per_key);
+  const int64_t bytes_per_head = 2 * keys * (p.head_dim + p.head_dim_v);
   return std::min(std::max<int64_t>(1, bytes / bytes_per_head) * p.group_size(), p.batch * p.num_heads);
 }
 
