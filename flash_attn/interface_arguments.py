@@ -13,6 +13,7 @@ from . import tensor_subclasses
 from .autocast import autocast
 from .torch_op import attention as ops
 from .torch_op import checks, plain
+from .torch_op.arguments import plain_options
 from .torch_op.private import ops_are_watched
 
 Window = Sequence[int | None] | Tensor
@@ -48,6 +49,11 @@ class Lengths(NamedTuple):
 
 ONE_LENGTH = Lengths()
 NO_WINDOW = (-1, -1)
+_PLAIN = {
+    (causal, deterministic): plain_options(ops.BOTTOM_RIGHT if causal else ops.NONE, False, deterministic)
+    for causal in (False, True)
+    for deterministic in (False, True)
+}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths = ONE_LENGTH) -> Outputs:
@@ -66,31 +72,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
         lengths if lengths is ONE_LENGTH else plain_lengths(lengths, q, k)
     )
     try:
-        if slopes is sink is None and lengths is ONE_LENGTH and _is_plain(q, k, v, options, left, right):
-            alignment = ops.BOTTOM_RIGHT if causal else ops.NONE
-            out, lse = plain.attend(q, k, v, scale, alignment, False, True if deterministic else None)
-        else:
-            out, lse = ops.attention(
-                q,
-                k,
-                v,
-                None,
-                None if slopes is None else statistics("alibi_slopes", slopes, q),
-                None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
-                starts_q,
-                starts_k,
-                used_q,
-                used_k,
-                max_seqlen_q=longest_q,
-                max_seqlen_k=longest_k,
-                softmax_scale=scale,
-                causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
-                window_left=left,
-                window_right=right,
-                softcap=softcap,
-                dropout_p=dropout_p,
-                deterministic=True if deterministic else None,
-            )
+        if (
+            slopes is sink is None
+            and not (with_lse or with_probs)
+            and lengths is ONE_LENGTH
+            and _is_plain(q, k, v, options, left, right)
+        ):
+            return plain.attend(q, k, v, scale, _PLAIN[causal, deterministic])
+        out, lse = ops.attention(
+            q,
+            k,
+            v,
+            None,
+            None if slopes is None else statistics("alibi_slopes", slopes, q),
+            None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
+            starts_q,
+            starts_k,
+            used_q,
+            used_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+            softmax_scale=scale,
+            causal=ops.BOTTOM_RIGHT if causal else ops.NONE,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            deterministic=True if deterministic else None,
+        )
     except RuntimeError as error:
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.plain(name, x)
@@ -107,11 +116,12 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: Options, left: int, righ
     """Whether `plain.attend` takes all that is given besides slopes and sinks."""
     dropout_p, scale, softcap = options.dropout_p, options.softmax_scale, options.softcap
     return (
-        type(dropout_p) is type(softcap) is float
+        type(left) is type(right) is int  # which numpy's are not while the compiler traces
+        and left == right == -1
+        and type(dropout_p) is type(softcap) is float
         and dropout_p == softcap == 0.0
         and (scale is None or type(scale) is float)
         and not torch.compiler.is_compiling()
-        and left == right == -1
         and type(q) is type(k) is type(v) is Tensor
         and not (q.is_nested or k.is_nested or v.is_nested)
         and q.dim() == k.dim() == v.dim() == 4

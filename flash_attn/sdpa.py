@@ -16,7 +16,10 @@ from .causal_bias import is_causal_bias, is_top_left, to_mask
 from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .torch_op import attention as ops
 from .torch_op import checks, plain
+from .torch_op.arguments import plain_options
 from .torch_op.private import ops_are_watched, torch_sdpa
+
+_PLAIN, _PLAIN_CAUSAL = (plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT))
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -82,14 +85,17 @@ def attend(
     enable_gqa: bool,
 ) -> Tensor:
     """The same, once nobody overrides torch functions and torch's `context_parallel` is known not to be active."""
-    if attn_mask is None and _is_common(query, key, value, is_causal, scale, enable_gqa):
+    if (
+        attn_mask is None
+        and (type(dropout_p) is float or type(dropout_p) is int)
+        and _is_common(query, key, value, is_causal, scale, enable_gqa)
+    ):
+        if dropout_p == 0 and not ops_are_watched():
+            return plain.attend(query, key, value, scale, _PLAIN_CAUSAL if is_causal else _PLAIN)
         causal = ops.TOP_LEFT if is_causal else ops.NONE
-        if type(dropout_p) is float:
-            if dropout_p == 0.0 and not ops_are_watched():
-                return plain.attend(query, key, value, scale, causal, True)[0]
-            return ops.attention(
-                query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
-            )[0]
+        return ops.attention(
+            query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
+        )[0]
     return _attend(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 

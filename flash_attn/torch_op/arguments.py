@@ -48,6 +48,9 @@ def plain_options(causal: int, heads_first: bool, deterministic: bool) -> int:
     return causal | heads_first << 2 | deterministic << 3
 
 
+PLAIN_DETERMINISTIC = plain_options(0, False, True)
+
+
 def from_plain(q: Tensor, k: Tensor, softmax_scale: float | None, plain: int) -> Options:
     """The options of forward that mean the same."""
     heads_first = bool(plain & 4)

@@ -14,74 +14,59 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import private
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, from_plain, plain_options
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, from_plain
 from .autograd import call_backward, raise_out_of_memory
 from .library import backward_op, plain_backward_op, plain_forward_op, registrations
 
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
-_ALL = (True, True, True)
+_ALL = (True, True, True, False)  # of q, k, v and settings
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    causal: int,
-    heads_first: bool,
-    deterministic: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`flash_attn.torch_op.attention.attention`, of plain tensors of four dimensions on one device, while no
-    torch function mode is active and nobody watches."""
+def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor:
+    """The first result of :func:`flash_attn.torch_op.attention.attention`, of plain tensors of four dimensions on one
+    device, while no torch function mode is active and nobody watches. `options` are those of `plain_options`; gradients
+    are repeatable where these or torch say so."""
     try:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            if deterministic is None:
-                deterministic = torch.are_deterministic_algorithms_enabled()
-            options = plain_options(causal, heads_first, deterministic)
-            return cast(tuple[Tensor, Tensor], _apply(q, k, v, softmax_scale, options))
-        # Only gradients ask for repeatable sums.
-        return cast(tuple[Tensor, Tensor], _forward(q, k, v, softmax_scale, plain_options(causal, heads_first, False)))
+            if torch.are_deterministic_algorithms_enabled():
+                options |= PLAIN_DETERMINISTIC
+            return cast(Tensor, _apply(q, k, v, (softmax_scale, options)))
+        return cast(Tensor, _forward(q, k, v, softmax_scale, options)[0])
     except RuntimeError as error:
         raise_out_of_memory(error)
         raise
 
 
 class PlainAttention(torch.autograd.Function):
-    """As `autograd.Attention`, which other calls have."""
+    """As `autograd.Attention`, which other calls have, but lse stays inside: a result costs more than to be saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = results = _forward(q, k, v, softmax_scale, options)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[float | None, int]) -> Tensor:
+        out, lse = _forward(q, k, v, *settings)
         ctx.set_materialize_grads(False)
-        ctx.softmax_scale, ctx.options = softmax_scale, options
+        ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse)
-        return cast(tuple[Tensor, Tensor], results)
+        return cast(Tensor, out)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None and dlse is None:
-            return (None,) * 5
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return (None,) * 4
         q, k, v, out, lse = ctx.saved_tensors
         if (
-            dlse is None
-            and ctx.needs_input_grad[:3] == _ALL
+            ctx.needs_input_grad == _ALL
             and type(dout) is type(q) is type(k) is type(v) is type(out) is type(lse) is Tensor  # as hooks return them
             and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or private.ops_are_watched())
             and not has_torch_function((dout,))
         ):
             try:
-                return (*_backward(dout, q, k, v, out, lse, ctx.softmax_scale, ctx.options), None, None)
+                return (*_backward(dout, q, k, v, out, lse, *ctx.settings), None)
             except RuntimeError as error:
                 raise_out_of_memory(error)
                 raise
-        if dout is None:  # only lse was used
-            dout = torch.zeros_like(out)
-        needs = ctx.needs_input_grad[:3]
-        gradients = call_backward(*_of_backward(dout, dlse, q, k, v, out, lse, needs, ctx.softmax_scale, ctx.options))
-        return (*gradients[:3], None, None)
+        gradients = call_backward(*_of_backward(dout, q, k, v, out, lse, ctx.needs_input_grad[:3], *ctx.settings))
+        return (*gradients[:3], None)
 
 
 _apply = private.apply_of(PlainAttention)
@@ -89,7 +74,6 @@ _apply = private.apply_of(PlainAttention)
 
 def _of_backward(
     dout: Tensor,
-    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,14 +85,14 @@ def _of_backward(
 ) -> tuple[Any, ...]:
     """Arguments of the backward op that everybody knows."""
     padded = [*needs, *(False,) * (NUM_DIFFERENTIABLE - 3)]
-    return (dout, dlse, q, k, v, *_NOT_GIVEN, out, lse, padded, *from_plain(q, k, softmax_scale, options))
+    return (dout, None, q, k, v, *_NOT_GIVEN, out, lse, padded, *from_plain(q, k, softmax_scale, options))
 
 
 def _backward_of_older_vmap(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float | None, options: int
 ) -> tuple[Tensor | None, ...]:
     """For `torch.autograd.grad(..., is_grads_batched=True)`, which torch does not tell of."""
-    arguments = _of_backward(dout, None, q, k, v, out, lse, _ALL, softmax_scale, options)
+    arguments = _of_backward(dout, q, k, v, out, lse, _ALL[:3], softmax_scale, options)
     return cast(tuple[Tensor | None, ...], backward_op(*arguments)[:3])
 
 
