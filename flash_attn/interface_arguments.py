@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from . import tensor_subclasses
 from .autocast import autocast
 from .torch_op import attention as ops
 from .torch_op import checks, plain
 from .torch_op.arguments import plain_options
-from .torch_op.private import ops_are_watched
 
 Window = Sequence[int | None] | Tensor
 Outputs = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]
@@ -76,7 +74,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             slopes is sink is None
             and not (with_lse or with_probs)
             and lengths is ONE_LENGTH
-            and _is_plain(q, k, v, options, left, right)
+            and _is_plain(options, left, right)
+            and plain.takes(q, k, v)
         ):
             return plain.attend(q, k, v, scale, _PLAIN[causal, deterministic])
         out, lse = ops.attention(
@@ -112,8 +111,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     return (out, lse) if with_lse else out
 
 
-def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: Options, left: int, right: int) -> bool:
-    """Whether `plain.attend` takes all that is given besides slopes and sinks."""
+def _is_plain(options: Options, left: int, right: int) -> bool:
+    """Whether `plain.attend` has all that is given besides tensors."""
     dropout_p, scale, softcap = options.dropout_p, options.softmax_scale, options.softcap
     return (
         type(left) is type(right) is int  # which numpy's are not while the compiler traces
@@ -121,13 +120,6 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: Options, left: int, righ
         and type(dropout_p) is type(softcap) is float
         and dropout_p == softcap == 0.0
         and (scale is None or type(scale) is float)
-        and not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not (q.is_nested or k.is_nested or v.is_nested)
-        and q.dim() == k.dim() == v.dim() == 4
-        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
-        and not has_torch_function((q, k, v))
-        and not ops_are_watched()
     )
 
 

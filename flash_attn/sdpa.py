@@ -19,7 +19,7 @@ from .torch_op import checks, plain
 from .torch_op.arguments import plain_options
 from .torch_op.private import ops_are_watched, torch_sdpa
 
-_PLAIN, _PLAIN_CAUSAL = (plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT))
+_PLAIN = [plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT)]
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -90,9 +90,9 @@ def attend(
         and (type(dropout_p) is float or type(dropout_p) is int)
         and _is_common(query, key, value, is_causal, scale, enable_gqa)
     ):
-        if dropout_p == 0 and not ops_are_watched():
-            return plain.attend(query, key, value, scale, _PLAIN_CAUSAL if is_causal else _PLAIN)
         causal = ops.TOP_LEFT if is_causal else ops.NONE
+        if dropout_p == 0 and not ops_are_watched():
+            return plain.attend(query, key, value, scale, _PLAIN[causal])
         return ops.attention(
             query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
         )[0]
@@ -213,7 +213,10 @@ def _attention(given: Arguments, causal: int) -> Tensor:
     if attn_mask is not None:
         scores = (*(query.shape[:2] if lead is None else lead), query.shape[-2], key.shape[-2])
         attn_mask = shapes.mask_to_four_dims(attn_mask, query, scores)
-    out, _ = ops.attention(
-        q, k, v, attn_mask, softmax_scale=given.scale, causal=causal, dropout_p=given.dropout_p, heads_first=True
-    )
+    if attn_mask is None and plain.takes(q, k, v) and given.dropout_p == 0.0:
+        out = plain.attend(q, k, v, given.scale, _PLAIN[causal])
+    else:
+        out, _ = ops.attention(
+            q, k, v, attn_mask, softmax_scale=given.scale, causal=causal, dropout_p=given.dropout_p, heads_first=True
+        )
     return out if lead is None else shapes.unflatten(out, lead, query)

@@ -53,6 +53,19 @@ def test_plain_calls_go_the_short_way(attend: Callable[..., Tensor]) -> None:
         assert _ops_of(lambda: attend(q, k, v)) == SHORT[:1]
 
 
+def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast() -> None:
+    q, k, v = _leaves()
+    for function in (
+        lambda: _sdpa(q[:, :, :1], k, v),
+        lambda: _sdpa(q, k[:, :1], v[:, :1], enable_gqa=True),
+        lambda: _sdpa(q[0], k[0], v[0]),
+        lambda: _sdpa(q.float(), k.float(), v.float()),
+        lambda: _func(q, k[:, :, :1], v[:, :, :1]),
+    ):
+        with torch.autocast("cpu"):
+            assert _ops_of(lambda function=function: function().sum().backward()) == SHORT
+
+
 @pytest.mark.parametrize(
     "call",
     [

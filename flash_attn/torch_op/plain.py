@@ -2,7 +2,7 @@
 they go to ops of five and eight arguments in place of 21 and 27.
 
 Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, subclasses) sees `flash_attn::forward` and
-`flash_attn::backward` alone: callers ask before (`torch.compiler.is_compiling`, `ops_are_watched`).
+`flash_attn::backward` alone: callers ask before.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ from .library import backward_op, plain_backward_op, plain_forward_op, registrat
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`attend` may be called with these tensors, here and now."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and not (q.is_nested or k.is_nested or v.is_nested)
+        and q.dim() == k.dim() == v.dim() == 4
+        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
+        and not has_torch_function((q, k, v))
+        and not private.ops_are_watched()
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor:
