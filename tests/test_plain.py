@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.profiler import profile
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,6 +133,18 @@ def test_who_watches_one_pass_sees_the_op_of_it(attend: Callable[..., Tensor]) -
     assert watcher.seen == LONG[1:]
 
 
+@pytest.mark.parametrize("attend", [_sdpa, _func, _replaced])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_sees_the_ops_of_both_passes(attend: Callable[..., Tensor], pre_dispatch: bool) -> None:
+    def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+
+    leaves = _leaves()
+    graph = make_fx(gradients, pre_dispatch=pre_dispatch)(*leaves)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert [name for name in names if name.startswith("flash_attn.")] == [f"flash_attn.{name}.default" for name in LONG]
+
+
 def test_hooks_of_saved_tensors_may_return_subclasses() -> None:
     seen = []
 
@@ -176,6 +189,25 @@ def test_gradients_of_gradients_raise_and_batched_ones_work() -> None:
     for i, weight in enumerate(weights):
         for a, b in zip(batched, torch.autograd.grad(out, leaves, weight, retain_graph=True), strict=True):
             torch.testing.assert_close(a[i], b)
+
+
+def test_calls_in_a_batched_backward_pass_work() -> None:
+    q, k, v = _leaves()
+
+    class Attended(torch.autograd.Function):
+        """Its gradient is attention of the gradient that comes in."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, dx: Tensor) -> Tensor:  # type: ignore[override]
+            return _sdpa(dx, k, v)
+
+    out, weights = Attended.apply(q), torch.randn(4, 2, 3, 5, 8, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(out, q, weights, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([_sdpa(weight, k, v) for weight in weights]))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -23,6 +23,7 @@ from flash_attn.torch_op import private
 NAMES = [
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._dispatch_tls_is_dispatch_key_included",
     "torch._C._get_flash_sdp_enabled",
     "torch._C._get_sdp_priority_order",
     "torch._C._is_key_in_tls",

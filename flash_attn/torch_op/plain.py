@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function
 from . import private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, from_plain
 from .autograd import call_backward, raise_out_of_memory
-from .library import backward_op, plain_backward_op, plain_forward_op, registrations
+from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
 
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
@@ -101,13 +101,22 @@ def _of_backward(
     return (dout, None, q, k, v, *_NOT_GIVEN, out, lse, padded, *from_plain(q, k, softmax_scale, options))
 
 
+def _forward_of_older_vmap(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int
+) -> tuple[Tensor, Tensor]:
+    """For `torch.autograd.grad(..., is_grads_batched=True)`, which torch does not tell of."""
+    arguments = (q, k, v, *_NOT_GIVEN, *from_plain(q, k, softmax_scale, options))
+    return cast(tuple[Tensor, Tensor], forward_op(*arguments)[:2])
+
+
 def _backward_of_older_vmap(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float | None, options: int
 ) -> tuple[Tensor | None, ...]:
-    """For `torch.autograd.grad(..., is_grads_batched=True)`, which torch does not tell of."""
+    """As `_forward_of_older_vmap`."""
     arguments = _of_backward(dout, q, k, v, out, lse, _ALL[:3], softmax_scale, options)
     return cast(tuple[Tensor | None, ...], backward_op(*arguments)[:3])
 
 
 if private.older_vmap:
+    registrations().impl(plain_forward_op, _forward_of_older_vmap, "Batched")
     registrations().impl(plain_backward_op, _backward_of_older_vmap, "Batched")

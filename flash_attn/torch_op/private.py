@@ -101,14 +101,17 @@ jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.
 def _ops_are_watched() -> Callable[[], bool]:
     modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
     functorch: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if modes is None or functorch is None or not hasattr(forward_ad, "_current_level"):
+    included: Callable[[Any], bool] | None = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
+    if modes is None or functorch is None or included is None or not hasattr(forward_ad, "_current_level"):
         return lambda: True
-    return lambda: modes() > 0 or functorch() or forward_ad._current_level >= 0 or jit_is_tracing()
+    # make_fx(pre_dispatch=True) is no dispatch mode.
+    before_dispatch = functools.partial(included, torch._C.DispatchKey.PreDispatch)
+    return lambda: modes() > 0 or functorch() or before_dispatch() or forward_ad._current_level >= 0 or jit_is_tracing()
 
 
 ops_are_watched = _ops_are_watched()
-"""Whether anything may look at which ops a call makes: a TorchDispatchMode, a transform, torch.jit.trace. The compiler
-is asked for by its public name. True where torch does not say."""
+"""Whether anything may look at which ops a call makes: a TorchDispatchMode, a transform, torch.jit.trace, make_fx. The
+compiler is asked for by its public name. True where torch does not say."""
 
 
 def past_torch_function(op: Any) -> Callable[..., Any]:
