@@ -50,6 +50,7 @@ TOPICS = (
     "Hopper backward, grouped heads and few tiles",
     "Hopper backward, steps of a tile",
     "Hopper backward in a fixed order",
+    "Kernels since Ampere",
     "Universal CUDA kernels",
     "CPU",
     "Host",

@@ -57,10 +57,10 @@ def backward_decisions(*problem: int, **changes: Any) -> dict[str, int | str]:
     return plan(*problem, **changes)["backward"]["decisions"]
 
 
-def test_a_gpu_that_is_no_hopper_gets_the_universal_kernels() -> None:
+def test_a_gpu_that_is_no_hopper_gets_the_kernels_for_all_since_ampere() -> None:
     plans = plan(device=A100)
     for choice in plans.values():
-        assert choice["family"] == "universal"
+        assert choice["family"] == "sm80"
     assert all("compute capability" in reason for family, reason in plans["forward"]["rejected"] if family == "sm90")
 
 
@@ -91,22 +91,24 @@ def test_the_smallest_kernel_that_holds_the_head_dims(
 
 @needs_sm90
 @pytest.mark.parametrize(
-    "changes, reason",
+    "changes, reason, family",
     [
-        ({"dtype": "float32"}, "dtype"),
-        ({"head_dim": 264}, "over 256"),
-        ({"head_dim": 20}, "multiple of 8"),
-        ({"softcap": 3.0}, "softcap"),
-        ({"address": (1 << 20) + 2}, "16 bytes"),
-        ({"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}}, "sinks"),
-        ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes"),
-        ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
+        ({"dtype": "float32"}, "dtype", "universal"),
+        ({"head_dim": 264}, "over 256", "universal"),
+        ({"head_dim": 20}, "multiple of 8", "sm80"),
+        ({"softcap": 3.0}, "softcap", "sm80"),
+        ({"address": (1 << 20) + 2}, "16 bytes", "sm80"),
+        ({"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}}, "sinks", "sm80"),
+        ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes", "sm80"),
+        ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask", "sm80"),
     ],
 )
-def test_what_the_hopper_kernels_refuse_the_universal_ones_take(changes: dict[str, Any], reason: str) -> None:
+def test_what_the_hopper_kernels_refuse_the_next_family_takes(
+    changes: dict[str, Any], reason: str, family: str
+) -> None:
     for choice in plan(**changes).values():
-        assert choice["family"] == "universal"
-        assert [reason in text for family, text in choice["rejected"] if family == "sm90"] == [True]
+        assert choice["family"] == family
+        assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
 
 
 @needs_sm90

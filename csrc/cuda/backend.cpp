@@ -10,6 +10,9 @@
 
 #include "common/check.h"
 #include "universal/universal.h"
+#ifdef FLASH_ATTN_WITH_SM80
+#include "sm80/sm80.h"
+#endif
 #ifdef FLASH_ATTN_WITH_SM90
 #include "sm90/sm90.h"
 #endif
@@ -73,11 +76,17 @@ const Backend& cuda_backend() {
 #ifdef FLASH_ATTN_WITH_SM90
           &cuda::sm90::forward::kKernel,
 #endif
+#ifdef FLASH_ATTN_WITH_SM80
+          &cuda::sm80::kForward,
+#endif
           &cuda::universal::kForward,
       },
       {
 #ifdef FLASH_ATTN_WITH_SM90
           &cuda::sm90::backward::kKernel,
+#endif
+#ifdef FLASH_ATTN_WITH_SM80
+          &cuda::sm80::kBackward,
 #endif
           &cuda::universal::kBackward,
       },

@@ -15,6 +15,7 @@ struct BackwardArguments {
   RowWorkspace rows;
   SequenceBlocks blocks;                       // of the rows that the kernel's blocks own
   int64_t first_block, num_parts, group_size;  // parts: of head_dim and head_dim_v
+  int64_t mask_row_blocks;                     // of the gradient of attn_mask: the mask's own
   bool q_quads, k_quads, v_quads, dout_quads, dq_quads, dk_quads, dv_quads;
 };
 

@@ -21,12 +21,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const ForwardParams& p = params.forward;
   const MaskView& mask = p.mask;
   auto& shared = shared_storage<C>();
-  const int64_t index = arguments.first_block + blockIdx.x;
-  const int64_t column_blocks = arguments.num_parts;
+  int64_t index = arguments.first_block + blockIdx.x;
+  const int64_t column_blocks = arguments.num_parts, row_blocks = arguments.mask_row_blocks;
   const int64_t n_own = index % column_blocks * C::kBlock;
-  const SequenceBlocks::Place own = arguments.blocks.find(uint32_t(index / column_blocks));
-  const int64_t m_own = int64_t{own.index} * C::kBlock;
-  const int64_t slice = own.batch, mask_h = slice % mask.head_size, mask_b = slice / mask.head_size;
+  index /= column_blocks;
+  const int64_t m_own = index % row_blocks * C::kBlock;
+  index /= row_blocks;
+  const int64_t slice = index, mask_h = index % mask.head_size, mask_b = index / mask.head_size;
   const bool all_rows = mask.row_size == 1, all_columns = mask.col_size == 1;
   const Walk batches = mask.batch_size == 1 ? Walk{0, p.batch} : Walk{mask_b, mask_b + 1};
   const Walk heads = mask.head_size == 1 ? Walk{0, p.num_heads} : Walk{mask_h, mask_h + 1};
@@ -34,7 +35,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   clear(sum);
   for (int64_t b = batches.begin; b < batches.end; ++b) {
     const SequenceInfo sequence = sequence_info(p, b);
-    if (!all_rows && m_own >= sequence.seqlen_q) continue;
     const int64_t m_end = all_rows || m_own + C::kBlock > sequence.seqlen_q ? sequence.seqlen_q : m_own + C::kBlock;
     for (int h = int(heads.begin); h < int(heads.end); ++h) {
       const BackwardHead<C> head(arguments, sequence, b, h);
@@ -91,10 +91,10 @@ void launch_mask_gradient(const BackwardParams& params, cudaStream_t stream) {
   using C = Config<T, 64, true>;
   const MaskView& mask = params.forward.mask;
   BackwardArguments a = backward_arguments<T>(params);
-  a.blocks = SequenceBlocks(nullptr, mask.batch_size * mask.head_size, 0, mask.row_size, C::kBlock);
+  a.mask_row_blocks = ceil_div(mask.row_size, C::kBlock);
   a.num_parts = ceil_div(mask.col_size, C::kBlock);
-  cuda::launch_blocks(mask_gradient_kernel<T>, a, a.blocks.count() * a.num_parts, kThreads,
-                      int(sizeof(SharedStorage<C>)), stream, "universal dmask");
+  cuda::launch_blocks(mask_gradient_kernel<T>, a, mask.batch_size * mask.head_size * a.mask_row_blocks * a.num_parts,
+                      kThreads, int(sizeof(SharedStorage<C>)), stream, "universal dmask");
 }
 
 }  // namespace flash_attn::cuda::universal

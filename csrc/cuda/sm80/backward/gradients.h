@@ -1,0 +1,247 @@
+// From products to P and dS on a warp's transposed fragments: element (m, n, i) of lane 4 g + t stands at key
+// 16 m + g + 8 (i / 2), query 8 n + 2 t + i % 2 of the warp's.
+#pragma once
+
+#include "../softmax.h"
+#include "extended.h"
+
+namespace flash_attn::cuda::sm80 {
+
+/// Where a warp's fragments begin: query row in its sequence, key in its block.
+struct WarpPlace {
+  int row, key;
+  uint32_t lane;
+};
+
+template <typename Config>
+struct GradientRules {
+  using Element = typename Config::Element;
+  static constexpr int kKeyTiles = Config::kKeyTiles, kQueryTiles = Config::kQueryTiles;
+  using Scores = float[kKeyTiles][kQueryTiles][4];
+  using Fragments = uint32_t[Config::kWarpQueries / 16][kKeyTiles][4];
+
+  const BackwardTile& tile;
+  const BackwardKernelParams& params;
+
+  SM80_DEVICE GradientRules(const BackwardKernelParams& kernel_params, const BackwardTile& t)
+      : tile(t), params(kernel_params) {}
+
+  SM80_DEVICE static float2 statistic(uint32_t from, int n, uint32_t lane) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from + 32 * n + lane % 4 * 8));
+    return x;
+  }
+
+  /// What dP^T of a column of fragments is added to: -delta, unless dropout comes between.
+  SM80_DEVICE static float2 start(uint32_t minus_delta, int n, uint32_t lane) {
+    return Config::kExtended ? float2{0.f, 0.f} : statistic(minus_delta, n, lane);
+  }
+
+  /// Whether some query of the warp does not see some key of it.
+  SM80_DEVICE bool is_partial(const WarpPlace& at) const {
+    const int last_key = at.key + Config::kWarpKeys - 1, last_row = at.row + Config::kWarpQueries - 1;
+    return last_key >= tile.keys || at.key - last_row < tile.low || last_key - at.row > tile.high;
+  }
+
+  /// Whether no query of the warp sees a key of it.
+  SM80_DEVICE bool is_blind(const WarpPlace& at) const {
+    const int last_key = at.key + Config::kWarpKeys - 1, last_row = at.row + Config::kWarpQueries - 1;
+    return at.key >= tile.keys || last_key - at.row < tile.low || at.key - last_row > tile.high;
+  }
+
+  /// Which queries a lane's key sees, as columns of the fragments.
+  struct SeenQueries {
+    int first, last;
+    SM80_DEVICE bool hold(int n, int i) const { return (8 * n + i % 2 >= first) & (8 * n + i % 2 <= last); }
+  };
+  SM80_DEVICE SeenQueries seen_queries(const WarpPlace& at, int m, int half) const {
+    const int key = at.key + 16 * m + 8 * half + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
+    if (key >= tile.keys) return {1, 0};
+    return {key - tile.high - row, key - tile.low - row};
+  }
+
+  template <bool kPartial>
+  SM80_DEVICE void apply_to(const Scores& s, const Scores& dp, uint32_t minus_lse, const WarpPlace& at, Fragments& p_t,
+                            Fragments& ds_t) const {
+    SeenQueries seen[kKeyTiles][2];
+    if constexpr (kPartial) {
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) seen[m][0] = seen_queries(at, m, 0), seen[m][1] = seen_queries(at, m, 1);
+    }
+#pragma unroll
+    for (int n = 0; n < kQueryTiles; ++n) {
+      const float2 lse = statistic(minus_lse, n, at.lane);
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) {
+        float x[4], dx[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = fast_exp2(fmaf(s[m][n][i], params.scale_log2, i % 2 == 0 ? lse.x : lse.y));
+          dx[i] = x[i] * dp[m][n][i];
+          if constexpr (kPartial) {
+            const bool sees = seen[m][i / 2].hold(n, i);
+            x[i] = sees ? x[i] : 0.f;
+            dx[i] = sees ? dx[i] : 0.f;
+          }
+        }
+        p_t[n / 2][m][n % 2 * 2] = pack<Element>(x[0], x[1]);
+        p_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
+        ds_t[n / 2][m][n % 2 * 2] = pack<Element>(dx[0], dx[1]);
+        ds_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(dx[2], dx[3]);
+      }
+    }
+  }
+
+  using Bits = ScoreBits<kKeyTiles, kQueryTiles>;
+
+  /// Draws for one head's scores; all bits where nothing is dropped.
+  SM80_DEVICE void draw_kept(Bits& kept, int head, const WarpPlace& at) const {
+    const ForwardParams& p = params.problem.forward;
+    if (p.dropout_p > 0.0) {
+      draw(kept, tile.dropout, int64_t{tile.batch} * p.num_heads + head, at.row, tile.n_begin + at.key, at.lane);
+    } else {
+      kept.set_all();
+    }
+  }
+
+  /// Which scores exist by lengths, causal, window and a mask of bools.
+  SM80_DEVICE void find_shown(Bits& shown, int head, const WarpPlace& at) const {
+    const MaskCells& cells = params.mask_cells;
+    shown.set_all();
+    if (cells.bits != nullptr) {
+      const int first_key = tile.n_begin + at.key;
+      const uint32_t* const words = cells.bits + tile.batch * cells.bits_batch + head * cells.bits_head +
+                                    first_key / MaskCells::kCell * cells.key_cell +
+                                    at.row / MaskCells::kCell * cells.query_cell + at.lane;
+      const int shift = first_key / 16 % 2 * MaskCells::bit(1, 0, 0) + at.row / 16 % 2 * MaskCells::bit(0, 2, 0);
+#pragma unroll
+      for (int w = 0; w < Bits::kWords; ++w) shown.word[w] = words[w * cells.query_cell] >> shift;
+    }
+    const int rows = int(tile.sequence.seqlen_q), keys = tile.keys, low = tile.low, high = tile.high;
+    if (!is_partial(at) && at.row + Config::kWarpQueries <= rows) return;
+    const int key = at.key + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int q = 8 * n + i % 2, k = 16 * m + i / 2 * 8, distance = key + k - row - q;
+          const bool shows = (row + q < rows) & (key + k < keys) & (distance >= low) & (distance <= high);
+          if (!shows) shown.word[n / 4] &= ~(1u << Bits::bit(m, n, i));
+        }
+      }
+    }
+  }
+
+  /// The same with every rule. Returns the lane's sum of dS times the distance of its query and key. `visit(m, n, i,
+  /// dS)` sees the gradients of scores.
+  template <typename Visit>
+  SM80_DEVICE float apply_extended(Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta, int head,
+                                   const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                                   Fragments& ds_t, const Visit& visit) const {
+    scale_scores(s);
+    if (params.problem.forward.mask.data != nullptr && params.problem.forward.mask.dtype != DType::kBool) {
+      return apply_rules<true>(s, dp, minus_lse, minus_delta, head, at, shown, kept, p_t, ds_t, visit);
+    }
+    return apply_rules<false>(s, dp, minus_lse, minus_delta, head, at, shown, kept, p_t, ds_t, visit);
+  }
+
+  /// Scores in natural units: a mask of the smallest number times log2(e) would be -inf.
+  SM80_DEVICE void scale_scores(Scores& s) const {
+    const float scale = params.scale_log2 * kLn2, softcap = float(params.problem.forward.softcap);
+#pragma unroll
+    for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] *= softcap > 0.f ? params.scale_over_softcap : scale;
+    if (softcap > 0.f) {
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kQueryTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = softcap * tanh_by_exp2(s[m][n][i]);
+    }
+  }
+
+  template <bool kBias, typename Visit>
+  SM80_DEVICE float apply_rules(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta, int head,
+                                const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                                Fragments& ds_t, const Visit& visit) const {
+    const ForwardParams& p = params.problem.forward;
+    const int key = at.key + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
+    const float slope = slope_of(p, tile.batch, head), dropout_scale = tile.dropout_scale;
+    const float offset = float(row + int(tile.sequence.diagonal) - tile.n_begin - key);
+    const float inverse_softcap = params.inverse_softcap;
+    const bool is_float32 = p.mask.dtype == DType::kFloat32;
+    BiasColumn<kKeyTiles> bias[2];
+    const auto load_bias = [&](int n) {
+      const auto is_shown = [&](int m, int i) { return shown.hold(m, n, i); };
+      const int64_t place = (row + 8 * n) * p.mask.row + (tile.n_begin + key) * p.mask.col;
+      if (is_float32) {
+        bias[n % 2].template load<uint32_t>(mask_of<uint32_t>(p.mask, tile.batch, head) + place, p.mask.row, p.mask.col,
+                                            is_shown);
+      } else {
+        bias[n % 2].template load<uint16_t>(mask_of<uint16_t>(p.mask, tile.batch, head) + place, p.mask.row, p.mask.col,
+                                            is_shown);
+      }
+    };
+    // A column ahead where registers allow.
+    constexpr int kAccumulators = 8 * kKeyTiles * Config::kColumnTiles;
+    constexpr bool kAhead = kAccumulators < 128 && kAccumulators + 8 * kKeyTiles * kQueryTiles < 192;
+    if constexpr (kBias && kAhead) load_bias(0);
+    float slope_sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kQueryTiles; ++n) {
+      if constexpr (kBias && kAhead) {
+        if (n + 1 < kQueryTiles) load_bias(n + 1);
+      } else if constexpr (kBias) {
+        load_bias(n);
+      }
+      const float2 lse = statistic(minus_lse, n, at.lane), delta = statistic(minus_delta, n, at.lane);
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) {
+        float x[4], dx[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float distance = fabsf(offset + float(8 * n + i % 2 - 16 * m - i / 2 * 8));
+          float score = fmaf(-slope, distance, s[m][n][i]);
+          bool exists = shown.hold(m, n, i);
+          if constexpr (kBias) {
+            const float b = bias[n % 2].template get<Element>(m, i, is_float32);
+            exists = exists & (b != -INFINITY);
+            score += b;
+          }
+          const bool is_kept = kept.hold(m, n, i);
+          const float exponential = fast_exp2((score + (i % 2 == 0 ? lse.x : lse.y)) * kLog2E);
+          const float probability = exists ? exponential : 0.f;
+          const float gradient = fmaf(is_kept ? dp[m][n][i] : 0.f, dropout_scale, i % 2 == 0 ? delta.x : delta.y);
+          const float ds = exists ? probability * gradient : 0.f;
+          x[i] = is_kept ? probability * dropout_scale : 0.f;
+          slope_sum = fmaf(ds, distance, slope_sum);
+          visit(m, n, i, ds);
+          const float tanh = s[m][n][i] * inverse_softcap;
+          dx[i] = exists ? ds * fmaf(-tanh, tanh, 1.f) : 0.f;
+        }
+        p_t[n / 2][m][n % 2 * 2] = pack<Element>(x[0], x[1]);
+        p_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
+        ds_t[n / 2][m][n % 2 * 2] = pack<Element>(dx[0], dx[1]);
+        ds_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(dx[2], dx[3]);
+      }
+    }
+    return slope_sum;
+  }
+
+  SM80_DEVICE void apply(const Scores& s, const Scores& dp, uint32_t minus_lse, const WarpPlace& at, Fragments& p_t,
+                         Fragments& ds_t) const {
+    if (is_partial(at)) {
+      apply_to<true>(s, dp, minus_lse, at, p_t, ds_t);
+    } else {
+      apply_to<false>(s, dp, minus_lse, at, p_t, ds_t);
+    }
+  }
+};
+
+}  // namespace flash_attn::cuda::sm80

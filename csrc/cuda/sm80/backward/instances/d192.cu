@@ -1,0 +1,20 @@
+#include "../instance.h"
+
+namespace flash_attn::cuda::sm80 {
+namespace {
+
+const BackwardVariant kVariants[] = {
+    backward_variant<192, 64, 128, 2, 4, 1, 1, false>("mma d192 128x64 w8 s1"),
+    backward_variant<192, 64, 128, 2, 4, 1, 1, true>("mma d192 128x64 w8 s1 extended"),
+    backward_variant<192, 64, 64, 2, 4, 2, 1, false>("mma d192 64x64 w8"),
+    backward_variant<192, 64, 64, 2, 4, 2, 1, true>("mma d192 64x64 w8 extended"),
+    backward_variant<192, 64, 32, 1, 2, 1, 1, false>("mma d192 32x64 w8 s1"),
+    backward_variant<192, 64, 32, 1, 2, 1, 1, true>("mma d192 32x64 w8 s1 extended"),
+};
+
+}  // namespace
+
+extern const BackwardVariants kBackwardD192 = {kVariants, sizeof(kVariants) / sizeof(kVariants[0]),
+                                               mask_gradient_variant<192, 32, 1, 2>()};
+
+}  // namespace flash_attn::cuda::sm80

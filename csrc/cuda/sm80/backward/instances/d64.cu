@@ -1,0 +1,18 @@
+#include "../instance.h"
+
+namespace flash_attn::cuda::sm80 {
+namespace {
+
+const BackwardVariant kVariants[] = {
+    backward_variant<64, 128, 128, 2, 2, 2, 1, false>("mma d64 128x128 w8"),
+    backward_variant<64, 128, 128, 2, 2, 2, 1, true>("mma d64 128x128 w8 extended"),
+    backward_variant<64, 128, 64, 2, 2, 2, 1, false>("mma d64 64x128 w8"),
+    backward_variant<64, 128, 64, 2, 2, 2, 1, true>("mma d64 64x128 w8 extended"),
+};
+
+}  // namespace
+
+extern const BackwardVariants kBackwardD64 = {kVariants, sizeof(kVariants) / sizeof(kVariants[0]),
+                                              mask_gradient_variant<64, 64, 2, 2>()};
+
+}  // namespace flash_attn::cuda::sm80

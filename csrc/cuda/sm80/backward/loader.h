@@ -1,0 +1,117 @@
+// Tiles of a block's tensors, from global to shared memory.
+#pragma once
+
+#include "walk.h"
+
+namespace flash_attn::cuda::sm80 {
+
+template <typename Config>
+struct BackwardLoader : BackwardWalk<Config> {
+  using Base = BackwardWalk<Config>;
+  using Base::kQ, Base::kDo;
+  using Base::lane, Base::full, Base::empty, Base::phase, Base::advance, Base::accum_block;
+  using Base::params, Base::p, Base::tile, Base::shared, Base::head, Base::m_block, Base::step;
+  using typename Base::Side;
+  using Element = typename Config::Element;
+  using Tile = SharedTile<Config::kHeadDim>;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
+
+  using Base::Base;
+
+  template <int kRows>
+  SM80_DEVICE void load(uint32_t to, const TensorView& view, bool packed, int64_t sequence_row, int first, int begin,
+                        int end, int of_head, int64_t columns) const {
+    const Element* source =
+        static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
+    const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
+    load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
+        shared + to, source, view.row, int(columns), params.aligned, begin <= first && end - first >= kRows, exists);
+  }
+
+  SM80_DEVICE void load_keys() const {
+    const bool packed = p.cu_seqlens_k != nullptr;
+    const int first = tile.n_begin, end = first + tile.keys;
+    load<kBlockN>(Config::kK, p.k, packed, tile.sequence.k_row, first, first, end, tile.head_k, p.head_dim);
+    load<kBlockN>(Config::kV, p.v, packed, tile.sequence.k_row, first, first, end, tile.head_k, p.head_dim_v);
+    if constexpr (Config::kExtended) {
+      if (p.mask.data != nullptr) clear_bad_keys();
+    }
+  }
+
+  /// 0 for what is not finite in K and V: a key that attn_mask hides from a query must not reach its dQ. Rows that do
+  /// see such a key get NaN by their lse or delta.
+  SM80_DEVICE void clear_bad_keys() const {
+    constexpr uint32_t kExponent = std::is_same_v<Element, __half> ? 0x7c00 : 0x7f80;
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();  // K and V are there
+    for (int i = int(threadIdx.x); i < 2 * Config::kKeyBytes / 4; i += Config::kThreads) {
+      uint32_t x;
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(shared + Config::kK + 4 * i) : "memory");
+      const bool low = (x & kExponent) == kExponent, high = (x >> 16 & kExponent) == kExponent;
+      if (!low && !high) continue;
+      x &= (low ? 0u : 0xffffu) | (high ? 0u : 0xffff0000u);
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + Config::kK + 4 * i), "r"(x) : "memory");
+    }
+    __syncthreads();  // they are clean
+  }
+
+  /// 0 for query rows that see no key at all: what they hold, NaN perhaps, must not reach dK and dV. All warps find the
+  /// same rows.
+  SM80_DEVICE void clear_blind_queries(int stage) const {
+    barrier_wait(full(kQ, stage), phase());
+    barrier_wait(full(kDo, stage), phase());
+    const uint32_t statistics = shared + Config::kLse + stage * Config::kStatisticBytes;
+    const auto is_blind = [&](int row) {
+      float x;
+      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(statistics + 4 * row));
+      return x == -INFINITY;
+    };
+    bool any = false;
+    for (int row = lane(); row < kBlockM; row += 32) any = any || is_blind(row);
+    if (!__any_sync(~0u, any)) return;
+    __syncthreads();  // all warps are at this step
+    for (int i = int(fresh_thread(step)); i < 2 * kBlockM * Tile::kChunks; i += Config::kThreads) {
+      const int row = i / Tile::kChunks % kBlockM, chunk = i % Tile::kChunks;
+      if (!is_blind(row)) continue;
+      const int tiles = i < kBlockM * Tile::kChunks ? Config::kQ : Config::kDo;
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared + tiles + stage * Config::kQueryBytes +
+                                                                    Tile::offset(row, chunk)),
+                   "r"(0)
+                   : "memory");
+    }
+    __syncthreads();  // the rows are 0
+  }
+
+  /// Q and lse of a block of query rows, or dO and delta.
+  SM80_DEVICE void load_queries(Side side, int of_head, int block, int stage) const {
+    const bool packed = p.cu_seqlens_q != nullptr;
+    const int first = block * kBlockM;
+    load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
+                  side == kQ ? p.q : params.problem.dout, packed, tile.sequence.q_row, first, tile.row_begin,
+                  tile.row_end, of_head, side == kQ ? p.head_dim : p.head_dim_v);
+    if (threadIdx.x < kBlockM / 4) {
+      const float* from = (side == kQ ? params.minus_lse : params.minus_delta) + accum_block(of_head, block) * kBlockM;
+      cp_async_16(shared + (side == kQ ? Config::kLse : Config::kDelta) + stage * Config::kStatisticBytes +
+                      16 * int(threadIdx.x),
+                  from + 4 * int(threadIdx.x));
+    }
+    if constexpr (Config::kExtended) barrier_arrive(full(side, stage));  // what was not copied asynchronously is there
+    barrier_arrive_after_copies(full(side, stage));
+  }
+
+  /// The next step's, into its stage as soon as all warps have left that.
+  template <Side... kSides>
+  SM80_DEVICE void load_next() const {
+    int next_head = head, next_block = m_block;
+    if (!advance(next_head, next_block)) return;
+    const int stage = (step + 1) % kStages;
+    const auto load_side = [&](Side side) {
+      if (step + 1 >= kStages) barrier_wait(empty(side, stage), uint32_t((step + 1) / kStages - 1) & 1);
+      load_queries(side, next_head, next_block, stage);
+    };
+    (load_side(kSides), ...);
+  }
+};
+
+}  // namespace flash_attn::cuda::sm80

@@ -1,0 +1,113 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "../../../sequence.h"
+#include "code.h"
+
+namespace flash_attn::cuda::sm80 {
+namespace {
+
+constexpr int kStaticSharedBytes = 128;  // of a block, beside the tiles
+constexpr int64_t kAlignment = 256;
+
+const BackwardVariants& variants_for(const ForwardParams& p) {
+  const BackwardVariants* const all[] = {&kBackwardD64, &kBackwardD96, &kBackwardD128, &kBackwardD192, &kBackwardD256};
+  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
+  for (const BackwardVariants* variants : all) {
+    if (columns <= variants->begin()->head_dim) return *variants;
+  }
+  return kBackwardD256;
+}
+
+bool is_extended(const ForwardParams& p) {
+  return p.mask.data != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0 || p.dropout_p > 0.0;
+}
+
+bool is_aligned(const BackwardParams& params) {
+  const auto whole = [](const TensorView& view) {
+    return view.data == nullptr || (reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 &&
+                                    view.row % 8 == 0 && view.head % 8 == 0);
+  };
+  const ForwardParams& p = params.forward;
+  return p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0 && whole(p.q) && whole(p.k) && whole(p.v) && whole(p.out) &&
+         whole(params.dout) && whole(params.dq) && whole(params.dk) && whole(params.dv);
+}
+
+/// The first that fits; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for tests and measurements).
+const BackwardVariant* choose_variant(const ForwardParams& p, bool extended, const DeviceInfo& device) {
+  const char* const forced = std::getenv("FLASH_ATTN_BACKWARD_KERNEL");
+  for (const BackwardVariant& variant : variants_for(p)) {
+    const int bytes = variant.shared_bytes + kStaticSharedBytes;
+    if (variant.extended != extended || bytes > device.shared_memory_per_block ||
+        !has_code(10 * device.compute_capability, variant.head_dim, variant.block_n, variant.block_m, extended,
+                  bytes)) {
+      continue;
+    }
+    if (forced == nullptr || *forced == '\0' || std::string(forced) == variant.name) return &variant;
+  }
+  return nullptr;
+}
+
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+/// A mask of bools is used as bits alone. Reading another one ahead, to pass over what it hides, pays where many heads
+/// have it in common.
+bool reads_mask(const ForwardParams& p) {
+  if (p.mask.data == nullptr) return false;
+  const bool common = p.mask.batch_size * p.mask.head_size * 4 <= p.batch * p.num_heads;
+  return p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 || p.mask.col_size == 1;
+}
+
+void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const BackwardVariant& variant = *plan.variant;
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t start = end;
+    end += aligned(bytes);
+    return start;
+  };
+  const int64_t blocks = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
+  const int64_t rows = blocks * variant.block_m;
+  take(params.dq.data != nullptr ? rows * variant.head_dim * 4 : 0);
+  plan.minus_lse = take(rows * 4);
+  plan.minus_delta = take(rows * 4);
+  plan.turns = take(plan.ordered ? blocks * variant.warps * 4 : 0);
+  plan.next_tile = take(plan.ordered ? 4 : 0);
+  const int64_t key_blocks = plan.num_n_blocks * p.num_heads * (p.is_varlen_k() ? 1 : p.batch);
+  plan.slope_sums = take(params.dslopes != nullptr ? key_blocks * variant.warps * 4 : 0);
+  if (plan.reads_mask) {
+    const MaskView& mask = p.mask;
+    const int64_t slices = mask.batch_size * mask.head_size;
+    plan.visible =
+        take(slices * ceil_div(mask.row_size, variant.block_m) * ceil_div(mask.col_size, variant.block_n) * 4);
+    const int64_t cells = ceil_div(mask.row_size, MaskCells::kCell) * ceil_div(mask.col_size, MaskCells::kCell);
+    plan.bits = take(p.has_bool_mask() ? slices * cells * 32 * 4 : 0);
+  }
+  plan.workspace_bytes = end;
+}
+
+}  // namespace
+
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  BackwardPlan plan;
+  plan.aligned = is_aligned(params);
+  plan.variant = choose_variant(p, is_extended(p) || !plan.aligned, device);
+  if (plan.variant == nullptr) return plan;
+  if (params.dmask != nullptr) plan.mask_gradient = &variants_for(p).mask_gradient;
+  const int64_t m = plan.variant->block_m, n = plan.variant->block_n;
+  plan.num_m_blocks = p.is_varlen_q() ? p.total_q / m + p.batch : ceil_div(p.seqlen_q, m);
+  plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);
+  plan.num_tiles = plan.num_n_blocks * p.num_heads_k * (p.is_varlen_k() ? 1 : p.batch);
+  plan.ordered = p.deterministic && params.dq.data != nullptr;
+  plan.reads_mask = reads_mask(p);
+  lay_out_workspace(plan, params);
+  return plan;
+}
+
+}  // namespace flash_attn::cuda::sm80

@@ -1,0 +1,30 @@
+// Which backward kernel runs a problem, and what it needs.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../../kernel.h"
+#include "variant.h"
+
+namespace flash_attn::cuda::sm80 {
+
+struct BackwardPlan {
+  const BackwardVariant* variant = nullptr;
+  const MaskGradientVariant* mask_gradient = nullptr;  // if it is wanted
+  bool aligned = false;
+  int64_t num_m_blocks = 0, num_n_blocks = 0;  // see BackwardKernelParams
+  int64_t num_tiles = 0;
+  bool ordered = false;     // blocks of keys add to dq by turns
+  bool reads_mask = false;  // ahead, see mask_cells.cu
+  // Of the workspace, in bytes from its start.
+  int64_t minus_lse = 0, minus_delta = 0, turns = 0, next_tile = 0, slope_sums = 0;
+  int64_t visible = 0, bits = 0;
+  int64_t workspace_bytes = 0;
+};
+
+/// The plan's variant is null where no kernel fits the device.
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
+
+void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn::cuda::sm80

@@ -1,0 +1,94 @@
+// Which keys a block owns, and which query rows see them.
+#pragma once
+
+#include "../../../philox.h"
+#include "place.h"
+
+namespace flash_attn::cuda::sm80 {
+
+/// Rows count from the start of the sequence.
+struct BackwardTile {
+  SequenceInfo sequence;
+  int batch, head_k;
+  int n_block, n_begin;
+  int keys, stored_keys;      // that take part; that belong to the sequence
+  int row_begin, row_end;     // query rows that see some of the keys
+  int m_begin, num_m_blocks;  // their blocks
+  int head_begin, head_end;   // query heads that read the keys
+  int64_t first_m_block;      // of head_begin, in dq_accum and the statistics
+  int64_t key_block;          // this one's number for head_begin, see first_n_block()
+  float dropout_scale;        // 1 without dropout
+  Dropout dropout;
+  int low, high;  // row i of the sequence sees key j of the block when low <= j - i <= high
+};
+
+/// Blocks that wait for others are numbered as they start.
+SM80_DEVICE uint32_t tile_index(const BackwardKernelParams& params) {
+  if (params.turns == nullptr) return uint32_t(params.first_block) + blockIdx.x;
+  __shared__ int drawn;
+  if (threadIdx.x == 0) drawn = atomicAdd(params.next_tile, 1);
+  __syncthreads();
+  return uint32_t(drawn);
+}
+
+SM80_DEVICE void set_bounds(const ForwardParams& p, BackwardTile& tile) {
+  constexpr int kFar = 1 << 29;
+  const int64_t offset = tile.sequence.diagonal - tile.n_begin;
+  tile.low = p.window_left < 0 ? -kFar : int(clamp<int64_t>(offset - p.window_left, -kFar, kFar));
+  tile.high = p.window_right < 0 ? kFar : int(clamp<int64_t>(offset + p.window_right, -kFar, kFar));
+}
+
+SM80_DEVICE void set_dropout(const ForwardParams& p, BackwardTile& tile) {
+  tile.dropout_scale = 1.f;
+  if (p.dropout_p > 0.0) {
+    tile.dropout = make_dropout(p.rng_state, p.dropout_p);
+    tile.dropout_scale = float(tile.dropout.scale);
+  }
+}
+
+/// False: there is nothing to do.
+template <typename Config>
+SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& tile) {
+  constexpr int kBlockN = Config::kBlockN, kBlockM = Config::kBlockM;
+  const ForwardParams& p = params.problem.forward;
+  const uint32_t index = tile_index(params), heads = uint32_t(p.num_heads_k);
+  const uint32_t outer = index / uint32_t(params.num_n_blocks), number = index - outer * uint32_t(params.num_n_blocks);
+  BlockPlace place{int(outer / heads), int(number)};
+  if (p.cu_seqlens_k != nullptr) {
+    place = find_packed_block(p.cu_seqlens_k, p.total_k, int(p.batch), kBlockN, int(number));
+  }
+  tile.batch = place.batch;
+  tile.head_k = int(outer % heads);
+  tile.n_block = place.block;
+  tile.n_begin = place.block * kBlockN;
+  const SequenceInfo& s = tile.sequence = sequence_info(p, tile.batch);
+  if (place.block < 0 || tile.n_begin >= s.seqlen_k_padded) return false;
+  tile.stored_keys = int(clamp<int64_t>(s.seqlen_k_padded - tile.n_begin, 0, kBlockN));
+  tile.keys = int(clamp<int64_t>(s.seqlen_k - tile.n_begin, 0, kBlockN));
+  Range rows{0, 0};
+  if (tile.keys > 0) rows = visible_rows(p, s, tile.n_begin, tile.n_begin + tile.keys);
+  tile.row_begin = int(rows.begin < s.seqlen_q ? rows.begin : s.seqlen_q);
+  tile.row_end = int(rows.end > tile.row_begin ? rows.end : tile.row_begin);
+  tile.m_begin = tile.row_begin / kBlockM;
+  tile.num_m_blocks = tile.row_end > tile.row_begin ? (tile.row_end + kBlockM - 1) / kBlockM - tile.m_begin : 0;
+  const int group = int(p.num_heads) / int(p.num_heads_k);
+  tile.head_begin = tile.head_k * group;
+  tile.head_end = tile.head_begin + group;
+  tile.first_m_block = first_m_block(params, s, tile.batch, tile.head_begin);
+  if constexpr (Config::kExtended) {
+    tile.key_block = first_n_block(params, s, tile.batch, tile.head_begin) + tile.n_block;
+    set_dropout(p, tile);
+  }
+  set_bounds(p, tile);
+  return true;
+}
+
+/// Whether attn_mask hides all of a block of keys from a block of query rows.
+SM80_DEVICE bool is_hidden(const BackwardKernelParams& params, const BackwardTile& tile, int head, int m_block) {
+  const MaskCells& cells = params.mask_cells;
+  if (cells.visible == nullptr) return false;
+  return cells.visible[tile.batch * cells.visible_batch + head * cells.visible_head + tile.n_block * cells.n_block +
+                       m_block * cells.m_block] == 0;
+}
+
+}  // namespace flash_attn::cuda::sm80

@@ -1,0 +1,15 @@
+#include "../instance.h"
+
+namespace flash_attn::cuda::sm80 {
+namespace {
+
+const ForwardVariant kVariants[] = {
+    forward_variant<256, 4, 1, 64, 64, 2, false>("mma d256 64x64"),
+    forward_variant<256, 4, 1, 32, 32, 2, true>("mma d256 64x32 extended"),
+};
+
+}  // namespace
+
+extern const ForwardVariants kForwardD256 = {kVariants, sizeof(kVariants) / sizeof(kVariants[0])};
+
+}  // namespace flash_attn::cuda::sm80

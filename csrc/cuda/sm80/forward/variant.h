@@ -1,0 +1,31 @@
+// The forward kernels that exist. A head dimension's are listed in its file of instances/.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../../../kernel.h"
+#include "params.h"
+
+namespace flash_attn::cuda::sm80 {
+
+struct ForwardVariant {
+  const char* name;
+  int head_dim;  // the largest that it takes, of q and of v
+  int block_m, block_n, threads;
+  int blocks_per_sm;  // that its registers allow
+  bool extended;
+  int min_slots;                                 // of the ring: those that are read at a time, and one
+  int query_bytes, slot_bytes;                   // of shared memory
+  void (*kernel[2])(const ForwardKernelParams);  // for bfloat16, float16
+};
+
+struct ForwardVariants {
+  const ForwardVariant* first;
+  int count;
+  const ForwardVariant* begin() const { return first; }
+  const ForwardVariant* end() const { return first + count; }
+};
+
+extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192, kForwardD256;
+
+}  // namespace flash_attn::cuda::sm80

@@ -1,0 +1,111 @@
+// Online softmax over blocks of keys (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) on the
+// accumulator fragments of one warp, kMTiles x kNTiles of 16 x 8.
+#pragma once
+
+#include <cmath>
+
+#include "mma.h"
+
+namespace flash_attn::cuda::sm80 {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+
+/// The four lanes of a quad hold the same rows.
+SM80_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+SM80_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+/// For each block: rescale(), which looks at S, then exponentials() of each fragment of S, which becomes P.
+///
+/// row_max is a reference, not always the maximum: it moves, and what has been summed is rescaled, only when some row's
+/// maximum has grown by more than kGrowth. Results are the same, for P is relative to whatever row_max is.
+///
+/// kNatural: S holds scores in natural units, which may be as low as the smallest float: the difference is taken first.
+/// Else S is q.k, and row_max is in log2, scaled.
+template <int kMTiles, int kNTiles, bool kNatural>
+struct OnlineSoftmax {
+  static constexpr float kGrowth = kNatural ? 4.f * kLn2 : 4.f;
+
+  const float scale;          // from S to row_max's unit: softmax_scale / ln 2, or 1
+  float row_max[kMTiles][2];  // -inf: the row has seen nothing
+  float row_sum[kMTiles][2];  // of P, this lane's columns
+
+  SM80_DEVICE explicit OnlineSoftmax(float softmax_scale) : scale(kNatural ? 1.f : softmax_scale * kLog2E) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_max[m][r] = -INFINITY, row_sum[m][r] = 0.f;
+    }
+  }
+
+  /// `rescale_out(m, half, factor)` is called for every row of this lane when some row of the warp has grown.
+  template <typename RescaleOut>
+  SM80_DEVICE void rescale(const float (&s)[kMTiles][kNTiles][4], const RescaleOut& rescale_out) {
+    float largest[kMTiles][2];
+    bool grown = false;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x = fmaxf(s[m][0][2 * r], s[m][0][2 * r + 1]);
+#pragma unroll
+        for (int n = 1; n < kNTiles; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+        largest[m][r] = x * scale;
+        grown = grown || largest[m][r] > row_max[m][r] + kGrowth;
+      }
+    }
+    if (!__any_sync(~0u, grown)) return;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float high = fmaxf(row_max[m][r], quad_max(largest[m][r]));
+        // A row that has seen nothing has nothing to rescale: 0 - 0, not -inf - -inf.
+        const float factor = high == -INFINITY ? 1.f : exponential(row_max[m][r] - high);
+        row_max[m][r] = high;
+        row_sum[m][r] *= factor;
+        rescale_out(m, r, factor);
+      }
+    }
+  }
+
+  /// Of fragment (m, n).
+  SM80_DEVICE void exponentials(float (&s)[kMTiles][kNTiles][4], int m, int n) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float base = row_max[m][r] == -INFINITY ? 0.f : row_max[m][r];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& x = s[m][n][2 * r + c];
+        x = kNatural ? exponential(x - base) : fast_exp2(fmaf(x, scale, -base));
+      }
+      row_sum[m][r] += s[m][n][2 * r] + s[m][n][2 * r + 1];
+    }
+  }
+
+  /// Of one row, after the last block: what O is to be multiplied by, and lse. `sink` joins the sum; -inf is none.
+  SM80_DEVICE float finish(int m, int r, float sink, float& lse) const {
+    const float unit = kNatural ? 1.f : kLn2;
+    float sum = quad_sum(row_sum[m][r]), high = row_max[m][r] * unit, correction = 1.f;
+    if (sink != -INFINITY) {
+      const float top = fmaxf(high, sink);
+      correction = high == -INFINITY ? 0.f : exponential_natural(high - top);
+      sum = sum * correction + exponential_natural(sink - top);
+      high = top;
+    }
+    const bool empty = !(sum > 0.f) && !(sum != sum);
+    lse = empty ? -INFINITY : high + logf(sum);
+    return empty ? 0.f : correction / sum;
+  }
+
+ private:
+  SM80_DEVICE static float exponential_natural(float x) { return fast_exp2(x * kLog2E); }
+  SM80_DEVICE static float exponential(float x) { return fast_exp2(kNatural ? x * kLog2E : x); }
+};
+
+}  // namespace flash_attn::cuda::sm80
