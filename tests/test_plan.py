@@ -58,6 +58,8 @@ def backward_decisions(*problem: int, **changes: Any) -> dict[str, int | str]:
 
 
 def test_a_gpu_that_is_no_hopper_gets_the_kernels_for_all_since_ampere() -> None:
+    if "80" not in _C.build_info()["cuda_archs"]:
+        pytest.skip("built without code for compute capability 8.0")
     plans = plan(device=A100)
     for choice in plans.values():
         assert choice["family"] == "sm80"
@@ -288,3 +290,12 @@ def test_the_published_figures_are_of_the_kernels_that_are_chosen(passes: str) -
     for row in rows:
         chosen = plan(row["batch"], row["heads"], row["seqlen"], row["head_dim"], causal=int(row["causal"]))[passes]
         assert f"{chosen['family']}: {chosen['kernel']}" == row["ours_kernel"], row
+
+
+def test_a_gpu_that_the_build_has_no_code_for_gets_the_universal_kernels() -> None:
+    plans = plan(device=(119, 20, 232448, 32 << 20))
+    for choice in plans.values():
+        assert choice["family"] == "universal"
+        assert [text for name, text in choice["rejected"] if name == "sm80"] == [
+            "this build has no code of the family for the device's compute capability"
+        ]

@@ -22,6 +22,10 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 
 pytestmark = [
     pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels"),
+    pytest.mark.skipif(
+        any(arch not in _C.build_info()["cuda_archs"] for arch in ("80", "90", "100", "120")),
+        reason="built for a part of the GPUs",
+    ),
     pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
 ]
 
@@ -38,7 +42,9 @@ KERNELS = {
 def test_backward_takes_the_largest_tiles_that_fit(index: int, device: tuple[int, int, int, int]) -> None:
     head_dim = HEAD_DIMS[index]
     choice = plan(head_dim=head_dim, device=device)["backward"]
-    assert (choice["family"], choice["kernel"]) == ("sm80", f"mma d{head_dim} {KERNELS[device[2]][index]}")
+    # For compute capability 10 there is no code of a kernel whose registers ptxas would spill.
+    tiles = "64x64 w8" if device is B200 and head_dim == 192 else KERNELS[device[2]][index]
+    assert (choice["family"], choice["kernel"]) == ("sm80", f"mma d{head_dim} {tiles}")
 
 
 @pytest.mark.parametrize(

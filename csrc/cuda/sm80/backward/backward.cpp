@@ -1,6 +1,7 @@
 // The family's backward entry: what it takes, its plan, its launch.
 #include <algorithm>
 
+#include "../code_for_device.h"
 #include "../sm80.h"
 #include "plan.h"
 
@@ -21,6 +22,9 @@ const char* refuses(const BackwardParams& given, const DeviceInfo& device) {
   const BackwardParams params = with_true_maxima(given);
   const ForwardParams& p = params.forward;
   if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
+  if (!has_code_for(device.compute_capability, FLASH_ATTN_SM80_ARCHS)) {
+    return "this build has no code of the family for the device's compute capability";
+  }
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
   if (p.batch == 0 || p.num_heads == 0 || p.head_dim == 0 || p.head_dim_v == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 ||
       p.total_q == 0 || p.total_k == 0) {
