@@ -28,9 +28,7 @@ constexpr double kTilesPerSm = 8, kPairsPerSm = 3.5;
 
 /// Whether the tiles' shares of the work come out even. With tiles of one length that is a matter of whole waves. Of
 /// different lengths there have to be several an SM: eight, or half as many in pairs, which lose more by parts of dk
-/// and dv that have to be added up, unless each waits for its turn. [H200, causal, head dim 256, 8 heads on 2, one part
-/// and four: 0.508, 0.572 ms at 1k, 1.360, 1.395 at 4k, 5.02, 5.03 at 16k; in turns, one part: 1.6 ms at 4k, 6.0 at
-/// 16k.]
+/// and dv that have to be added up, unless each waits for its turn: benchmarks/experiments/049.
 bool is_balanced(const Plan& plan, const ForwardParams& p) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.order.tiles_at_once;
   if (!rows_see_prefixes(p)) return 100 * tiles >= kLeastFullPercent * at_once * ceil_div(tiles, at_once);
@@ -63,10 +61,7 @@ constexpr int64_t kLeastSavedRows = 512, kLeastSavedRowsOfParts = 384, kRowsOfTw
 
 /// How many query blocks a tile has where there are fewer tiles than SMs: so few that all SMs work and all tiles that
 /// see something can run at once; or half of a head's in causal attention, if they are many. It has to save so many
-/// rows that adding up the parts is worth it. [H200, us with 1, 2, 3, 4, 6, 8 parts of the rows: d128 4 heads of 1k
-/// full 50, 42, 40, 36, 36, 48; 2 of 4k causal 140, 91, 75, 92, 93, 102; 1 of 16k causal 506, 294, 417, 365, 373, 370;
-/// 16 of 512 37, 38, 38, 50; d256 4 of 512 41, 43, 43, 45. Saving 384 rows: 12 of 768 causal 0.95, 8 of 512 0.98 to
-/// 1.02, 8 heads on 2 1.16.]
+/// rows that adding up the parts is worth it: benchmarks/experiments/052.
 int64_t part_blocks(const Plan& plan, const ForwardParams& p, const Forced& forced) {
   const int64_t tiles = num_tiles(plan, p), at_once = plan.order.tiles_at_once, all = plan.num_m_blocks;
   if (p.is_varlen_k() || (p.has_window() && !rows_see_prefixes(p))) return all;
@@ -96,11 +91,7 @@ bool has_last_group(const Plan& plan, const ForwardParams& p) {
 }
 
 /// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
-/// have to be prepared before (plan_preparation), which short sequences pay for. [H200, ratio to cuDNN with 0, 1, 2, 4
-/// times as many tiles as SMs, and all. 16 tiles an SM: d128 512 1.267, 1.267, 1.255, 1.196; 4k 1.189, 1.245, 1.248,
-/// 1.237, 1.010; d256 4k 1.305, -, 1.370, 1.359, 1.237. Four tiles: d128 1k 1.165, 1.205, 1.184, 1.186, 1.200; 4k
-/// 1.168, 1.325, 1.348, 1.376, 1.382; d256 4k 1.252, 1.455, 1.490, 1.515, 1.514. Two tiles: d64 1k 1.352, 1.399, 1.336,
-/// 1.451, 1.483.]
+/// have to be prepared before (plan_preparation), which short sequences pay for: benchmarks/experiments/032.
 int64_t heads_of_last_group(const Plan& plan, int64_t heads) {
   const int tiles = plan.order.num_tiles / plan.order.tiles_at_once, n_blocks = plan.order.num_n_blocks;
   if (tiles < (n_blocks < 32 ? 3 : 6)) return heads;
@@ -115,11 +106,10 @@ void plan_order(Plan& plan, const ForwardParams& p, const DeviceInfo& device) {
   int64_t group = 1, last = 0;
   if (rows_see_prefixes(p)) {
     // Steps of as many query rows as a tile has keys (d64) leave it no time between its neighbour's turn and its own,
-    // if they are of one head. [0 to +2%.]
+    // if they are of one head: benchmarks/experiments/030.
     const bool square = plan.variant->block_m == plan.variant->block_n;
     group = clamp<int64_t>(heads_in_l2(plan, p, device.l2_bytes), 1, square ? 4 : 1);
-    // The last columns first, each tile a step behind the neighbour. [H200: d128 0 to +2%, d256 0 to +3%, d64 +5% at
-    // 1k, -1% at 8k, -2% at 16k. Packed sequences of different lengths: d128 -1 to -3%.]
+    // The last columns first, each tile a step behind the neighbour: benchmarks/experiments/030.
     plan.order.falling = plan.dq.is_ordered() || heads_at_once >= (p.is_varlen_k() ? 8 : square ? 4 : 1);
     if (has_last_group(plan, p)) {
       last = heads_of_last_group(plan, heads);
@@ -174,12 +164,7 @@ bool takes_one_cta(const BackwardParams& params) {
 }
 
 /// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order, and loses the
-/// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled. [H200, time of the other
-/// over its time, with 100, 76 to 85, 61 to 67% of the CTAs of all rounds busy. Full 128 rows 1.17 to 1.19, 1.15
-/// to 1.20, 1.14 to 1.18; 256 1.20 to 1.23, 1.06 to 1.19, 0.98; 384 1.07 to 1.10, 0.91 to 1.06, 0.82; causal 256 1.14
-/// to 1.24, 1.03 to 1.26, 0.96; 512 1.03 to 1.20, 0.88 to 1.15, 0.83. 1,024 to 16,384 query rows on 64 to 128 keys with
-/// 100, 76, 50, 15%: 1.34 to 1.64, 1.26 to 1.36, 1.09 to 1.12, 0.78 to 0.95; on 200 to 256 keys with 100, 76%: 1.13
-/// to 1.29, 1.04 to 1.12; on 384: 0.94 to 1.02.]
+/// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled: benchmarks/experiments/048.
 bool one_cta_pays(const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
   const int64_t n_blocks = ceil_div(p.seqlen_k, kD64Fused.block_n), busy_percent = 100 * heads / at_once;
@@ -197,9 +182,7 @@ bool has_dq_writer(const Plan& plan) {
 /// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
 /// over one or two steps, so a tile has to have several times as many steps as its share has blocks. The shares of the
 /// last round of tiles are written at the end, so there have to be several rounds, and where a warp stores dQ, the more
-/// the fewer steps a tile has. [H200, d128 causal, four tiles an SM, time without over time with: 512 0.87, 1k 0.91, 2k
-/// 1.02; eight: 0.92, 0.99, 1.04; full, four: 1.01, 1.03, 1.01; eight: 1.04, 1.04, 1.02. d64 causal, four: 1.01, 1.05,
-/// 1.04.]
+/// the fewer steps a tile has: benchmarks/experiments/040.
 DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const ExpectedTiles expected(plan, p);
@@ -222,7 +205,7 @@ DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
 
 /// Sets what tiles prepare (preprocess/prepared_rows.h), and what another launch: so much that a tile finds its own
 /// rows prepared by tiles more than a round before, and all heads of the last group, which begin at the same time. It
-/// takes several rounds.
+/// takes several rounds: benchmarks/experiments/038.
 void plan_preparation(Plan& plan, const ForwardParams& p, const Forced& forced) {
   const bool out_fits_q = p.head_dim_v <= 64 * ceil_div(p.head_dim, 64), packed = p.is_varlen_k();
   if (!shares_rows(plan, p)) return;
@@ -309,14 +292,13 @@ Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const V
   if (p.deterministic && params.dq.data != nullptr) plan.dq.protocol = DqProtocol::kOrdered;
   plan_order(plan, p, device);
   if (!plan.dq.is_ordered()) {
-    // Head dim 64, whose consumers add dQ from registers, with zeros before [H200]: full +1 to +3%, causal from 4096 on
-    // 0 to +1%, shorter -2%.
+    // Head dim 64, whose consumers add dQ from registers, with zeros before: benchmarks/experiments/043.
     const bool claims_pay = variant.dq_path == DqPath::kWarp || variant.cluster > 1 || plan.order.falling;
     plan.dq.protocol = claims_pay ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
   }
   plan.dq.spread_starts = plan.dq.protocol == DqProtocol::kFirstStores && !p.has_window();
   if (variant.cluster == 1 && plan.order.num_tiles > device.num_sms) {
-    plan.dynamic = true;  // H200, head dim 64: +6% at 1024, +1% at 16384
+    plan.dynamic = true;  // benchmarks/experiments/033
     plan.grid = device.num_sms;
   }
   plan_preparation(plan, p, forced);

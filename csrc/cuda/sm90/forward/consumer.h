@@ -95,7 +95,7 @@ struct Consumer {
   /// Blocks that other warpgroups of the tile need. Only the warp that releases them waits for them: the next block
   /// that the others wait for is not released before a product of all four.
   FLASH_ATTN_DEVICE void skip_blocks(int count) {
-    constexpr int kUnroll = Config::kMasked ? 1 : 4;  // 1% of d64 each way
+    constexpr int kUnroll = Config::kMasked ? 1 : 4;  // benchmarks/experiments/009
 #pragma unroll kUnroll
     for (; count > 0; --count) {
       begin_issue();

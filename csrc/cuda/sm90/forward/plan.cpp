@@ -20,7 +20,8 @@ namespace {
 // and a launch needs
 //   static tiles      full waves of tiles, and a last one whose tiles may be split,
 //   longest first     the mean load of a CTA, but no less than the longest tile; half a short tile of imbalance.
-// The kernels' constants were fitted to an H200's times at 512 to 16,384 rows, within 3%; the others measured there.
+// The kernels' constants were fitted to an H200's times at 512 to 16,384 rows, within 3%; the others measured there:
+// benchmarks/experiments/010 and 005.
 constexpr double kProductsPerClock = 2048;    // multiply-adds of an SM
 constexpr double kCombineClocks = 9000;       // launching combine.h's kernel, and its latency
 constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth, partial results written and read
@@ -105,8 +106,8 @@ void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& l
   plan.dynamic = int64_t{schedule.num_tiles} * schedule.num_splits > num_sms;
 }
 
-/// Heads whose K and V together take a share of L2 that grows with their length. Of the H200's 60 MB, at head dim 128
-/// and 256, 8 MB were best at 512 keys, 16 at 1024, 32 from 2048 on; at 64, where copies weigh less, 32 throughout.
+/// Heads whose K and V together take a share of L2 that grows with their length, but where copies weigh less, at head
+/// dim 64: benchmarks/experiments/006.
 int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   const int64_t bytes_per_key = p.head_dim + p.head_dim_v < 256 ? int64_t{64} << 10 : int64_t{16} << 10;
   const int64_t keys = mean_problem(p).seqlen_k;

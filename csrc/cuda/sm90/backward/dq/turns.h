@@ -126,7 +126,7 @@ FLASH_ATTN_DEVICE void follow_turns(const KernelParams& params, const Tile& tile
 
 // By a thread of a consumer:
 
-/// Stores or adds. By a predicate: a branch there costs the loop of products 5% [head dim 64].
+/// Stores or adds. By a predicate: a branch there slows the loop of products (benchmarks/experiments/044).
 FLASH_ATTN_DEVICE void global_store_or_add(bool store, float* global, const float* x) {
   asm volatile(
       "{\n"

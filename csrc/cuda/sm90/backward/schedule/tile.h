@@ -33,7 +33,7 @@ struct Tile {
 };
 
 // If it is even ptxas joins the loads of the bounds, packs dS later and puts up to six instructions more into the
-// loops. [d64 3 to 5% slower.]
+// loops: benchmarks/experiments/058.
 static_assert(sizeof(Tile) / sizeof(int) % 2 == 1, "a tile's number of words is odd: add or take one away");
 
 /// Where all tiles of a head see all query blocks, each begins with another: if all began with the first, they would

@@ -175,7 +175,7 @@ struct Consumer {
   FLASH_ATTN_DEVICE void process_step(const Tile& tile, int head, int m_block, bool mask, int previous_q) {
     mbarrier_wait(&shared.q_full[q.stage], q.phase);
     issue_transposed(s, shared.k[tiles.stage_kv()], shared.q[q.stage], lse_weights_descriptor(shared.weights));
-    // Not before S: the copies come in the order of their use [d128 +2 to 5%, d64 +1 to 2%].
+    // Not before S: the copies come in the order of their use: benchmarks/experiments/054.
     mbarrier_wait(&shared.v_full[tiles.stage_kv()], tiles.phase_kv());
     mbarrier_wait(&shared.dout_full[q.stage], q.phase);
     issue_transposed(dp, shared.v[tiles.stage_kv()], shared.dout[q.stage], delta_weights_descriptor(shared.weights));
