@@ -1,10 +1,6 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cmath>
-
 #include "../../sequence.h"
 #include "../common/launch.h"
+#include "is_seen.h"
 #include "packed_mask.h"
 
 namespace flash_attn::cuda::mask {
@@ -17,11 +13,6 @@ struct PackArguments {
   PackedMask packed;
   int64_t first_block, num_cells;
 };
-
-__device__ __forceinline__ bool is_seen(uint8_t x) { return x != 0; }
-__device__ __forceinline__ bool is_seen(float x) { return x != -INFINITY; }
-__device__ __forceinline__ bool is_seen(__nv_bfloat16 x) { return __bfloat162float(x) != -INFINITY; }
-__device__ __forceinline__ bool is_seen(__half x) { return __half2float(x) != -INFINITY; }
 
 /// A warp packs a cell. Lane 4 g + t reads rows g and g + 8, columns 8 n + 2 t and the next.
 template <typename Storage>

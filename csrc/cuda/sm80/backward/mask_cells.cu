@@ -1,11 +1,14 @@
 // What the kernels on tiles need to know of attn_mask ahead: which blocks of scores it hides wholly, so that they are
 // passed over; and a mask of bools as bits in the order of transposed fragments, a word a lane. It is read once.
 #include "../../common/launch.h"
+#include "../../mask/is_seen.h"
 #include "../scores.h"
 #include "rows.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {
+
+using mask::is_seen;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kCell = MaskCells::kCell;
 
@@ -17,11 +20,6 @@ struct CellParams {
   uint32_t* bits;  // null: not wanted
   int64_t num_cells, first_block;
 };
-
-SM80_DEVICE bool shows(uint8_t x) { return x != 0; }
-SM80_DEVICE bool shows(float x) { return x != -INFINITY; }
-SM80_DEVICE bool shows(__nv_bfloat16 x) { return __bfloat162float(x) != -INFINITY; }
-SM80_DEVICE bool shows(__half x) { return __half2float(x) != -INFINITY; }
 
 /// A warp reads a cell; neighbours are of neighbouring keys.
 template <typename Storage>
@@ -46,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) read_cells_kernel(const __grid_const
       for (int i = 0; i < 4; ++i) {
         const int q = 8 * n + i % 2, k = 16 * m + i / 2 * 8;
         if ((all_rows || query + q < mask.row_size) && (all_columns || key + k < mask.col_size)) {
-          word |= uint32_t(shows(from[q * mask.row + k * mask.col])) << MaskCells::bit(m, n, i);
+          word |= uint32_t(is_seen(from[q * mask.row + k * mask.col])) << MaskCells::bit(m, n, i);
         }
       }
     }

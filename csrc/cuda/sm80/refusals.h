@@ -1,0 +1,24 @@
+// What neither pass of the family takes, whatever its kernels.
+#pragma once
+
+#include "../../kernel.h"
+#include "code_for_device.h"
+
+namespace flash_attn::cuda::sm80 {
+
+constexpr int64_t kMaxRows = int64_t{1} << 27;  // of a sequence, so that places and differences of rows stay in 32 bits
+constexpr double kMaxTiles = double(1 << 30);   // of a launch, likewise
+
+/// Null: nothing speaks against it. `archs`: what the family was compiled for, see has_code_for().
+inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& device, const char* archs) {
+  if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
+  if (!has_code_for(device.compute_capability, archs)) {
+    return "this build has no code of the family for the device's compute capability";
+  }
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
+  return nullptr;
+}
+
+}  // namespace flash_attn::cuda::sm80
