@@ -1,12 +1,12 @@
-// csrc/cuda/common/sequence_blocks.h for random lengths, on the host: the list has every block with rows once, in the
-// order that it says, and no more places than the lengths' sum allows, whatever the bound on one of them.
+// csrc/cuda/common/tiles/sequence_blocks.h for random lengths, on the host: the list has every block with rows once, in
+// the order that it says, and no more places than the lengths' sum allows, whatever the bound on one of them.
 #include <cstdio>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/common/sequence_blocks.h"
+#include "../csrc/cuda/common/tiles/sequence_blocks.h"
 
 namespace flash_attn::cuda {
 namespace {

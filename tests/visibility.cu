@@ -1,12 +1,12 @@
-// csrc/cuda/common/visibility.h for random problems, on the host: what it says of tiles and blocks is what its rules
-// say of each row and column.
+// csrc/cuda/common/tiles/visibility.h for random problems, on the host: what it says of tiles and blocks is what its
+// rules say of each row and column.
 #include <cstdint>
 #include <cstdio>
 #include <random>
 #include <stdexcept>
 #include <string>
 
-#include "../csrc/cuda/common/visibility.h"
+#include "../csrc/cuda/common/tiles/visibility.h"
 
 namespace flash_attn::cuda {
 namespace {

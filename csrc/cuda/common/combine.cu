@@ -2,7 +2,7 @@
 #include "dependent_launch.h"
 #include "launch.h"
 #include "softmax.h"
-#include "tile_order.h"
+#include "tiles/order.h"
 
 namespace flash_attn::cuda {
 namespace {

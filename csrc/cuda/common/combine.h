@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../params.h"
-#include "tile_schedule.h"
+#include "tiles/schedule.h"
 
 namespace flash_attn::cuda {
 

@@ -1,8 +1,8 @@
-// Masks on fragments (fragment.h): what rows do not see of a block (visibility.h) goes.
+// Masks on fragments (fragment.h): what rows do not see of a block (tiles/visibility.h) goes.
 #pragma once
 
 #include "fragment.h"
-#include "visibility.h"
+#include "tiles/visibility.h"
 
 namespace flash_attn::cuda {
 

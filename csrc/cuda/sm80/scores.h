@@ -7,7 +7,7 @@
 #include "../../params.h"
 #include "../../philox.h"
 #include "../../sequence.h"
-#include "../common/visibility.h"
+#include "../common/tiles/visibility.h"
 #include "../mask/packed_mask.h"
 #include "mma.h"
 

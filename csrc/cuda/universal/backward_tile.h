@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/launch.h"
-#include "../common/sequence_blocks.h"
+#include "../common/tiles/sequence_blocks.h"
 #include "backward_launch.h"
 #include "rows.h"
 #include "scores.h"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/launch.h"
-#include "../common/sequence_blocks.h"
+#include "../common/tiles/sequence_blocks.h"
 #include "forward_launch.h"
 #include "scores.h"
 

@@ -1,5 +1,5 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
-#include "../../common/sequence_blocks.h"
+#include "../../common/tiles/sequence_blocks.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"

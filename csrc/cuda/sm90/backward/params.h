@@ -6,7 +6,7 @@
 
 #include "../../../sequence.h"
 #include "../../common/division.h"
-#include "../../common/sequence_blocks.h"
+#include "../../common/tiles/sequence_blocks.h"
 #include "dq/protocol.h"
 
 namespace flash_attn::cuda::sm90::backward {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../../common/sequence_blocks.h"
-#include "../../common/visibility.h"
+#include "../../common/tiles/sequence_blocks.h"
+#include "../../common/tiles/visibility.h"
 #include "forced.h"
 #include "params.h"
 

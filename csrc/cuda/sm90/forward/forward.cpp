@@ -1,7 +1,7 @@
 // The Hopper family's forward entry: what it takes, its plan, its launch.
 #include <initializer_list>
 
-#include "../../common/sequence_blocks.h"
+#include "../../common/tiles/sequence_blocks.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"

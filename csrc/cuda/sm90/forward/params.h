@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "../../common/tile_schedule.h"
+#include "../../common/tiles/schedule.h"
 #include "../hopper/tensor_map.h"
 
 namespace flash_attn::cuda::sm90::forward {

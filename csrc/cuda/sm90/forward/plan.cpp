@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #include "../../../sequence.h"
-#include "../../common/sequence_blocks.h"
-#include "../../common/visibility.h"
+#include "../../common/tiles/sequence_blocks.h"
+#include "../../common/tiles/visibility.h"
 
 namespace flash_attn::cuda::sm90::forward {
 namespace {

@@ -5,7 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../../kernel.h"
-#include "../../common/tile_schedule.h"
+#include "../../common/tiles/schedule.h"
 
 namespace flash_attn::cuda::sm90::forward {
 

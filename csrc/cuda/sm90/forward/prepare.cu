@@ -1,7 +1,7 @@
 #include "../../../sequence.h"
 #include "../../common/dependent_launch.h"
 #include "../../common/launch.h"
-#include "../../common/packed_blocks.h"
+#include "../../common/tiles/packed_blocks.h"
 #include "prepare.h"
 
 namespace flash_attn::cuda::sm90::forward {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../common/dependent_launch.h"
-#include "../../common/tile_counter.h"
+#include "../../common/tiles/counter.h"
 #include "../hopper/barriers.h"
 #include "../hopper/tma.h"
 #include "config.h"

@@ -1,9 +1,9 @@
 // A tile is kBlockM query rows of one head, with the columns they see. The scheduler turns an index in the order of
-// tiles (common/tile_order.h) into a Tile, and the others work on the Tile alone.
+// tiles (common/tiles/order.h) into a Tile, and the others work on the Tile alone.
 #pragma once
 
-#include "../../common/tile_order.h"
-#include "../../common/visibility.h"
+#include "../../common/tiles/order.h"
+#include "../../common/tiles/visibility.h"
 
 namespace flash_attn::cuda::sm90::forward {
 

@@ -1,6 +1,6 @@
 #include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
-#include "../../../common/sequence_blocks.h"
+#include "../../../common/tiles/sequence_blocks.h"
 #include "../params.h"
 #include "../rows.h"
 #include "postprocess.h"

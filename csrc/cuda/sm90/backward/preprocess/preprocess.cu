@@ -2,7 +2,7 @@
 
 #include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
-#include "../../../common/packed_blocks.h"
+#include "../../../common/tiles/packed_blocks.h"
 #include "../params.h"
 #include "../rows.h"
 #include "preprocess.h"

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../../../params.h"
-#include "../../../common/sequence_blocks.h"
+#include "../../../common/tiles/sequence_blocks.h"
 
 namespace flash_attn::cuda::sm90::backward {
 

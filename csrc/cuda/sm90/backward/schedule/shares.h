@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../../../common/ptx.h"
-#include "../../../common/visibility.h"
+#include "../../../common/tiles/visibility.h"
 #include "order.h"
 
 namespace flash_attn::cuda::sm90::backward {

@@ -1,15 +1,15 @@
-// How the host asks for the tiles of a forward pass to be shared out over the CTAs; tile_order.h is what the device
+// How the host asks for the tiles of a forward pass to be shared out over the CTAs; order.h is what the device
 // makes of it.
 #pragma once
 
 #include <vector_types.h>
 
-#include "../../sequence.h"
-#include "division.h"
+#include "../../../sequence.h"
+#include "../division.h"
 
 namespace flash_attn::cuda {
 
-/// See open_counter() of tile_counter.h.
+/// See open_counter() of counter.h.
 struct TileCounter {
   uint64_t launch_id;
   int value;

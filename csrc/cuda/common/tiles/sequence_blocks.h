@@ -2,7 +2,7 @@
 // sequence is said to have.
 #pragma once
 
-#include "../../sequence.h"
+#include "../../../sequence.h"
 
 namespace flash_attn::cuda {
 

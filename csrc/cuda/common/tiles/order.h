@@ -2,8 +2,8 @@
 // kBlockM query rows of one head.
 #pragma once
 
-#include "ptx.h"
-#include "tile_schedule.h"
+#include "../ptx.h"
+#include "schedule.h"
 
 namespace flash_attn::cuda {
 

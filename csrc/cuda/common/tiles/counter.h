@@ -1,8 +1,8 @@
 // The counter from which the CTAs of a launch take tiles.
 #pragma once
 
-#include "ptx.h"
-#include "tile_schedule.h"
+#include "../ptx.h"
+#include "schedule.h"
 
 namespace flash_attn::cuda {
 

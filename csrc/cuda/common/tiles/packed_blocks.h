@@ -1,7 +1,7 @@
 // The blocks of packed sequences, counted one sequence after the other.
 #pragma once
 
-#include "../../sequence.h"
+#include "../../../sequence.h"
 
 namespace flash_attn::cuda {
 

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "../../sequence.h"
+#include "../../../sequence.h"
 
 namespace flash_attn::cuda {
 
