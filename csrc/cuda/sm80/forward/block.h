@@ -1,7 +1,7 @@
 // A block of the forward kernel: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
-#include "../scores.h"
+#include "../../common/scores.h"
 #include "../softmax.h"
 #include "config.h"
 #include "tile.h"

@@ -7,11 +7,11 @@
 #include "../../params.h"
 #include "../../philox.h"
 #include "../../sequence.h"
-#include "../common/tiles/visibility.h"
 #include "../mask/packed_mask.h"
-#include "mma.h"
+#include "ptx.h"
+#include "tiles/visibility.h"
 
-namespace flash_attn::cuda::sm80 {
+namespace flash_attn::cuda {
 
 /// Where a warp's fragments stand: of element (0, 0, 0) of this lane, row and column in its sequence.
 struct FragmentPlace {
@@ -22,7 +22,7 @@ struct FragmentPlace {
 struct ColumnBounds {
   int left, right, end;
 
-  SM80_DEVICE ColumnBounds(const ForwardParams& p, const SequenceInfo& s)
+  FLASH_ATTN_DEVICE ColumnBounds(const ForwardParams& p, const SequenceInfo& s)
       : left(left_bound(p.window_left, s.diagonal)),
         right(right_bound(p.window_right, s.diagonal)),
         end(int(s.seqlen_k)) {}
@@ -30,7 +30,8 @@ struct ColumnBounds {
 
 /// -inf where a row does not see a column.
 template <int kMTiles, int kNTiles>
-SM80_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at, const ColumnBounds& bounds) {
+FLASH_ATTN_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at,
+                                    const ColumnBounds& bounds) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -49,7 +50,7 @@ SM80_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const FragmentPla
   }
 }
 
-SM80_DEVICE float tanh_by_exp2(float x) {
+FLASH_ATTN_DEVICE float tanh_by_exp2(float x) {
   // 1 - 2 / (e^2x + 1): exact to 1e-7 absolutely, and odd where it matters; tanh.approx is off by 5e-4.
   const float e = fast_exp2(x * (2.f * 1.4426950408889634f));
   return 1.f - __fdividef(2.f, e + 1.f);
@@ -60,7 +61,7 @@ struct ScoreRules {
   float scale, softcap, slope;
   int diagonal;
 
-  SM80_DEVICE ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int batch, int head)
+  FLASH_ATTN_DEVICE ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int batch, int head)
       : scale(float(p.softmax_scale)), softcap(float(p.softcap)), slope(0.f), diagonal(int(sequence.diagonal)) {
     if (p.alibi_slopes != nullptr) {
       slope =
@@ -70,7 +71,7 @@ struct ScoreRules {
 
   /// S becomes scores in natural units, attn_mask excepted.
   template <int kMTiles, int kNTiles>
-  SM80_DEVICE void apply(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at) const {
+  FLASH_ATTN_DEVICE void apply(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at) const {
     if (softcap > 0.f) {
       const float inner = scale / softcap;
 #pragma unroll
@@ -103,10 +104,12 @@ struct ScoreRules {
   }
 };
 
-SM80_DEVICE float low_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair << 16); }
-SM80_DEVICE float high_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair & 0xffff0000u); }
-SM80_DEVICE float low_half(uint32_t pair, __half) { return __half2float(__ushort_as_half(uint16_t(pair))); }
-SM80_DEVICE float high_half(uint32_t pair, __half) { return __half2float(__ushort_as_half(uint16_t(pair >> 16))); }
+FLASH_ATTN_DEVICE float low_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair << 16); }
+FLASH_ATTN_DEVICE float high_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair & 0xffff0000u); }
+FLASH_ATTN_DEVICE float low_half(uint32_t pair, __half) { return __half2float(__ushort_as_half(uint16_t(pair))); }
+FLASH_ATTN_DEVICE float high_half(uint32_t pair, __half) {
+  return __half2float(__ushort_as_half(uint16_t(pair >> 16)));
+}
 
 /// An additive attn_mask's values for one warp's fragments: loaded before the products that they are added to, whose
 /// time hides the way from memory.
@@ -115,8 +118,8 @@ struct BiasFragments {
   uint32_t raw[kMTiles][kNTiles][4];  // as elements lie; of 16 bits in two words
 
   /// Columns at or past cols_end are not read and count as 0. `pairs`: columns 2 j, 2 j + 1 are one aligned word.
-  SM80_DEVICE void load(const MaskView& mask, int batch, int head, const FragmentPlace& at, int rows_end, int cols_end,
-                        bool pairs) {
+  FLASH_ATTN_DEVICE void load(const MaskView& mask, int batch, int head, const FragmentPlace& at, int rows_end,
+                              int cols_end, bool pairs) {
     const int64_t origin = batch * mask.batch + head * mask.head;
     if (mask.dtype == DType::kFloat32) {
       load_as(static_cast<const float*>(mask.data) + origin, mask, at, rows_end, cols_end, pairs);
@@ -126,7 +129,7 @@ struct BiasFragments {
   }
 
   /// A hidden score becomes -inf whatever it was: a NaN that is masked out must go.
-  SM80_DEVICE void add(float (&s)[kMTiles][kNTiles][4], DType dtype) const {
+  FLASH_ATTN_DEVICE void add(float (&s)[kMTiles][kNTiles][4], DType dtype) const {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -142,8 +145,8 @@ struct BiasFragments {
 
  private:
   template <typename Storage>
-  SM80_DEVICE void load_as(const Storage* data, const MaskView& mask, const FragmentPlace& at, int rows_end,
-                           int cols_end, bool pairs) {
+  FLASH_ATTN_DEVICE void load_as(const Storage* data, const MaskView& mask, const FragmentPlace& at, int rows_end,
+                                 int cols_end, bool pairs) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -174,8 +177,8 @@ struct BiasFragments {
       }
     }
   }
-  SM80_DEVICE static uint32_t bits_of(float x) { return __float_as_uint(x); }
-  SM80_DEVICE static uint32_t bits_of(uint16_t x) { return x; }
+  FLASH_ATTN_DEVICE static uint32_t bits_of(float x) { return __float_as_uint(x); }
+  FLASH_ATTN_DEVICE static uint32_t bits_of(uint16_t x) { return x; }
 };
 
 /// A boolean attn_mask's bits for one warp's fragments, see mask/packed_mask.h.
@@ -184,7 +187,7 @@ struct MaskFragments {
   uint32_t bits[kMTiles];  // 4 n + i
 
   /// `row` and `col` of the warp's first fragment: multiples of 16 and of its width, which divides or is 64.
-  SM80_DEVICE void load(const mask::PackedMask& packed, int batch, int head, int row, int col) {
+  FLASH_ATTN_DEVICE void load(const mask::PackedMask& packed, int batch, int head, int row, int col) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       const int row_cell = min(row / mask::kCellRows + m, packed.row_cells - 1);
@@ -193,7 +196,7 @@ struct MaskFragments {
     }
   }
 
-  SM80_DEVICE void apply(float (&s)[kMTiles][kNTiles][4]) const {
+  FLASH_ATTN_DEVICE void apply(float (&s)[kMTiles][kNTiles][4]) const {
     constexpr uint32_t kAll = kNTiles == 8 ? ~0u : (1u << (4 * kNTiles % 32)) - 1;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -209,7 +212,7 @@ struct MaskFragments {
 };
 
 /// Word lane % 4 of each of four blocks that the quad's lanes hold one each: word[i] of lane j goes to lane i's [j].
-SM80_DEVICE void transpose_quad(uint32_t (&word)[4]) {
+FLASH_ATTN_DEVICE void transpose_quad(uint32_t (&word)[4]) {
   const int lane = int(threadIdx.x);
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
@@ -231,8 +234,8 @@ SM80_DEVICE void transpose_quad(uint32_t (&word)[4]) {
 /// P of what dropout takes away becomes 0. A Philox block serves the eight columns of one row of a fragment, which are
 /// a quad's; each lane draws every fourth block, and the quad exchanges words.
 template <int kMTiles, int kNTiles>
-SM80_DEVICE void apply_dropout(float (&p)[kMTiles][kNTiles][4], const Dropout& dropout, int64_t batch_head,
-                               const FragmentPlace& at) {
+FLASH_ATTN_DEVICE void apply_dropout(float (&p)[kMTiles][kNTiles][4], const Dropout& dropout, int64_t batch_head,
+                                     const FragmentPlace& at) {
   static_assert(kNTiles % 4 == 0);
   const int t = int(threadIdx.x) % 4;
   const int col = at.col - 2 * t;
@@ -254,4 +257,4 @@ SM80_DEVICE void apply_dropout(float (&p)[kMTiles][kNTiles][4], const Dropout& d
   }
 }
 
-}  // namespace flash_attn::cuda::sm80
+}  // namespace flash_attn::cuda
