@@ -1,8 +1,8 @@
 // What the kernels on tiles need to know of attn_mask ahead: which blocks of scores it hides wholly, so that they are
 // passed over; and a mask of bools as bits in the order of transposed fragments, a word a lane. It is read once.
 #include "../../common/launch.h"
+#include "../../common/scores.h"
 #include "../../mask/is_seen.h"
-#include "../scores.h"
 #include "rows.h"
 
 namespace flash_attn::cuda::sm80 {
