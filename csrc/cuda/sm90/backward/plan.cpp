@@ -90,12 +90,17 @@ bool has_last_group(const Plan& plan, const ForwardParams& p) {
   return rows_see_prefixes(p) && (!plan.dq.is_ordered() || plan.variant->descends);
 }
 
+// Of heads_of_last_group(), measured in benchmarks/experiments/032: with fewer rounds of tiles all heads are one group,
+// of long heads (from so many key blocks on) with more; the last group has two rounds of tiles, of short heads one.
+constexpr int kLeastRounds = 3, kLeastRoundsOfLongHeads = 6, kBlocksOfLongHeads = 32, kBlocksOfTwoRounds = 16;
+
 /// How many heads are worked on together at the end of causal attention, so that all CTAs finish together. Their rows
-/// have to be prepared before (plan_preparation), which short sequences pay for: benchmarks/experiments/032.
+/// have to be prepared before (plan_preparation), which short sequences pay for.
 int64_t heads_of_last_group(const Plan& plan, int64_t heads) {
-  const int tiles = plan.order.num_tiles / plan.order.tiles_at_once, n_blocks = plan.order.num_n_blocks;
-  if (tiles < (n_blocks < 32 ? 3 : 6)) return heads;
-  return std::min(heads, ceil_div((n_blocks < 16 ? 1 : 2) * plan.order.tiles_at_once, n_blocks));
+  const int rounds = plan.order.num_tiles / plan.order.tiles_at_once, n_blocks = plan.order.num_n_blocks;
+  if (rounds < (n_blocks < kBlocksOfLongHeads ? kLeastRounds : kLeastRoundsOfLongHeads)) return heads;
+  const int last_rounds = n_blocks < kBlocksOfTwoRounds ? 1 : 2;
+  return std::min(heads, ceil_div(last_rounds * plan.order.tiles_at_once, n_blocks));
 }
 
 /// The order of tiles, and how many heads are worked on together: as few as keep every SM busy, so that Q, dO and
@@ -163,15 +168,23 @@ bool takes_one_cta(const BackwardParams& params) {
   return params.dq.data != nullptr && p.is_dense() && every_row_sees_first_key(p);
 }
 
+// Of one_cta_pays(), measured in benchmarks/experiments/048: up to how many query rows a head is short, how many key
+// blocks a short head may have, and how many percent of the CTAs have to be busy for one, two and more key blocks.
+constexpr int64_t kFewRows = 512, kMostKeyBlocks = 3, kMostKeyBlocksCausal = 4;
+constexpr int64_t kBusyPercentOfOneBlock = 50, kBusyPercentOfTwoBlocks = 70, kBusyPercent = 84;
+
 /// Head dimension 64 has a kernel that keeps a head's dQ to one CTA, which spares dq_accum and its order, and loses the
-/// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled: benchmarks/experiments/048.
+/// balance between CTAs: the longer a head, the better its CTAs' rounds have to be filled.
 bool one_cta_pays(const ForwardParams& p, const DeviceInfo& device) {
   const int64_t heads = p.batch * p.num_heads_k, at_once = ceil_div(heads, device.num_sms) * device.num_sms;
   const int64_t n_blocks = ceil_div(p.seqlen_k, kD64Fused.block_n), busy_percent = 100 * heads / at_once;
-  const bool few_rows = p.seqlen_q <= 512;
-  if (n_blocks == 1 && p.group_size() == 1) return few_rows || busy_percent >= 50;  // the other has no more tiles
-  if (n_blocks <= 2) return busy_percent >= 70;
-  return few_rows && n_blocks <= (rows_see_prefixes(p) ? 4 : 3) && busy_percent >= 84;
+  const bool few_rows = p.seqlen_q <= kFewRows;
+  if (n_blocks == 1 && p.group_size() == 1) {  // the other has no more tiles
+    return few_rows || busy_percent >= kBusyPercentOfOneBlock;
+  }
+  if (n_blocks <= 2) return busy_percent >= kBusyPercentOfTwoBlocks;
+  return few_rows && n_blocks <= (rows_see_prefixes(p) ? kMostKeyBlocksCausal : kMostKeyBlocks) &&
+         busy_percent >= kBusyPercent;
 }
 
 /// Whether the kernel has a warp to write dq: adding dQ in order may take it.
@@ -179,10 +192,14 @@ bool has_dq_writer(const Plan& plan) {
   return plan.variant->cluster == 1 && !(plan.variant->dq_path == DqPath::kWarp && plan.dq.is_ordered());
 }
 
+// Of plan_dq_writing(), measured in benchmarks/experiments/040: fewest key blocks of a head, fewest rounds of tiles,
+// and where a warp stores dQ fewest steps beyond a share that a CTA has in all its tiles.
+constexpr int64_t kLeastKeyBlocks = 4, kLeastRoundsToWrite = 3, kLeastSteps = 30;
+
 /// Whether the main kernel writes dq itself. Its warp for that takes about as long over a tile's share as the others
 /// over one or two steps, so a tile has to have several times as many steps as its share has blocks. The shares of the
 /// last round of tiles are written at the end, so there have to be several rounds, and where a warp stores dQ, the more
-/// the fewer steps a tile has: benchmarks/experiments/040.
+/// the fewer steps a tile has.
 DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const ExpectedTiles expected(plan, p);
@@ -196,10 +213,11 @@ DqWritingPlan plan_dq_writing(const Plan& plan, const BackwardParams& params) {
   writing.lag = static_cast<int>(std::min<int64_t>(lag, plan.order.num_tiles));
   const bool even = !p.has_window() || p.seqlen_q <= p.seqlen_k;
   const int64_t steps_over_share = writing.by_last_block ? n_blocks / 2 : n_blocks;
-  const bool enough_steps = plan.variant->dq_path != DqPath::kWarp || expected.all * steps_over_share >= 30 * round;
-  const bool several_rounds = expected.all >= 3 * round && lag <= expected.all / 2;
-  writing.enabled = params.dq.data != nullptr && shares_rows(plan, p) && even && n_blocks >= 4 && several_rounds &&
-                    enough_steps && has_dq_writer(plan);
+  const bool enough_steps =
+      plan.variant->dq_path != DqPath::kWarp || expected.all * steps_over_share >= kLeastSteps * round;
+  const bool several_rounds = expected.all >= kLeastRoundsToWrite * round && lag <= expected.all / 2;
+  writing.enabled = params.dq.data != nullptr && shares_rows(plan, p) && even && n_blocks >= kLeastKeyBlocks &&
+                    several_rounds && enough_steps && has_dq_writer(plan);
   return writing;
 }
 
