@@ -35,25 +35,13 @@ struct OnlineSoftmax {
 
   FLASH_ATTN_DEVICE OnlineSoftmax(float scale) : scale_log2(scale) {}
 
-  /// Before the mask of a tile's first block: leaves this thread's maxima of it in row_max, not scaled, for
-  /// start<true>().
-  FLASH_ATTN_DEVICE void note_unmasked_max(const float (&s)[kSize]) { thread_max(s, row_max); }
-
-  /// A tile's first block. With kLift its mask may have left a row few columns, above whose maximum later blocks would
-  /// soon rise too far for advance_lazily(): row_max is taken higher then, by up to 2^kGrowth, if the columns that the
-  /// row does not see suggest it; by a power of 2, which leaves P as exact as it was: benchmarks/experiments/013.
-  template <bool kLift = false>
+  /// A tile's first block.
   FLASH_ATTN_DEVICE void start(float (&s)[kSize]) {
     float largest[2], sum[2];
     thread_max(s, largest);
     quad_max(largest);
-    if constexpr (kLift) quad_max(row_max);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float unmasked = row_max[r];
-      row_max[r] = fmaxf(largest[r] * scale_log2, kMinMax);
-      if constexpr (kLift) row_max[r] += floorf(fminf(fmaxf(unmasked * scale_log2 - row_max[r], 0.f), kGrowth));
-    }
+    for (int r = 0; r < 2; ++r) row_max[r] = fmaxf(largest[r] * scale_log2, kMinMax);
     grown = false;
     exponentials(s, sum);
     row_sum[0] = sum[0];

@@ -58,11 +58,6 @@ struct Band {
   /// The first row that sees a column, if one does.
   FLASH_ATTN_HOST_DEVICE int first_row(int column) const { return greater(0, column - right); }
 
-  /// Whether none of the rows before row_end sees a column from column_begin on.
-  FLASH_ATTN_HOST_DEVICE bool all_left_of(int row_end, int column_begin) const {
-    return row_end - 1 + right < column_begin;
-  }
-
   /// Blocks of rows one of which sees one of the columns [begin, end): the others are skipped.
   template <int kBlockM>
   FLASH_ATTN_HOST_DEVICE IntRange row_blocks(int begin, int end) const {

@@ -131,10 +131,8 @@ struct Consumer {
     wgmma_wait<0>();
     wgmma_results(s);
     release_k();
-    constexpr bool kLift = Config::kLazyMax && Config::kMasked;
-    if constexpr (kLift) softmax.note_unmasked_max(s);
     if (blocks.is_partial(n_block)) mask_block(tile, row, n_block);
-    softmax.template start<kLift>(s);
+    softmax.start(s);
     pack_p();
   }
 

@@ -49,8 +49,6 @@ struct KernelConfig : Shape {
 
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-  static_assert(Shape::kDqPath != DqPath::kOneCta || Shape::kBlockM == kBlockN,
-                "process_unseen_step does not know of DqPath::kOneCta");
   // Each warpgroup computes one 64 x 64 tile of dQ, whose columns are whole panels: a panel, or half of the rows.
   static_assert(Shape::kBlockM * 64 * kPanels == kConsumers * kDqTile, "a warpgroup computes 64 x 64 of dQ");
 };

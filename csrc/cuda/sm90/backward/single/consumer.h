@@ -217,42 +217,13 @@ struct Consumer {
     q.advance();
   }
 
-  /// A step none of whose rows sees this warpgroup's keys: only its part of dQ remains, of the other's dS.
-  FLASH_ATTN_DEVICE void process_unseen_step(const Tile& tile, int head, int m_block, int previous_q) {
-    mbarrier_wait(&shared.q_full[q.stage], q.phase);  // what has not arrived cannot be released
-    mbarrier_wait(&shared.dout_full[q.stage], q.phase);
-    wgmma_wait<0>();  // dK of the last head
-    wgmma_results(dk);
-    if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
-#pragma unroll
-    for (int i = 0; i < kFragment / 2; ++i) ds[i] = 0;
-    store_ds();
-    named_barrier_sync(kDsReady, 256);
-    issue_dq();
-    const bool first = Config::kDqPath == DqPath::kRegisters && await_turn(params, shared.dq_turns, step);
-    wgmma_wait<0>();
-    wgmma_results(dq);
-    release(&shared.dout_empty[q.stage]);
-    release(&shared.q_empty[q.stage]);
-    emit_dq(tile, head, m_block, first);
-    ++step;
-    q.advance();
-  }
-
   FLASH_ATTN_DEVICE void process_tile(const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
     const IntRange full = tile.band().template full_row_blocks<kBlockM>(tile.n_begin + 64 * warpgroup);
     int previous_q = -1;  // stage that dK in flight still reads
     mbarrier_wait(&shared.k_full[tiles.stage_kv()], tiles.phase_kv());
-    // Causal attention: the first of two blocks of 64 rows that a tile of 128 keys sees [128, 1024 rows].
-    const bool unseen = kBlockM < kBlockN && tile.m_begin < tile.m_end && block_step<Config>(tile) > 0 &&
-                        tile.band().all_left_of((tile.m_begin + 1) * kBlockM, tile.n_begin + 64 * warpgroup);
     for_each_run<Config>(tile, [&](int head, int m_block, int m_end, int m_step) {
-      if (unseen) {
-        process_unseen_step(tile, head, m_block++, previous_q);
-        previous_q = -1;
-      }
 #pragma unroll 1
       for (; m_block != m_end; m_block += m_step) {
         const int stage = q.stage;
