@@ -18,6 +18,9 @@ struct MaskView {
   int64_t batch = 0, head = 0, row = 0, col = 0;
   // Sizes before broadcasting: 1 where broadcast. The gradient has this shape.
   int64_t batch_size = 1, head_size = 1, row_size = 1, col_size = 1;
+  // The mask read before (packed_mask.h); null: not yet. A boolean mask's `data` are not read then: they need not hold
+  // it.
+  void* packed = nullptr;
 };
 
 /// Type of softmax statistics and of everything that is not q, k, v: double for double inputs, float for all others.

@@ -181,7 +181,16 @@ struct BiasFragments {
   FLASH_ATTN_DEVICE static uint32_t bits_of(uint16_t x) { return x; }
 };
 
-/// A boolean attn_mask's bits for one warp's fragments, see mask/packed_mask.h.
+/// Whether attn_mask adds something to a score of a warp's tile, see PackedMask::tile_classes. If not, a packed mask's
+/// bits say all.
+template <int kRows, int kCols>
+FLASH_ATTN_DEVICE bool adds_values(const MaskView& view, const mask::PackedMask& packed, int batch, int head, int row,
+                                   int col) {
+  if (view.dtype == DType::kBool) return false;
+  return packed.seen == nullptr || (packed.tile_classes<kRows, kCols>(batch, head, row, col) & mask::kBiased) != 0;
+}
+
+/// A packed mask's bits for one warp's fragments, see packed_mask.h.
 template <int kMTiles, int kNTiles>
 struct MaskFragments {
   uint32_t bits[kMTiles];  // 4 n + i

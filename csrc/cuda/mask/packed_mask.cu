@@ -1,98 +1,203 @@
-#include "../../sequence.h"
+#include "../common/division.h"
 #include "../common/launch.h"
-#include "is_seen.h"
 #include "packed_mask.h"
+#include "sixteen_values.h"
 
 namespace flash_attn::cuda::mask {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 8;     // of a block: a word of classes
+constexpr int kColCells = 4;  // of a warp, one after the other: 256 columns
+static_assert(kWarps * kCellRows == kClassRows);
 
 struct PackArguments {
   MaskView view;
   PackedMask packed;
-  int64_t first_block, num_cells;
+  int64_t first_block;
+  // A block's warps lie below each other, or, where the mask has one row of cells, beside each other.
+  Divisor block_cols, block_rows;
+  bool vectors;  // sixteen neighbouring values are aligned pieces of 16 bytes
 };
 
-/// A warp packs a cell. Lane 4 g + t reads rows g and g + 8, columns 8 n + 2 t and the next.
-template <typename Storage>
-__global__ void __launch_bounds__(32 * kWarps) pack_kernel(const __grid_constant__ PackArguments arguments) {
-  int64_t cell = (arguments.first_block + blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (cell >= arguments.num_cells) return;
-  const int64_t number = cell;
-  const int lane = int(threadIdx.x) % 32;
-  const MaskView& view = arguments.view;
-  const PackedMask& packed = arguments.packed;
-  const int64_t col = cell % packed.col_cells * kCellCols + 2 * (lane % 4);
-  cell /= packed.col_cells;
-  const int64_t row = cell % packed.row_cells * kCellRows + lane / 4;
-  cell /= packed.row_cells;
-  const Storage* const data = static_cast<const Storage*>(view.data) + cell % view.head_size * view.head +
-                              cell / view.head_size * view.batch + row * view.row + col * view.col;
-  uint32_t bits = 0;
-#pragma unroll 2
-  for (int n = 0; n < kCellCols / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i / 2 * 8, c = 8 * n + i % 2;
-      // A broadcast row or column stands for all; its stride is 0.
-      const bool exists =
-          (view.row_size == 1 || row + r < view.row_size) && (view.col_size == 1 || col + c < view.col_size);
-      const bool seen = exists && is_seen(data[r * view.row + c * view.col]);
-      bits |= uint32_t(seen) << (4 * n + i);
-    }
-  }
-  if (packed.bits != nullptr) packed.bits[number * 32 + lane] = bits;
-  // Over the eight lanes of the same columns, then over the four pairs of columns.
-  uint32_t any = bits | bits >> 2;  // bits 4 n and 4 n + 1: of columns 8 n + 2 t, 8 n + 2 t + 1
-  any |= __shfl_xor_sync(~0u, any, 4);
-  any |= __shfl_xor_sync(~0u, any, 8);
-  any |= __shfl_xor_sync(~0u, any, 16);
-  uint64_t seen = 0;
-#pragma unroll
-  for (int n = 0; n < kCellCols / 8; ++n) seen |= uint64_t(any >> (4 * n) & 3) << (8 * n + 2 * (lane % 4));
-  seen |= __shfl_xor_sync(~0u, seen, 1);
-  seen |= __shfl_xor_sync(~0u, seen, 2);
-  if (lane == 0) packed.seen[number] = seen;
+/// Pairs of bits 2 t, 2 t + 1 of eight go to bits 0 and 1 of byte t.
+__device__ __forceinline__ uint32_t spread_pairs(uint32_t x) {
+  x = (x | x << 12) & 0x000f000fu;
+  return (x | x << 6) & 0x03030303u;
 }
 
-int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-int64_t row_cells(const MaskView& view) { return ceil_div(view.row_size, kCellRows); }
-int64_t col_cells(const MaskView& view) { return ceil_div(view.col_size, kCellCols); }
+/// Byte t of lane q of a quad becomes byte q of lane t.
+__device__ __forceinline__ uint32_t transpose_bytes(uint32_t x, int lane) {
+  const uint32_t other = __shfl_xor_sync(~0u, x, 1);
+  x = __byte_perm(x, other, lane % 2 == 0 ? 0x6240 : 0x3715);
+  const uint32_t far = __shfl_xor_sync(~0u, x, 2);
+  return __byte_perm(x, far, lane % 4 < 2 ? 0x5410 : 0x3276);
+}
+
+/// A warp's cells. Lane 4 g + q reads columns 16 q to 16 q + 15 of rows g and g + 8.
+template <typename Storage>
+struct Packer {
+  static constexpr int kAhead = sizeof(Storage) == 1 ? kColCells : sizeof(Storage) == 2 ? 2 : 1;  // loads before use
+
+  const PackArguments& arguments;
+  const MaskView& view;
+  const PackedMask& packed;
+  const int lane;
+  const int64_t slice;  // batch entry and head
+  const int row_cell, first_col_cell;
+  const Storage* row[2];
+  bool row_exists[2];
+
+  __device__ Packer(const PackArguments& all, int64_t of_slice, int of_row_cell, int of_col_cell)
+      : arguments(all),
+        view(all.view),
+        packed(all.packed),
+        lane(int(threadIdx.x) % 32),
+        slice(of_slice),
+        row_cell(of_row_cell),
+        first_col_cell(of_col_cell) {
+    const uint32_t head = uint32_t(slice) % uint32_t(view.head_size),
+                   batch = uint32_t(slice) / uint32_t(view.head_size);
+    const Storage* const data = static_cast<const Storage*>(view.data) + batch * view.batch + head * view.head;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // A broadcast row stands for all; its stride is 0.
+      const int64_t number = row_cell * kCellRows + lane / 4 + 8 * r;
+      row_exists[r] = view.row_size == 1 || number < view.row_size;
+      row[r] = data + (row_exists[r] ? number * view.row : 0);
+    }
+  }
+
+  /// One by one, those that exist; a broadcast column stands for all.
+  __device__ void read(RowBits (&bits)[2], int64_t col) const {
+#pragma unroll 2
+    for (int i = 0; i < 16; ++i) {
+      if (view.col_size != 1 && col + i >= view.col_size) break;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) add_value(bits[r], i, row[r][(col + i) * view.col]);
+    }
+  }
+
+  /// Sixteen columns from `col` on as bits: those that exist.
+  __device__ uint32_t columns(int64_t col) const {
+    const int64_t left = view.col_size == 1 ? 16 : view.col_size - col;
+    return left >= 16 ? 0xffffu : left <= 0 ? 0u : (1u << left) - 1;
+  }
+
+  __device__ void store(int col_cell, RowBits (&bits)[2]) const {
+    uint32_t exists[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      exists[r] = row_exists[r] ? columns(int64_t{col_cell} * kCellCols + 16 * (lane % 4)) : 0;
+      bits[r].seen &= exists[r];
+      bits[r].biased &= exists[r];
+    }
+    const int64_t cell = (slice * packed.row_cells + row_cell) * packed.col_cells + col_cell;
+    const uint32_t low = bits[0].seen, high = bits[1].seen;
+    const uint32_t pairs = spread_pairs(low & 0xff) | spread_pairs(high & 0xff) << 2 | spread_pairs(low >> 8) << 4 |
+                           spread_pairs(high >> 8) << 6;
+    packed.bits[cell * 32 + lane] = transpose_bytes(pairs, lane);
+
+    uint32_t any = low | high;
+    any |= __shfl_xor_sync(~0u, any, 4);
+    any |= __shfl_xor_sync(~0u, any, 8);
+    any |= __shfl_xor_sync(~0u, any, 16);
+    if (lane < 4) reinterpret_cast<uint16_t*>(packed.seen + cell)[lane] = uint16_t(any);
+
+    const bool seen = __any_sync(~0u, any != 0), biased = __any_sync(~0u, (bits[0].biased | bits[1].biased) != 0);
+    const bool hidden = __any_sync(~0u, low != exists[0] || high != exists[1]);
+    if (lane == 0) store_class(col_cell, (seen ? kSeen : 0) | (hidden ? kHidden : 0) | (biased ? kBiased : 0));
+  }
+
+  __device__ uint64_t* class_word(int col_cell) const {
+    const int row_groups = (packed.row_cells + kWarps - 1) / kWarps;
+    return packed.classes + (slice * row_groups + row_cell / kWarps) * packed.col_cells + col_cell;
+  }
+
+  __device__ void store_class(int col_cell, uint32_t of_cell) const {
+    if (view.row_size == 1) {
+      *class_word(col_cell) = of_cell * 0x0101010101010101ull;
+    } else if (packed.row_cells == 1) {
+      *class_word(col_cell) = of_cell;
+    } else {
+      reinterpret_cast<uint8_t*>(class_word(col_cell))[row_cell % kWarps] = uint8_t(of_cell);
+    }
+  }
+
+  __device__ void run() const {
+    const int end = min(first_col_cell + kColCells, packed.col_cells);
+    if (row_cell >= packed.row_cells) {  // the rest of a word of classes
+      for (int c = first_col_cell; c < end; ++c) {
+        if (lane == 0) store_class(c, 0);
+      }
+      return;
+    }
+    if (arguments.vectors && int64_t{first_col_cell + kColCells} * kCellCols <= view.col_size) {
+#pragma unroll 1
+      for (int c = first_col_cell; c < end; c += kAhead) {
+        SixteenValues<Storage> values[kAhead][2];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) values[i][r].load(row[r] + (c + i) * kCellCols + 16 * (lane % 4));
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          RowBits bits[2] = {values[i][0].bits(), values[i][1].bits()};
+          store(c + i, bits);
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int c = first_col_cell; c < end; ++c) {
+      RowBits bits[2];
+      read(bits, int64_t{c} * kCellCols + 16 * (lane % 4));
+      store(c, bits);
+    }
+  }
+};
+
+template <typename Storage>
+__global__ void __launch_bounds__(32 * kWarps) pack_kernel(const __grid_constant__ PackArguments arguments) {
+  const int warp = int(threadIdx.x) / 32;
+  int rest = int(arguments.first_block + blockIdx.x), block_col, block_row;
+  rest = arguments.block_cols.divide(rest, block_col);
+  const int slice = arguments.block_rows.divide(rest, block_row);
+  const bool one_row = arguments.packed.row_cells == 1;
+  const int row_cell = one_row ? 0 : block_row * kWarps + warp;
+  Packer<Storage>(arguments, slice, row_cell, (one_row ? block_col * kWarps + warp : block_col) * kColCells).run();
+}
+
+template <typename Storage>
+bool has_vectors(const MaskView& view) {
+  const auto whole = [](int64_t stride) { return stride * int64_t(sizeof(Storage)) % 16 == 0; };
+  return view.col == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && whole(view.batch) && whole(view.head) &&
+         whole(view.row);
+}
+
+template <typename Storage>
+void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream) {
+  const bool one_row = packed.row_cells == 1;
+  const int64_t cols = units(packed.col_cells, one_row ? kWarps * kColCells : kColCells);
+  const int64_t rows = units(packed.row_cells, kWarps);
+  const int64_t blocks = view.batch_size * view.head_size * rows * cols;
+  if (blocks == 0) return;
+  const PackArguments arguments{view, packed, 0, Divisor(cols), Divisor(rows), has_vectors<Storage>(view)};
+  cuda::launch_blocks(pack_kernel<Storage>, arguments, blocks, 32 * kWarps, 0, stream, "mask packing");
+}
 
 }  // namespace
 
-int64_t num_cells(const MaskView& view) { return view.batch_size * view.head_size * row_cells(view) * col_cells(view); }
-
-int64_t packed_bytes(const MaskView& view, bool with_bits) {
-  const int64_t cells = num_cells(view);
-  return aligned(cells * int64_t(sizeof(uint64_t))) + (with_bits ? aligned(cells * 32 * int64_t(sizeof(uint32_t))) : 0);
-}
-
-PackedMask place_packed(const MaskView& view, bool with_bits, void* workspace) {
-  PackedMask packed;
-  packed.seen = static_cast<uint64_t*>(workspace);
-  if (with_bits) {
-    packed.bits = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) +
-                                              aligned(num_cells(view) * int64_t(sizeof(uint64_t))));
+PackedMask pack(const MaskView& view, void* data, cudaStream_t stream) {
+  const PackedMask packed = place_packed(view, data);
+  switch (view.dtype) {
+    case DType::kBool: launch<uint8_t>(view, packed, stream); break;
+    case DType::kFloat64: launch<double>(view, packed, stream); break;
+    case DType::kFloat32: launch<float>(view, packed, stream); break;
+    case DType::kBFloat16: launch<__nv_bfloat16>(view, packed, stream); break;
+    default: launch<__half>(view, packed, stream); break;
   }
-  packed.row_cells = int(row_cells(view));
-  packed.col_cells = int(col_cells(view));
-  packed.row_step = view.row_size == 1 ? 0 : 1;
-  packed.col_step = view.col_size == 1 ? 0 : 1;
-  const int64_t cells = int64_t{packed.row_cells} * packed.col_cells;
-  packed.head = view.head_size == 1 ? 0 : cells;
-  packed.batch = view.batch_size == 1 ? 0 : cells * view.head_size;
   return packed;
-}
-
-void pack(const MaskView& view, const PackedMask& packed, cudaStream_t stream) {
-  const PackArguments arguments{view, packed, 0, num_cells(view)};
-  auto* kernel = view.dtype == DType::kBool       ? pack_kernel<uint8_t>
-                 : view.dtype == DType::kFloat32  ? pack_kernel<float>
-                 : view.dtype == DType::kBFloat16 ? pack_kernel<__nv_bfloat16>
-                                                  : pack_kernel<__half>;
-  cuda::launch_blocks(kernel, arguments, ceil_div(arguments.num_cells, kWarps), 32 * kWarps, 0, stream, "mask packing");
 }
 
 }  // namespace flash_attn::cuda::mask

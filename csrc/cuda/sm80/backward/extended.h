@@ -28,7 +28,7 @@ struct ScoreBits {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) word[w] = ~0u;
   }
-  SM80_DEVICE static constexpr int bit(int m, int n, int i) { return MaskCells::bit(m, n % 4, i); }
+  SM80_DEVICE static constexpr int bit(int m, int n, int i) { return 8 * (2 * m + i / 2) + 2 * (n % 4) + i % 2; }
   SM80_DEVICE bool hold(int m, int n, int i) const { return (word[n / 4] & 1u << bit(m, n, i)) != 0; }
 };
 

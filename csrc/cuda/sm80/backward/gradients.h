@@ -2,6 +2,7 @@
 // 16 m + g + 8 (i / 2), query 8 n + 2 t + i % 2 of the warp's.
 #pragma once
 
+#include "../../mask/transposed_bits.h"
 #include "../softmax.h"
 #include "extended.h"
 
@@ -104,19 +105,28 @@ struct GradientRules {
     }
   }
 
-  /// Which scores exist by lengths, causal, window and a mask of bools.
-  SM80_DEVICE void find_shown(Bits& shown, int head, const WarpPlace& at) const {
-    const MaskCells& cells = params.mask_cells;
-    shown.set_all();
-    if (cells.bits != nullptr) {
-      const int first_key = tile.n_begin + at.key;
-      const uint32_t* const words = cells.bits + tile.batch * cells.bits_batch + head * cells.bits_head +
-                                    first_key / MaskCells::kCell * cells.key_cell +
-                                    at.row / MaskCells::kCell * cells.query_cell + at.lane;
-      const int shift = first_key / 16 % 2 * MaskCells::bit(1, 0, 0) + at.row / 16 % 2 * MaskCells::bit(0, 2, 0);
+  /// A packed mask's, see packed_mask.h.
+  SM80_DEVICE void load_bits(Bits& shown, int head, const WarpPlace& at) const {
+    const mask::PackedMask& packed = params.packed;
+    const int key = tile.n_begin + at.key, col_cell = min(key / mask::kCellCols, packed.col_cells - 1);
 #pragma unroll
-      for (int w = 0; w < Bits::kWords; ++w) shown.word[w] = words[w * cells.query_cell] >> shift;
+    for (int w = 0; w < Bits::kWords; ++w) shown.word[w] = 0;
+#pragma unroll
+    for (int q = 0; q < kQueryTiles / 2; ++q) {
+      const int64_t cell =
+          packed.cell(tile.batch, head, min(at.row / mask::kCellRows + q, packed.row_cells - 1), col_cell);
+      // Four bits for each eight keys, which stand eight apart in a word.
+      uint32_t x = mask::transposed_bits(packed, cell, int(at.lane)) >> (key % mask::kCellCols / 2) & 0xffff;
+      x = (x | x << 8) & 0x00ff00ffu;
+      x = (x | x << 4) & 0x0f0f0f0fu;
+      shown.word[q / 2] |= x << (4 * (q % 2));
     }
+  }
+
+  /// Which scores exist by lengths, causal, window and what of attn_mask is packed.
+  SM80_DEVICE void find_shown(Bits& shown, int head, const WarpPlace& at) const {
+    shown.set_all();
+    if (params.packed.seen != nullptr) load_bits(shown, head, at);
     const int rows = int(tile.sequence.seqlen_q), keys = tile.keys, low = tile.low, high = tile.high;
     if (!is_partial(at) && at.row + Config::kWarpQueries <= rows) return;
     const int key = at.key + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
@@ -141,7 +151,11 @@ struct GradientRules {
                                    const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
                                    Fragments& ds_t, const Visit& visit) const {
     scale_scores(s);
-    if (params.problem.forward.mask.data != nullptr && params.problem.forward.mask.dtype != DType::kBool) {
+    const MaskView& mask = params.problem.forward.mask;
+    // By a vote ptxas knows that all lanes agree; otherwise it spills.
+    if (mask.data != nullptr &&
+        __any_sync(~0u, adds_values<Config::kWarpQueries, Config::kWarpKeys>(mask, params.packed, tile.batch, head,
+                                                                             at.row, tile.n_begin + at.key))) {
       return apply_rules<true>(s, dp, minus_lse, minus_delta, head, at, shown, kept, p_t, ds_t, visit);
     }
     return apply_rules<false>(s, dp, minus_lse, minus_delta, head, at, shown, kept, p_t, ds_t, visit);

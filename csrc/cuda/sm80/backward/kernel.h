@@ -269,7 +269,7 @@ struct BackwardBlock : BackwardLoader<Config> {
       for (int h = tile.head_begin; h < tile.head_end; ++h) store_slope_sum(h, 0.f);  // some have no step
     }
     bool more = tile.num_m_blocks > 0;
-    if (Config::kExtended && more && is_hidden(params, tile, head, m_block)) more = advance(head, m_block);
+    if (Config::kExtended && more && is_hidden<Config>(params, tile, head, m_block)) more = advance(head, m_block);
     if (more) {
       this->load_keys();  // arrive with the first dO
       this->load_queries(kDo, head, m_block, 0);

@@ -8,26 +8,6 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-MaskCells mask_cells(const BackwardKernelParams& params, const int* visible, const uint32_t* bits) {
-  const MaskView& mask = params.problem.forward.mask;
-  const auto stride = [](int64_t size, int64_t step) { return size > 1 ? step : 0; };
-  const int64_t m_blocks = ceil_div(mask.row_size, params.block_m), n_blocks = ceil_div(mask.col_size, params.block_n);
-  const int64_t query_cells = ceil_div(mask.row_size, MaskCells::kCell);
-  const int64_t words = 32 * query_cells * ceil_div(mask.col_size, MaskCells::kCell);
-  MaskCells cells;
-  cells.visible = visible;
-  cells.visible_batch = stride(mask.batch_size, mask.head_size * m_blocks * n_blocks);
-  cells.visible_head = stride(mask.head_size, m_blocks * n_blocks);
-  cells.n_block = stride(mask.col_size, m_blocks);
-  cells.m_block = stride(mask.row_size, 1);
-  cells.bits = bits;
-  cells.bits_batch = stride(mask.batch_size, mask.head_size * words);
-  cells.bits_head = stride(mask.head_size, words);
-  cells.key_cell = stride(mask.col_size, 32 * query_cells);
-  cells.query_cell = stride(mask.row_size, 32);
-  return cells;
-}
-
 BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParams& problem) {
   const ForwardParams& p = problem.forward;
   const BackwardVariant& variant = *plan.variant;
@@ -53,11 +33,6 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
     params.next_tile = reinterpret_cast<int*>(workspace + plan.next_tile);
   }
   if (problem.dslopes != nullptr) params.slope_sums = reinterpret_cast<float*>(workspace + plan.slope_sums);
-  if (plan.reads_mask) {
-    params.mask_cells =
-        mask_cells(params, reinterpret_cast<const int*>(workspace + plan.visible),
-                   p.has_bool_mask() ? reinterpret_cast<const uint32_t*>(workspace + plan.bits) : nullptr);
-  }
   return params;
 }
 
@@ -74,11 +49,10 @@ void launch_mask_gradient(const MaskGradientVariant& variant, const BackwardKern
 
 void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cudaStream_t stream) {
   const BackwardVariant& variant = *plan.variant;
-  const BackwardKernelParams params = kernel_params(plan, problem);
-  if (plan.reads_mask) {
-    char* const workspace = static_cast<char*>(problem.forward.workspace);
-    read_mask(params, reinterpret_cast<int*>(workspace + plan.visible),
-              problem.forward.has_bool_mask() ? reinterpret_cast<uint32_t*>(workspace + plan.bits) : nullptr, stream);
+  BackwardKernelParams params = kernel_params(plan, problem);
+  if (plan.packs_mask) {
+    void* const to = static_cast<char*>(problem.forward.workspace) + plan.packed_mask;
+    params.packed = mask::packed_or_pack(problem.forward.mask, to, stream);
   }
   prepare_rows(params, variant.warps, stream);
   cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_tiles,

@@ -5,21 +5,9 @@
 #pragma once
 
 #include "../../../sequence.h"
+#include "../../mask/packed_mask.h"
 
 namespace flash_attn::cuda::sm80 {
-
-/// Of attn_mask, as read ahead (mask_cells.cu). Strides count elements; 0 broadcasts.
-struct MaskCells {
-  static constexpr int kCell = 32;  // keys and queries of a cell
-  /// Of a lane's number (m, n, i) of a cell of transposed fragments: the place in its word.
-  static constexpr FLASH_ATTN_HOST_DEVICE int bit(int m, int n, int i) { return 8 * (2 * m + i / 2) + 2 * n + i % 2; }
-
-  // A number a block of keys and block of queries, 0 where all is hidden; null: not known.
-  const int* visible = nullptr;
-  int64_t visible_batch = 0, visible_head = 0, n_block = 0, m_block = 0;
-  const uint32_t* bits = nullptr;  // of a mask of bools: (slices, key cells, query cells, 32); else null
-  int64_t bits_batch = 0, bits_head = 0, key_cell = 0, query_cell = 0;
-};
 
 struct BackwardKernelParams {
   BackwardParams problem;
@@ -30,9 +18,9 @@ struct BackwardKernelParams {
   float scale_log2;                           // softmax_scale / ln 2
   float lse_factor;                           // 1 / ln 2 if P is taken as a power of 2, or 1
   float scale_over_softcap, inverse_softcap;  // 0: no softcap
-  MaskCells mask_cells;
-  bool descends;  // the last query rows come first
-  bool aligned;   // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  mask::PackedMask packed;                    // seen null: attn_mask, if any, is read where it lies
+  bool descends;                              // the last query rows come first
+  bool aligned;                               // rows of all tensors consist of whole, aligned pieces of 16 bytes
   // Workspace. A query head's blocks lie together, those of (batch, head) by batch and then head.
   float* dq_accum;  // (heads, blocks, block_m x columns), a block in the order of accumulator fragments, see dq_place()
   float* minus_lse;    // (heads, blocks, block_m), times lse_factor; -inf: the row sees nothing, or does not exist

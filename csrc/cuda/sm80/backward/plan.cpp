@@ -56,10 +56,11 @@ int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment
 
 /// A mask of bools is used as bits alone. Reading another one ahead, to pass over what it hides, pays where many heads
 /// have it in common.
-bool reads_mask(const ForwardParams& p) {
+bool packs_mask(const ForwardParams& p) {
   if (p.mask.data == nullptr) return false;
   const bool common = p.mask.batch_size * p.mask.head_size * 4 <= p.batch * p.num_heads;
-  return p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 || p.mask.col_size == 1;
+  return p.mask.packed != nullptr || p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 ||
+         p.mask.col_size == 1;
 }
 
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
@@ -80,14 +81,7 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   plan.next_tile = take(plan.ordered ? 4 : 0);
   const int64_t key_blocks = plan.num_n_blocks * p.num_heads * (p.is_varlen_k() ? 1 : p.batch);
   plan.slope_sums = take(params.dslopes != nullptr ? key_blocks * variant.warps * 4 : 0);
-  if (plan.reads_mask) {
-    const MaskView& mask = p.mask;
-    const int64_t slices = mask.batch_size * mask.head_size;
-    plan.visible =
-        take(slices * ceil_div(mask.row_size, variant.block_m) * ceil_div(mask.col_size, variant.block_n) * 4);
-    const int64_t cells = ceil_div(mask.row_size, MaskCells::kCell) * ceil_div(mask.col_size, MaskCells::kCell);
-    plan.bits = take(p.has_bool_mask() ? slices * cells * 32 * 4 : 0);
-  }
+  plan.packed_mask = take(plan.packs_mask ? mask::packing_workspace(p.mask) : 0);
   plan.workspace_bytes = end;
 }
 
@@ -105,7 +99,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * (p.is_varlen_k() ? 1 : p.batch);
   plan.ordered = p.deterministic && params.dq.data != nullptr;
-  plan.reads_mask = reads_mask(p);
+  plan.packs_mask = packs_mask(p);
   lay_out_workspace(plan, params);
   return plan;
 }

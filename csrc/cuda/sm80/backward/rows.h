@@ -20,7 +20,4 @@ void reduce_sinks(const BackwardKernelParams& params, cudaStream_t stream);
 /// dslopes from slope_sums.
 void reduce_slopes(const BackwardKernelParams& params, int warps, cudaStream_t stream);
 
-/// MaskCells::visible, and bits unless it is null, of whichever dimensions have a stride there.
-void read_mask(const BackwardKernelParams& params, int* visible, uint32_t* bits, cudaStream_t stream);
-
 }  // namespace flash_attn::cuda::sm80

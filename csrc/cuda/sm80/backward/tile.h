@@ -84,11 +84,12 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
 }
 
 /// Whether attn_mask hides all of a block of keys from a block of query rows.
+template <typename Config>
 SM80_DEVICE bool is_hidden(const BackwardKernelParams& params, const BackwardTile& tile, int head, int m_block) {
-  const MaskCells& cells = params.mask_cells;
-  if (cells.visible == nullptr) return false;
-  return cells.visible[tile.batch * cells.visible_batch + head * cells.visible_head + tile.n_block * cells.n_block +
-                       m_block * cells.m_block] == 0;
+  if (params.packed.seen == nullptr) return false;
+  return (params.packed.tile_classes<Config::kBlockM, Config::kBlockN>(tile.batch, head, m_block * Config::kBlockM,
+                                                                       tile.n_begin) &
+          mask::kSeen) == 0;
 }
 
 }  // namespace flash_attn::cuda::sm80

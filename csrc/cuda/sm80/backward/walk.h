@@ -67,7 +67,7 @@ struct BackwardWalk {
         block = first_block();
         if (++of_head >= tile.head_end) return false;
       }
-    } while (Config::kExtended && is_hidden(params, tile, of_head, block));
+    } while (Config::kExtended && is_hidden<Config>(params, tile, of_head, block));
     return true;
   }
 

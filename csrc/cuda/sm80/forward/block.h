@@ -29,7 +29,8 @@ struct ForwardBlock {
   int load_block;                                  // whose K, or after it V, is loaded next
   float o[kMTiles][kDTiles][4];
   Scores s[Config::kBlockN / kSubN];          // of a tile, or of its two halves
-  MaskFragments<kMTiles, kNTiles> mask_bits;  // of the half whose S is computed next, as is `bias`
+  MaskFragments<kMTiles, kNTiles> mask_bits;  // of the half whose S is computed next, as are `bias` and which of them
+  bool is_biased;
   BiasFragments<Element, kMTiles, kNTiles> bias;
   OnlineSoftmax<kMTiles, kNTiles, kExtended> softmax;
 
@@ -224,8 +225,11 @@ struct ForwardBlock {
   SM80_DEVICE void load_mask(int col) {
     if constexpr (kExtended) {
       if (p.mask.data == nullptr) return;
-      if (params.packed.bits != nullptr) {
-        mask_bits.load(params.packed, tile.batch, tile.head, tile.m_begin + warp * Config::kWarpRows, col);
+      const int row = tile.m_begin + warp * Config::kWarpRows;
+      is_biased = __any_sync(
+          ~0u, adds_values<Config::kWarpRows, kSubN>(p.mask, params.packed, tile.batch, tile.head, row, col));
+      if (!is_biased) {
+        mask_bits.load(params.packed, tile.batch, tile.head, row, col);
       } else {
         bias.load(p.mask, tile.batch, tile.head, place(col), int(tile.sequence.seqlen_q), tile.col_end,
                   params.mask_pairs);
@@ -238,10 +242,10 @@ struct ForwardBlock {
     if constexpr (kExtended) {
       ScoreRules(p, tile.sequence, tile.batch, tile.head).apply(scores, at);
       if (p.mask.data != nullptr) {
-        if (params.packed.bits != nullptr) {
-          mask_bits.apply(scores);
-        } else {
+        if (is_biased) {
           bias.add(scores, p.mask.dtype);
+        } else {
+          mask_bits.apply(scores);
         }
       }
     }

@@ -21,7 +21,7 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
   plan.decide("slots", chosen.slots);
-  if (chosen.packs_mask) plan.decide("mask", "packed first");
+  if (chosen.packs_mask) plan.decide("mask", p.mask.packed != nullptr ? "prepared" : "packed first");
   if (!chosen.aligned) plan.decide("loads", "by element");
   return plan;
 }

@@ -34,10 +34,7 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
   params.slots = plan.slots;
   params.longest_first = plan.longest_first;
   params.aligned = plan.aligned;
-  if (plan.packs_mask) {
-    params.packed = mask::place_packed(p.mask, p.has_bool_mask(), p.workspace);
-    mask::pack(p.mask, params.packed, stream);
-  }
+  if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, p.workspace, stream);
   params.seen_words = plan.seen_words;
   params.mask_pairs = has_mask_pairs(p.mask);
   const ForwardVariant& variant = *plan.variant;

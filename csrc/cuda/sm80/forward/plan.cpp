@@ -49,7 +49,7 @@ int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
 bool packs_mask(const ForwardParams& p) {
   if (p.mask.data == nullptr) return false;
   const int64_t size = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
-  return p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
+  return p.mask.packed != nullptr || p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
 }
 
 }  // namespace
@@ -77,7 +77,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   const bool extended = is_extended(p) || !plan.aligned;
   plan.packs_mask = packs_mask(p);
   if (plan.packs_mask) {
-    plan.workspace_bytes = mask::packed_bytes(p.mask, p.has_bool_mask());
+    plan.workspace_bytes = mask::packing_workspace(p.mask);
     plan.seen_words = int(std::min<int64_t>(kMaxSeenWords, ceil_div(p.seqlen_k, 64)));
   }
   for (const ForwardVariant& variant : variants_for(p)) {
