@@ -5,6 +5,7 @@
 
 #include "host_device.h"
 #include "kernel.h"
+#include "row_copies.h"
 
 namespace flash_attn {
 
@@ -12,6 +13,7 @@ struct Backend {
   /// Fastest family first; the last one refuses nothing.
   std::vector<const ForwardKernel*> forward;
   std::vector<const BackwardKernel*> backward;
+  void (*copy_rows)(const RowCopies&, void* stream);
   DeviceInfo (*device_info)(int device_index);
   /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
   void* (*enter)(int device_index, int* previous_device);

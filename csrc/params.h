@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "host_device.h"
 #include "tensor_view.h"
 
 namespace flash_attn {
@@ -25,6 +26,18 @@ struct MaskView {
 
 /// Type of softmax statistics and of everything that is not q, k, v: double for double inputs, float for all others.
 constexpr DType statistics_dtype(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+/// k and v as a cache that sequences have parts of: see key_rows() in sequence.h.
+struct CacheView {
+  const int32_t* batch_index = nullptr;  // (batch): a sequence's entry of the cache; null: its own number
+  const int32_t* first = nullptr;        // (batch): rows before it take no part; null: 0
+  const int32_t* block_table = nullptr;  // (batch, blocks): the entry (page) of each page_size rows; null: no pages
+  int64_t table_stride = 0, page_size = 0;
+  int64_t entries = 0;   // sequences or pages in the cache; 0: k and v are no cache
+  int64_t appended = 0;  // rows that seqused_k does not count yet
+
+  FLASH_ATTN_HOST_DEVICE bool exists() const { return entries > 0; }
+};
 
 struct ForwardParams {
   // Tensors. Element type `dtype`; lse, slopes and sinks are of statistics_dtype(dtype).
@@ -66,6 +79,8 @@ struct ForwardParams {
   const int64_t* rng_state = nullptr;  // (2): seed, offset; see philox.h
 
   bool deterministic = false;
+
+  CacheView cache;  // where it exists, batch strides of k and v go from entry to entry
 
   void* workspace = nullptr;  // as many bytes as the kernel's plan asks for; contents undefined on entry
 

@@ -49,6 +49,39 @@ FLASH_ATTN_HOST_DEVICE SequenceInfo sequence_info(const ForwardParams& p, int64_
   return s;
 }
 
+/// The same where k and v may be a cache: for the kernels that take one.
+FLASH_ATTN_HOST_DEVICE SequenceInfo cached_sequence_info(const ForwardParams& p, int64_t b) {
+  SequenceInfo s = sequence_info(p, b);
+  if (p.cache.appended > 0 && p.seqused_k != nullptr) {
+    s.seqlen_k = clamp<int64_t>(p.seqused_k[b] + p.cache.appended, 0, s.seqlen_k_padded);
+  }
+  if (p.cache.first != nullptr) {
+    s.k_row = clamp<int64_t>(p.cache.first[b], 0, s.seqlen_k);
+    s.seqlen_k -= s.k_row;
+  }
+  s.diagonal = p.causal == Causal::kTopLeft ? 0 : s.seqlen_k - s.seqlen_q;
+  return s;
+}
+
+/// Where the rows of a sequence lie in a cache. Entries that come from device memory are clamped to the cache.
+struct KeyRows {
+  const int32_t* pages;  // null: rows follow each other
+  int64_t entry, entries, page_size;
+
+  /// Elements from the start of k or v to row `row`, of the first head.
+  FLASH_ATTN_HOST_DEVICE int64_t offset(const TensorView& view, int64_t row) const {
+    if (pages == nullptr) return entry * view.batch + row * view.row;
+    return clamp<int64_t>(pages[row / page_size], 0, entries - 1) * view.batch + row % page_size * view.row;
+  }
+};
+
+FLASH_ATTN_HOST_DEVICE KeyRows key_rows(const CacheView& cache, int64_t b) {
+  KeyRows rows{nullptr, b, cache.entries, cache.page_size};
+  if (cache.batch_index != nullptr) rows.entry = clamp<int64_t>(cache.batch_index[b], 0, cache.entries - 1);
+  if (cache.block_table != nullptr) rows.pages = cache.block_table + b * cache.table_stride;
+  return rows;
+}
+
 /// Half-open range of rows or columns.
 struct Range {
   int64_t begin, end;

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from . import missing
 from .explain import Explanation, explain
 from .interface import flash_attn_func, flash_attn_varlen_func
+from .kvcache import KVCache, flash_attn_with_kvcache
 from .mha import FlashMHA
 from .packed import (
     flash_attn_kvpacked_func,
@@ -25,6 +26,7 @@ missing.explain_imports()
 __all__ = [
     "Explanation",
     "FlashMHA",
+    "KVCache",
     "__version__",
     "explain",
     "flash_attn_func",
@@ -33,6 +35,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "replace_sdpa",
     "scaled_dot_product_attention",
 ]

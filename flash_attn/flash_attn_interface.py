@@ -13,6 +13,7 @@ from .forward_backward import (
     _wrapped_flash_attn_varlen_forward,
 )
 from .interface import flash_attn_func, flash_attn_varlen_func
+from .kvcache import flash_attn_with_kvcache
 from .packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -35,6 +36,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 __path__: list[str] = []  # so that an import of a name that is missing here asks flash_attn/missing.py

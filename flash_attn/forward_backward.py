@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface_arguments import ONE_LENGTH, Lengths, plain_lengths, refuse_pages, statistics
+from .interface_arguments import ONE_LENGTH, Lengths, plain_lengths, statistics
 from .torch_op import attention as ops
 from .torch_op import checks
 from .torch_op.arguments import NUM_DIFFERENTIABLE, Options, Tensors
@@ -178,7 +178,8 @@ def _flash_attn_varlen_forward(
         TypeError: an argument is of another type.
         NotImplementedError: block_table or leftpad_k are given.
     """
-    refuse_pages("block_table", block_table)
+    if block_table is not None:
+        raise NotImplementedError("block_table must be None: flash_attn_varlen_func takes it, and returns lse too")
     if leftpad_k is not None:
         raise NotImplementedError("leftpad_k must be None: begin a sequence where its keys do, with cu_seqlens_k")
     checks.flag("return_softmax", return_softmax), checks.flag("zero_tensors", zero_tensors)

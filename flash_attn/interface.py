@@ -16,9 +16,9 @@ from .interface_arguments import (
     Window,
     attention,
     distributed_attention,
-    refuse_pages,
 )
-from .other_versions import Extras, VarlenExtras, check_hints, refuse
+from .kvcache import attention_of_pages, one_of
+from .other_versions import MISSING_WITHOUT_CACHE, Extras, VarlenExtras, check_hints, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -180,7 +180,7 @@ def flash_attn_func(
     """
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
-        refuse("flash_attn_func", others)
+        refuse("flash_attn_func", others, MISSING_WITHOUT_CACHE)
     options = Options(
         dropout_p,
         softmax_scale,
@@ -344,6 +344,7 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
+    page_table: Tensor | None = None,
     **others: Any,
 ) -> Outputs:
     """Attention of packed sequences of different lengths. Arguments not listed are those of `flash_attn_func`.
@@ -358,17 +359,22 @@ def flash_attn_varlen_func(
         max_seqlen_q: at least the longest sequence in q: an int, or a tensor of one integer, which is not read where
             that would wait for a device. None is allowed: results never depend on it.
         max_seqlen_k: at least the longest sequence in k.
-        block_table: not supported; must be None.
+        block_table: (batch, blocks) int32: keys and values lie in pages, k (pages, page_size, num_heads_k, head_dim)
+            and v likewise, with a last stride of 1, and rows i * page_size and on of sequence b in page
+            block_table[b, i]. A sequence has seqused_k[b] of them, or cu_seqlens_k[b + 1] - cu_seqlens_k[b]. There is
+            no gradient then.
         seqused_q: (batch) int32: only so many rows of each sequence take part, others get zeros.
         seqused_k: (batch) int32, the same for k and v.
+        page_table: another name for block_table.
 
     Returns:
         As `flash_attn_func`, with out (total_q, num_heads, head_dim_v) and lse (num_heads, total_q).
 
     Raises:
-        NotImplementedError: block_table, DTensors, or what else is not supported are given.
+        NotImplementedError: DTensors, or what else is not supported, are given; with block_table dropout or seqused_q.
     """
-    refuse_pages("block_table", block_table)
+    if page_table is not None:
+        block_table = one_of("block_table", block_table, "page_table", page_table)
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_varlen_func", others)
@@ -391,4 +397,6 @@ def flash_attn_varlen_func(
             "k.to_local(), v.to_local() and the sequences of this rank"
         )
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    if block_table is not None:
+        return attention_of_pages(q, k, v, options, lengths, block_table)
     return attention(q, k, v, options, lengths)

@@ -63,9 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
         causal, deterministic, with_probs, with_lse = _flags(options)
     if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
         q, k, v = autocast(q, k, v)
-    left, right = (-1, -1) if window is NO_WINDOW else _window(window)
+    left, right = (-1, -1) if window is NO_WINDOW else window_bounds(window)
     if s_aux is not None:
-        sink = _only_sink(sink, s_aux)
+        sink = only_sink(sink, s_aux)
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = (
         lengths if lengths is ONE_LENGTH else plain_lengths(lengths, q, k)
     )
@@ -155,7 +155,7 @@ def _flags(options: Options) -> tuple[bool, ...]:
     return tuple(checks.flag(name, getattr(options, name)) for name in names)
 
 
-def _window(window_size: Window) -> tuple[int, int]:
+def window_bounds(window_size: Window) -> tuple[int, int]:
     try:
         left, right = window_size
         if type(left) is type(right) is int and left >= -1 <= right:
@@ -174,7 +174,9 @@ def _side(x: Any) -> int:
     return -1 if x is None else max(checks.integer("window_size", x), -1)
 
 
-def _only_sink(learnable_sink: Tensor | None, s_aux: Tensor) -> Tensor:
+def only_sink(learnable_sink: Tensor | None, s_aux: Tensor | None) -> Tensor | None:
+    if s_aux is None:
+        return learnable_sink
     if learnable_sink is not None:
         raise ValueError("learnable_sink and s_aux are two names of one argument, but both are given")
     return s_aux
@@ -191,14 +193,6 @@ def _check_vectors(lengths: Lengths) -> None:
     for name, x in zip(Lengths._fields[:4], lengths[:4], strict=True):
         if x is not None:
             checks.tensor(name, x)
-
-
-def refuse_pages(name: str, table: Any) -> None:
-    if table is not None:
-        raise NotImplementedError(
-            f"{name} must be None: keys and values in pages are not supported. Give those of all sequences one after "
-            "the other with cu_seqlens_k, or (batch, seqlen, heads, head_dim) with seqused_k and without cu_seqlens_k"
-        )
 
 
 def plain_lengths(lengths: Lengths, q: Tensor, k: Tensor) -> Lengths:

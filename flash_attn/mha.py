@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal_bias import is_causal_bias, is_top_left, to_mask
+from .kvcache import KVCache, flash_attn_with_kvcache
 from .sdpa import scaled_dot_product_attention
 from .shapes import check_mask_shape
 from .torch_op import checks
@@ -78,6 +79,7 @@ class FlashMHA(nn.Module):
         attn_mask: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Attends from `query` to `key`, and sums up `value`.
 
@@ -90,18 +92,24 @@ class FlashMHA(nn.Module):
                 (batch, 1, seq, seq_k). With `causal` both hold.
             key_padding_mask: (batch, seq_k) bool, **True keeps a key, False ignores it**: a tokenizer's attention mask,
                 and the opposite of `nn.MultiheadAttention`'s. A query left with no key gets zeros (before W_o).
+            cache: for causal self-attention without masks and gradients: keys and values of `query` are written behind
+                the ``cache.seqlens`` rows that each sequence has in it, and query i sees all rows up to its own. The
+                caller counts ``cache.seqlens`` up, once for all layers that share it.
 
         Returns:
             (batch, seq, d_model).
 
         Raises:
             ValueError: an input that is not (batch, seq, d_model), a key_padding_mask of another shape, or a
-                `torch.nn.attention.bias.CausalBias` for attn_mask with `causal`.
+                `torch.nn.attention.bias.CausalBias` for attn_mask with `causal`; or a cache with a key, a value or a
+                mask, or where attention is not causal or drops scores.
             TypeError: key_padding_mask is not bool, or an input is no tensor.
             RuntimeError: attn_mask does not fit, or a mask is on another device.
 
         Jagged nested tensors (batch, ragged seq, d_model) are inputs too; their lengths say what takes part, not masks.
         """
+        if cache is not None:
+            return self._cached(query, cache, key, value, attn_mask, key_padding_mask)
         key = query if key is None else key
         value = key if value is None else value
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -123,6 +131,25 @@ class FlashMHA(nn.Module):
             enable_gqa=self.num_heads_k != self.num_heads,
         )
         return self.W_o(out.transpose(1, 2).flatten(2))
+
+    def _cached(self, query: Tensor, cache: KVCache, *others: Tensor | None) -> Tensor:
+        if any(x is not None for x in others):
+            raise ValueError("key, value and masks must be None with a cache, which is for self-attention")
+        if not self.causal or (self.training and self.dropout > 0.0):
+            raise ValueError(
+                "a cache is for causal attention without dropout, but causal is "
+                f"{self.causal} and dropout {self.dropout if self.training else 0.0}"
+            )
+        if checks.tensor("query", query).dim() != 3 or query.shape[-1] != self.d_model:
+            raise ValueError(
+                f"query must be (batch, seq, d_model = {self.d_model}), but has shape {tuple(query.shape)}"
+            )
+        q, k, v = (W(query).unflatten(-1, (-1, self.head_dim)) for W in (self.W_q, self.W_k, self.W_v))
+        out = flash_attn_with_kvcache(
+            q, cache.k, cache.v, k, v, cache_seqlens=cache.seqlens, block_table=cache.block_table, causal=True
+        )
+        assert isinstance(out, Tensor)
+        return self.W_o(out.flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(batch, seq, heads * head_dim) to (batch, heads, seq, head_dim), without a copy."""

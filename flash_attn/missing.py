@@ -19,9 +19,6 @@ _LOSS = "use torch.nn.functional.cross_entropy, under torch.compile, or the pack
 INSTEAD = {
     "cute": "it is a distribution of its own, which lies beside this one: pip install flash-attn-4",
     "flash_attn_triton": "its bias is attn_mask of flash_attn.scaled_dot_product_attention",
-    "flash_attn_with_kvcache": (
-        "write the new keys and values into the cache with torch, then call flash_attn_func on its filled part"
-    ),
     "layers.patch_embed": "use torch.nn.Conv2d with its stride equal to its kernel size",
     "losses": _LOSS,
     "models": "there are attention functions and flash_attn.FlashMHA here, and no models; transformers has them",

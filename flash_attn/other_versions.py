@@ -6,11 +6,12 @@ so that who asks a signature gets the truth; it may be given with the value that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from .interface_arguments import refuse_pages
 from .torch_op import checks
 
 
@@ -28,6 +29,7 @@ class VarlenExtras(Extras, total=False):
 
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    page_table: Tensor | None
 
 
 _FUNCTIONS = (
@@ -59,6 +61,18 @@ _MISSING: dict[str, tuple[Any, str]] = {
     "v_descale": (None, _SCALES),
 }
 
+# The same of flash_attn_with_kvcache alone.
+MISSING_WITH_CACHE: dict[str, tuple[Any, str]] = {
+    "cu_seqlens_k_new": (None, "append as many rows to each sequence"),
+    "cu_seqlens_q": (None, "flash_attn_varlen_func with block_table takes packed queries"),
+    "max_seqlen_q": (None, "q has one length"),
+    "rotary_seqlens": (None, "turn q and k before, with flash_attn.layers.rotary"),
+}
+# And of flash_attn_func.
+MISSING_WITHOUT_CACHE: dict[str, tuple[Any, str]] = {
+    "page_table": (None, "pages are for flash_attn_varlen_func and flash_attn_with_kvcache"),
+}
+
 
 def check_hints(num_splits: int, pack_gqa: bool | None) -> None:
     if checks.integer("num_splits", num_splits) < 0:
@@ -67,20 +81,18 @@ def check_hints(num_splits: int, pack_gqa: bool | None) -> None:
         checks.flag("pack_gqa", pack_gqa)
 
 
-def refuse(function: str, given: dict[str, Any]) -> None:
+def refuse(function: str, given: dict[str, Any], more: Mapping[str, tuple[Any, str]] = MappingProxyType({})) -> None:
     """Raises unless everything in `given` is an argument of those versions and turned off.
 
     Raises:
         NotImplementedError: it is not turned off.
         TypeError: it is an argument of no version.
     """
+    missing = {**_MISSING, **more}
     for name, value in given.items():
-        if name == "page_table":
-            refuse_pages(name, value)
-            continue
-        if name not in _MISSING:
+        if name not in missing:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        off, instead = _MISSING[name]
+        off, instead = missing[name]
         if value is not off and not (type(value) is type(off) and value == off):
             raise NotImplementedError(
                 f"{name} must be {off} or left out, but is {checks.described(value)}, and is not supported: {instead}"

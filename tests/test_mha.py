@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from flash_attn import FlashMHA
+from flash_attn import FlashMHA, KVCache
 
 
 class Textbook(nn.Module):
@@ -194,3 +194,36 @@ def test_bad_inputs() -> None:
             ours(x, attn_mask=torch.ones(5, 5, dtype=torch.int64), **masks)
     with pytest.raises(ValueError, match="key_padding_mask must be"):
         ours(x, key_padding_mask=torch.ones(5, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("page_size", [0, 16])
+@torch.no_grad()
+def test_a_cache_gives_what_the_whole_sequence_gives(device: str, page_size: int) -> None:
+    mha = FlashMHA(32, 4, num_heads_k=2, causal=True, device=device)
+    x = torch.randn(2, 40, 32, device=device)
+    seqlens, table = torch.zeros(2, dtype=torch.int32, device=device), None
+    shape = (2, 40, 2, 8)
+    if page_size:
+        table, shape = torch.tensor([[4, 0, 1], [2, 5, 3]], dtype=torch.int32, device=device), (6, page_size, 2, 8)
+    cache = KVCache(
+        torch.full(shape, math.nan, device=device), torch.full(shape, math.nan, device=device), seqlens, table
+    )
+    parts = []
+    for piece in x.split([7, 1, 1, 20, 11], 1):
+        parts.append(mha(piece, cache=cache))
+        seqlens += piece.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), mha(x))
+
+
+def test_a_cache_is_for_causal_self_attention() -> None:
+    x = torch.randn(1, 4, 32)
+    cache = KVCache(torch.zeros(1, 8, 4, 8), torch.zeros(1, 8, 4, 8), torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="a cache is for causal attention without dropout, but causal is False"):
+        FlashMHA(32, 4)(x, cache=cache)
+    with pytest.raises(ValueError, match=r"and dropout 0\.5"):
+        FlashMHA(32, 4, causal=True, dropout=0.5)(x, cache=cache)
+    with pytest.raises(ValueError, match="key, value and masks must be None with a cache"):
+        FlashMHA(32, 4, causal=True)(x, x, cache=cache)
+    with pytest.raises(ValueError, match="query must be"):
+        FlashMHA(32, 4, causal=True)(x[0], cache=cache)

@@ -29,17 +29,17 @@ def test_a_module_below_a_missing_one_says_it_too() -> None:
 
 
 def test_the_module_of_the_functions_says_it_too() -> None:
-    with pytest.raises(ImportError, match=re.escape(missing.INSTEAD["flash_attn_with_kvcache"])):
-        exec("from flash_attn.flash_attn_interface import flash_attn_with_kvcache")
+    with pytest.raises(ImportError, match=re.escape(missing.INSTEAD["losses"])):
+        exec("from flash_attn.flash_attn_interface import losses")
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         exec("from flash_attn.flash_attn_interface import nothing")
 
 
 def test_an_attribute_that_is_asked_for_is_just_not_there() -> None:
-    assert not hasattr(flash_attn, "flash_attn_with_kvcache")
-    assert getattr(flash_attn, "flash_attn_with_kvcache", None) is None
-    with pytest.raises(AttributeError, match="cache"):
-        flash_attn.flash_attn_with_kvcache  # noqa: B018
+    assert not hasattr(flash_attn, "losses")
+    assert getattr(flash_attn, "losses", None) is None
+    with pytest.raises(AttributeError, match="liger-kernel"):
+        flash_attn.losses  # noqa: B018
 
 
 def test_names_that_nobody_has_fail_as_anywhere() -> None:

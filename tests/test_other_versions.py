@@ -59,15 +59,13 @@ def test_what_is_not_supported_is_taken_only_turned_off(name: str, function: Cal
         with pytest.raises(NotImplementedError, match=f"^{name} must be {off} or left out") as error:
             function(q, **{name: value})
         assert instead in str(error.value)
-    with pytest.raises(NotImplementedError, match="page_table must be None"):
-        function(q, page_table=torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_argument_of_theirs_is_known_and_no_other(function: Callable[..., Any]) -> None:
     ours = flash_attn_func if function is _batched else flash_attn_varlen_func
     parameters = inspect.signature(ours).parameters
-    known = set(parameters) | set(_MISSING) | {"page_table"}
+    known = set(parameters) | set(_MISSING)
     assert FA3 | FA4 | (VARLEN if function is _packed else set()) <= known
     assert not set(parameters) & set(_MISSING)  # who asks the signature is told what works
     with pytest.raises(TypeError, match=rf"{ours.__name__}\(\) got an unexpected keyword argument 'windows'"):

@@ -7,7 +7,11 @@ namespace flash_attn {
 
 const Backend& cpu_backend() {
   static const Backend backend = {
-      {&cpu::kForward}, {&cpu::kBackward}, [](int) { return DeviceInfo{}; }, [](int, int*) -> void* { return nullptr; },
+      {&cpu::kForward},
+      {&cpu::kBackward},
+      cpu::copy_rows,
+      [](int) { return DeviceInfo{}; },
+      [](int, int*) -> void* { return nullptr; },
       [](int, int) {},
   };
   return backend;

@@ -39,7 +39,7 @@ struct ForwardContext {
 template <typename Arithmetic>
 ForwardTask<Arithmetic> task_of(const ForwardContext<Arithmetic>& c, int64_t index, void* scratch) {
   const int64_t head = index / c.runs, b = head / c.params.num_heads, h = head % c.params.num_heads;
-  return ForwardTask<Arithmetic>(c.params, sequence_info(c.params, b), b, h, scratch);
+  return ForwardTask<Arithmetic>(c.params, cached_sequence_info(c.params, b), b, h, scratch);
 }
 
 template <typename Arithmetic>

@@ -41,6 +41,7 @@ struct ForwardScratch {
   uint8_t* bytes;         // (kForwardBlockN, byte_stride(ldm)): bool mask, then dropout
   Acc* factor;            // (ldm)
   uint8_t* dead;          // (kForwardBlockN)
+  char* gathered;         // (kForwardBlockN, max(head_dim, head_dim_v)): rows of k or v from their pages
   RowBlock<Arithmetic> rows[kMaxRowBlocks];
 
   ForwardScratch(const ForwardParams& params, Arena& arena) {
@@ -63,6 +64,8 @@ struct ForwardScratch {
     bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
     factor = arena.take<Acc>(ldm);
     dead = arena.take<uint8_t>(kN);
+    const int64_t row_bytes = max(params.head_dim, params.head_dim_v) * size_of(params.dtype);
+    gathered = params.cache.block_table != nullptr ? arena.take<char>(kN * row_bytes) : nullptr;
     for (int64_t i = 0; i < row_blocks; ++i) {
       rows[i] = {arena.take<Operand>(ldk * ldm),
                  arena.take<Acc>(ldv * ldm),
@@ -136,7 +139,13 @@ class ForwardTask {
   static constexpr int kPack = Arithmetic::kPack;
 
   ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
-      : params_(params), rules_(params, sequence, b, h), b_(b), h_(h), arena_(scratch), x_(params, arena_) {}
+      : params_(params),
+        rules_(params, sequence, b, h),
+        key_rows_(key_rows(params.cache, b)),
+        b_(b),
+        h_(h),
+        arena_(scratch),
+        x_(params, arena_) {}
 
   /// Row blocks from `m_block` on.
   void run(int64_t m_block) {
@@ -219,10 +228,25 @@ class ForwardTask {
     }
   }
 
-  Rows rows_of(const TensorView& t, int64_t head, int64_t row, int64_t count, int64_t columns) const {
+  Rows query_rows(int64_t row, int64_t count) const {
+    const TensorView& t = params_.q;
     const char* data =
-        static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + head * t.head) * size_of(params_.dtype);
-    return {data, params_.dtype, t.row, count, columns};
+        static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + h_ * t.head) * size_of(params_.dtype);
+    return {data, params_.dtype, t.row, count, params_.head_dim};
+  }
+
+  /// Rows of k or v. Those from pages are gathered, and are there until the next call.
+  Rows cached_rows(const TensorView& t, int64_t row, int64_t count, int64_t columns) const {
+    const int64_t size = size_of(params_.dtype), head = h_ / params_.group_size() * t.head;
+    const char* const data = static_cast<const char*>(t.data);
+    if (key_rows_.pages == nullptr) {
+      return {data + (key_rows_.offset(t, row) + head) * size, params_.dtype, t.row, count, columns};
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(x_.gathered + i * columns * size, data + (key_rows_.offset(t, row + i) + head) * size,
+                  size_t(columns * size));
+    }
+    return {x_.gathered, params_.dtype, columns, count, columns};
   }
 
   void start(RowBlock<Arithmetic>& block, int64_t begin) {
@@ -232,8 +256,8 @@ class ForwardTask {
     if (block.rows == 0) return;
     block.columns = visible_columns(params_, sequence, begin, begin + block.rows);
     block.columns.begin = max(block.columns.begin, 0);
-    pack_transposed<Arithmetic>(rows_of(params_.q, h_, sequence.q_row + begin, block.rows, params_.head_dim),
-                                round_up(block.rows, kLanes<Acc>), block.q_t, x_.ldm);
+    pack_transposed<Arithmetic>(query_rows(sequence.q_row + begin, block.rows), round_up(block.rows, kLanes<Acc>),
+                                block.q_t, x_.ldm);
     // A sink is a key without a value: a score the row has seen before any other.
     const Acc* sinks = static_cast<const Acc*>(params_.sinks);
     const Acc first_max = sinks != nullptr ? sinks[h_] : -kInfinity<Acc>;
@@ -252,11 +276,11 @@ class ForwardTask {
   }
 
   void load_keys(int64_t n, int64_t columns) {
-    const int64_t k_head = h_ / params_.group_size(), row = rules_.sequence.k_row + n;
-    pack_rows<Arithmetic>(rows_of(params_.k, k_head, row, columns, params_.head_dim), round_up(columns, kGemmRows),
-                          x_.k, x_.ldk);
-    pack_across<Arithmetic>(rows_of(params_.v, k_head, row, columns, params_.head_dim_v), round_up(columns, kPack),
-                            x_.v, x_.ldv);
+    const int64_t row = rules_.sequence.k_row + n;
+    pack_rows<Arithmetic>(cached_rows(params_.k, row, columns, params_.head_dim), round_up(columns, kGemmRows), x_.k,
+                          x_.ldk);
+    pack_across<Arithmetic>(cached_rows(params_.v, row, columns, params_.head_dim_v), round_up(columns, kPack), x_.v,
+                            x_.ldv);
   }
 
   /// `offset`: where the tile's columns begin among those loaded.
@@ -338,6 +362,7 @@ class ForwardTask {
 
   const ForwardParams& params_;
   const ScoreRules<Acc> rules_;
+  const KeyRows key_rows_;
   const int64_t b_, h_;
   Arena arena_;
   ForwardScratch<Arithmetic> x_;

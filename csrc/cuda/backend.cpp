@@ -9,7 +9,11 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/copy_rows.h"
 #include "universal/universal.h"
+#ifdef FLASH_ATTN_WITH_DECODE
+#include "decode/decode.h"
+#endif
 #ifdef FLASH_ATTN_WITH_SM80
 #include "sm80/sm80.h"
 #endif
@@ -73,6 +77,9 @@ void leave(int device, int previous) {
 const Backend& cuda_backend() {
   static const Backend backend = {
       {
+#ifdef FLASH_ATTN_WITH_DECODE
+          &cuda::decode::kForward,
+#endif
 #ifdef FLASH_ATTN_WITH_SM90
           &cuda::sm90::forward::kKernel,
 #endif
@@ -90,6 +97,7 @@ const Backend& cuda_backend() {
 #endif
           &cuda::universal::kBackward,
       },
+      cuda::copy_rows,
       device_info,
       enter,
       leave,

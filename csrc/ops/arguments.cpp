@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "checks.h"
 #include "refuse.h"
 
 namespace flash_attn {
@@ -29,21 +30,9 @@ void check_rank(const char* name, const TensorInfo& tensor, bool packed, bool he
   }
 }
 
-void check_device(const char* name, const TensorInfo& tensor, const TensorInfo& q) {
-  if (tensor.device != q.device || tensor.device_index != q.device_index) {
-    const auto device = [](const TensorInfo& t) {
-      if (t.device == DeviceType::kCPU) return std::string(t.device_index == TensorInfo::kMeta ? "meta" : "cpu");
-      return "cuda:" + std::to_string(t.device_index);
-    };
-    refuse(name, " must be on q's device ", device(q), ", but is on ", device(tensor));
-  }
-}
-
 void check_qkv(const Arguments& a, const Shape& q, const Shape& k, const Shape& v) {
   const DType dtype = a.q.dtype;
-  if (dtype != DType::kFloat64 && dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-    refuse("q must be float64, float32, bfloat16 or float16, but is ", dtype_name(dtype));
-  }
+  check_dtype("q", dtype);
   if (a.k.dtype != dtype || a.v.dtype != dtype) {
     refuse("q, k and v must have the same dtype, but are ", dtype_name(dtype), ", ", dtype_name(a.k.dtype), " and ",
            dtype_name(a.v.dtype));
@@ -60,15 +49,6 @@ void check_qkv(const Arguments& a, const Shape& q, const Shape& k, const Shape& 
   if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0) {
     refuse("the heads of k and v must divide those of q, but q has ", q.heads, " and k ", k.heads);
   }
-}
-
-void check_vector(const char* name, const TensorInfo& tensor, DType dtype, int64_t size, const char* meaning,
-                  const TensorInfo& q) {
-  if (tensor.dtype != dtype) refuse(name, " must be ", dtype_name(dtype), ", but is ", dtype_name(tensor.dtype));
-  if (tensor.ndim != 1 || tensor.size[0] != size) {
-    refuse(name, " must have shape (", meaning, ") = (", size, ",), but has ", shape_string(tensor));
-  }
-  check_device(name, tensor, q);
 }
 
 /// cu_seqlens_q or cu_seqlens_k in host memory: from 0 on, nondecreasing, inside the tensor, no sequence over

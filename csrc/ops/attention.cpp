@@ -5,54 +5,12 @@
 
 #include <vector>
 
-#include "../select_kernel.h"
+#include "run.h"
 #include "stack.h"
 
 namespace flash_attn {
 
 namespace {
-
-/// Makes the tensors' device current while it lives.
-class DeviceScope {
- public:
-  DeviceScope(const Backend& backend, int device)
-      : backend_(backend), device_(device), stream_(backend.enter(device, &previous_)) {}
-  ~DeviceScope() { backend_.leave(device_, previous_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-  void* stream() const { return stream_; }
-
- private:
-  const Backend& backend_;
-  int device_, previous_ = 0;
-  void* stream_;
-};
-
-ForwardParams& problem(ForwardParams& params) { return params; }
-ForwardParams& problem(BackwardParams& params) { return params.forward; }
-
-template <typename Params>
-void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backend, Params& params,
-         const TensorInfo& like) {
-  ForwardParams& p = problem(params);
-  const DeviceInfo info = backend.device_info(p.device_index);
-  const Kernel<Params>& kernel = select_kernel(kernels, params, info);
-  const Plan plan = kernel.plan(params, info);
-  OptionalTensor workspace;
-  if (plan.workspace_bytes > 0) {
-    workspace = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
-    p.workspace = workspace->data_ptr();
-  }
-  const DeviceScope scope(backend, p.device_index);
-  kernel.launch(params, info, scope.stream());
-}
-
-Tensor empty_lse(const ForwardParams& p, const TensorInfo& like) {
-  const DType dtype = statistics_dtype(p.dtype);
-  const int64_t dense[] = {p.batch, p.num_heads, p.seqlen_q}, packed[] = {p.num_heads, p.total_q};
-  return p.is_varlen_q() ? empty_contiguous(2, packed, dtype, like, "lse")
-                         : empty_contiguous(3, dense, dtype, like, "lse");
-}
 
 /// What the forward pass returned, and the gradients of that.
 void fill_saved(const Arguments& arguments, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
@@ -109,16 +67,10 @@ struct Gradients {
   }
 };
 
-struct Results {
-  Tensor out, lse;
-};
-
 Results attend(const Inputs& inputs) {
   ForwardParams params = make_forward_params(inputs.arguments());
   const Backend& backend = backend_of(params.device);
-  Results results{empty_like_dense(inputs.q_given(), params.head_dim_v, "out"), empty_lse(params, inputs.q_given())};
-  params.out = tensor_view(info_of(results.out, "out"), inputs.arguments().heads_first);
-  params.lse = row_view(info_of(results.lse, "lse"));
+  Results results = empty_results(params, inputs.q_given(), inputs.arguments().heads_first);
   if (results.lse.numel() > 0) run(backend.forward, backend, params, inputs.q_given());
   return results;
 }

@@ -8,22 +8,32 @@
 
 #include "arguments.h"
 #include "attention.h"
+#include "cache.h"
+#include "cache_arguments.h"
+#include "rotary_arguments.h"
 
 namespace flash_attn {
 namespace {
 
-std::string tensors_schema() {
+/// The first `written` tensors are written to.
+template <typename List>
+std::string tensors_schema(int written = 0) {
   std::string schema;
-  Arguments().for_each_tensor([&](const char* name, const auto& tensor) {
+  char alias = 'a';
+  List().for_each_tensor([&](const char* name, const auto& tensor) {
     constexpr bool required = std::is_same_v<decltype(tensor), const TensorInfo&>;
-    schema += std::string(required ? "Tensor " : "Tensor? ") + name + ", ";
+    const bool is_written = alias < 'a' + written;
+    const std::string type = is_written ? std::string("Tensor(") + alias + "!)" : required ? "Tensor" : "Tensor?";
+    schema += type + " " + name + ", ";
+    ++alias;
   });
   return schema;
 }
 
+template <typename List>
 std::string options_schema() {
   std::string schema;
-  Arguments().for_each_option([&](const char* name, const char* type, const auto&) {
+  List().for_each_option([&](const char* name, const char* type, const auto&) {
     schema += std::string(schema.empty() ? "" : ", ") + type + " " + name;
   });
   return schema;
@@ -33,7 +43,8 @@ std::string options_schema() {
 }  // namespace flash_attn
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
-  const std::string tensors = flash_attn::tensors_schema(), options = flash_attn::options_schema();
+  using namespace flash_attn;
+  const std::string tensors = tensors_schema<Arguments>(), options = options_schema<Arguments>();
   // With dropout rng_state comes out again, so that who keeps the results of forward has all that backward needs;
   // without, rng_used is undefined, which Python sees as None. (torch.jit.trace takes no `Tensor?` for a result.)
   m.def(("forward(" + tensors + options + ") -> (Tensor out, Tensor lse, Tensor rng_used)").c_str());
@@ -45,6 +56,15 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   m.def(
       "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softmax_scale, "
       "int options) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(("attend_cache(" + tensors_schema<CacheArguments>() + options_schema<CacheArguments>() +
+         ") -> (Tensor out, Tensor lse)")
+            .c_str());
+  m.def(("append_and_attend(" + tensors_schema<AppendArguments>(2) + options_schema<AppendArguments>() +
+         ") -> (Tensor out, Tensor lse)")
+            .c_str());
+  const std::string rotary_options = options_schema<RotaryArguments>();
+  m.def(("rotary(" + tensors_schema<RotaryArguments>() + rotary_options + ") -> Tensor").c_str());
+  m.def(("rotary_(" + tensors_schema<RotaryArguments>(1) + rotary_options + ") -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
@@ -52,6 +72,10 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
   m.impl("backward", flash_attn::backward);
   m.impl("plain_forward", flash_attn::plain_forward);
   m.impl("plain_backward", flash_attn::plain_backward);
+  m.impl("attend_cache", flash_attn::attend_cache);
+  m.impl("append_and_attend", flash_attn::append_and_attend);
+  m.impl("rotary", flash_attn::rotary);
+  m.impl("rotary_", flash_attn::rotary_in_place);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
@@ -59,4 +83,8 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("backward", flash_attn::backward);
   m.impl("plain_forward", flash_attn::plain_forward);
   m.impl("plain_backward", flash_attn::plain_backward);
+  m.impl("attend_cache", flash_attn::attend_cache);
+  m.impl("append_and_attend", flash_attn::append_and_attend);
+  m.impl("rotary", flash_attn::rotary);
+  m.impl("rotary_", flash_attn::rotary_in_place);
 }

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, section 3.4) with the names and arguments of Dao's flash_attn, in torch.
+"""Rotary position embeddings (Su et al. 2021, section 3.4) with the names and arguments of Dao's flash_attn.
 
 A pair of columns (x1, x2) at position t is turned by the angle t * inv_freq: (x1 cos - x2 sin, x1 sin + x2 cos). Pairs
 are column j and j + rotary_dim / 2, or 2j and 2j + 1 where interleaved. fp16 and bf16 are turned in fp32.
@@ -9,34 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def _positions(
-    x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None, rows: int, max_seqlen: int | None
-) -> tuple[Tensor, int]:
-    """Position of each row, (seqlen), (batch, seqlen) or (total), and how many the tables need, as far as known."""
-    if isinstance(seqlen_offsets, Tensor) and (seqlen_offsets.dim() != 1 or seqlen_offsets.is_floating_point()):
-        raise ValueError(
-            f"seqlen_offsets must be an int or (batch) integers, but is {seqlen_offsets.dtype} "
-            f"{tuple(seqlen_offsets.shape)}"
-        )
-    row = torch.arange(rows, device=x.device)
-    if cu_seqlens is None:
-        needed = rows + (0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets)
-        offsets = seqlen_offsets[:, None] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
-        return row + offsets, needed
-    sequence = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
-    within = sequence < cu_seqlens.shape[0] - 1  # rows after the last sequence stay as they are, at position 0
-    sequence = sequence.clamp(max=cu_seqlens.shape[0] - 2)
-    position = row - cu_seqlens[sequence]
-    position = position + (seqlen_offsets[sequence] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets)
-    needed = (max_seqlen or 0) + (0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets)
-    return torch.where(within, position, -1), needed
+from flash_attn.torch_op.rotary import turn
 
 
-def _tables(
+def _check(
     x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of each row of x, (..., 1, rotary_dim / 2)."""
+) -> None:
+    if isinstance(offsets, Tensor) and (offsets.dim() != 1 or offsets.is_floating_point()):
+        raise ValueError(
+            f"seqlen_offsets must be an int or (batch) integers, but is {offsets.dtype} {tuple(offsets.shape)}"
+        )
     if x.dim() != (4 if cu_seqlens is None else 3):
         expected = "(batch, seqlen, heads, head_dim)" if cu_seqlens is None else "(total, heads, head_dim)"
         raise ValueError(f"x must be {expected}, but has shape {tuple(x.shape)}")
@@ -48,14 +30,15 @@ def _tables(
         raise ValueError(f"cos has {cos.shape[1]} columns, which turn {2 * cos.shape[1]} of x, but x has {x.shape[-1]}")
     if cu_seqlens is not None and max_seqlen is None:
         raise ValueError("max_seqlen is needed with cu_seqlens")
-    position, needed = _positions(x, offsets, cu_seqlens, x.shape[1 if cu_seqlens is None else 0], max_seqlen)
+    rows = x.shape[1] if cu_seqlens is None else max_seqlen or 0
+    needed = rows + (0 if isinstance(offsets, Tensor) else offsets)
     if needed > cos.shape[0]:
         raise ValueError(f"cos and sin have {cos.shape[0]} positions, but {needed} are needed")
-    cos, sin = (table[position.clamp(min=0)] for table in (cos, sin))
-    if cu_seqlens is not None:
-        cos = torch.where(position[:, None] < 0, 1.0, cos)
-        sin = torch.where(position[:, None] < 0, 0.0, sin)
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
+def _table(table: Tensor, x: Tensor) -> Tensor:
+    """A table in a dtype that the op takes."""
+    return table if table.dtype in (x.dtype, torch.float32) else table.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def apply_rotary(
@@ -86,21 +69,16 @@ def apply_rotary(
 
     Raises:
         ValueError: shapes that do not fit, or fewer positions than rows.
+        RuntimeError: dtypes or devices that do not fit. Positions that only a GPU knows are clamped to the tables.
     """
-    cos, sin = _tables(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    if conjugate:
-        sin = -sin
-    rotary_dim = 2 * cos.shape[-1]
-    turned = x[..., :rotary_dim].to(dtype)
-    x1, x2 = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    halves = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
-    turned = torch.stack(halves, -1).flatten(-2) if interleaved else torch.cat(halves, -1)
-    if inplace:
-        x[..., :rotary_dim].copy_(turned)
-        return x
-    return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), -1)
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    each = seqlen_offsets.to(torch.int32) if isinstance(seqlen_offsets, Tensor) else None
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+    offset = 0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
+    cos, sin = _table(cos, x), _table(sin, x)
+    if cos.dtype != sin.dtype:
+        cos, sin = cos.float(), sin.float()
+    return turn(x, cos, sin, each, starts, offset, interleaved, conjugate, inplace)
 
 
 def apply_rotary_emb(

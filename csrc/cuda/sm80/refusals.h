@@ -11,6 +11,7 @@ constexpr double kMaxTiles = double(1 << 30);   // of a launch, likewise
 
 /// Null: nothing speaks against it. `archs`: what the family was compiled for, see has_code_for().
 inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& device, const char* archs) {
+  if (p.cache.exists()) return "k and v lie in a cache";
   if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
   if (!has_code_for(device.compute_capability, archs)) {
     return "this build has no code of the family for the device's compute capability";

@@ -34,12 +34,13 @@ struct AccumulatorOf<double> {
   using type = double;
 };
 
-template <typename T, int kHeadDim_, bool kExtended_>
+template <typename T, int kHeadDim_, bool kExtended_, bool kCached_ = false>
 struct Config {
   using Element = T;
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int kHeadDim = kHeadDim_;     // columns of the result that a block holds
   static constexpr bool kExtended = kExtended_;  // attn_mask, ALiBi, softcap or dropout
+  static constexpr bool kCached = kCached_;      // k and v lie in a cache
   static constexpr int kBlock = sizeof(Acc) == 8 ? 32 : 64;
   static constexpr int kWidth = kHeadDim < 64 ? kHeadDim : 64;
   static constexpr int kSlices = kHeadDim / kWidth;
@@ -64,6 +65,7 @@ struct SharedStorage {
   Acc lse[C::kBlock], delta[C::kBlock];     // backward: of the tile's queries
   uint8_t keep[C::kBlock * C::kBlock / 8];  // dropout: (query, key / 8), a bit each key
   uint8_t alive[2][C::kBlock];              // attn_mask: streamed rows that some row of the block sees, either half
+  int64_t places[2][C::kCached ? C::kBlock : 1];  // pages: where the tile's rows of k and v lie
 };
 static_assert(sizeof(SharedStorage<Config<float, 64, true>>) <= 64 << 10, "a block of sm_75 has 64 KB");
 static_assert(sizeof(SharedStorage<Config<double, 64, true>>) <= 64 << 10, "a block of sm_75 has 64 KB");

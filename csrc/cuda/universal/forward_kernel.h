@@ -122,10 +122,29 @@ __device__ __forceinline__ void compute_probabilities(const ForwardParams& p, co
   store_scores<C>(shared.scores, s);
 }
 
-template <typename T, int kHeadDim, bool kExtended>
-__global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kExtended>)
+/// k or v of a sequence; from pages, whose rows find_pages() finds for each tile.
+template <typename C>
+__device__ __forceinline__ Matrix<typename C::Element> key_matrix(const TensorView& view, const KeyRows& rows,
+                                                                  int64_t row, int64_t head, int64_t columns,
+                                                                  bool quads, const int64_t* places) {
+  auto* const data = static_cast<typename C::Element*>(view.data) + head * view.head;
+  if (rows.pages != nullptr) return {data, 0, columns, quads, places};
+  return {data + rows.offset(view, row), view.row, columns, quads};
+}
+
+/// shared.places of the rows [begin, end) of a tile, whose first row is `row`. Nobody reads those of another tile any
+/// more, since all have met after they loaded v; and whoever loads k meets all first.
+template <typename C>
+__device__ __forceinline__ void find_pages(const ForwardParams& p, const KeyRows& rows, int64_t row, RowRange range,
+                                           SharedStorage<C>& shared) {
+  const int r = int(threadIdx.x) % C::kBlock, of_v = int(threadIdx.x) / C::kBlock;
+  if (of_v < 2 && range.holds(r)) shared.places[of_v][r] = rows.offset(of_v == 0 ? p.k : p.v, row + r);
+}
+
+template <typename T, int kHeadDim, bool kExtended, bool kCached>
+__global__ void __launch_bounds__(kThreads, kCached ? 2 : kForwardBlocksPerSm<T, kHeadDim, kExtended>)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
-  using C = Config<T, kHeadDim, kExtended>;
+  using C = Config<T, kHeadDim, kExtended, kCached>;
   using Acc = typename C::Acc;
   const ForwardParams& p = arguments.params;
   auto& shared = shared_storage<C>();
@@ -134,14 +153,15 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
   index /= arguments.num_parts;
   const auto [b, h, m_block] = arguments.m_blocks.find_of_heads(index, p.num_heads, /*descending=*/true);
   const int64_t m_begin = m_block * C::kBlock;
-  const SequenceInfo sequence = sequence_info(p, b);
+  const SequenceInfo sequence = kCached ? cached_sequence_info(p, b) : sequence_info(p, b);
   if (m_begin < 0 || m_begin >= sequence.seqlen_q) return;
   const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
   const int rows = int(m_end - m_begin);
   const int64_t h_k = h / arguments.group_size;
   const auto q = head_matrix<T>(p.q, b, sequence.q_row, h, p.head_dim, arguments.q_quads);
-  const auto k = head_matrix<T>(p.k, b, sequence.k_row, h_k, p.head_dim, arguments.k_quads);
-  const auto v = head_matrix<T>(p.v, b, sequence.k_row, h_k, p.head_dim_v, arguments.v_quads);
+  const KeyRows rows_k = kCached ? key_rows(p.cache, b) : KeyRows{nullptr, b, 0, 0};
+  const auto k = key_matrix<C>(p.k, rows_k, sequence.k_row, h_k, p.head_dim, arguments.k_quads, shared.places[0]);
+  const auto v = key_matrix<C>(p.v, rows_k, sequence.k_row, h_k, p.head_dim_v, arguments.v_quads, shared.places[1]);
   const ScoreRules<C> rules(p, b, h);
   const Range visible = visible_columns(p, sequence, m_begin, m_end);
   OnlineSoftmax<C> softmax;
@@ -152,6 +172,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
     if (is_masked_out<C>(p, b, h, t)) continue;
     const RowRange k_rows{int(visible.begin > n_begin ? visible.begin - n_begin : 0),
                           int(visible.end - n_begin < C::kBlock ? visible.end - n_begin : C::kBlock)};
+    if constexpr (kCached) {
+      if (rows_k.pages != nullptr) find_pages<C>(p, rows_k, sequence.k_row + n_begin, k_rows, shared);
+    }
     Acc s[C::kRows][C::kCols];
     compute_scores<C>(q, k, t, {0, rows}, k_rows, first, shared, s);
     first = false;
@@ -183,9 +206,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T, kHeadDim, kEx
   }
 }
 
-template <typename T, int kHeadDim, bool kExtended>
+template <typename T, int kHeadDim, bool kExtended, bool kCached = false>
 void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
-  using C = Config<T, kHeadDim, kExtended>;
+  using C = Config<T, kHeadDim, kExtended, kCached>;
   ForwardArguments arguments;
   arguments.params = p;
   arguments.m_blocks = SequenceBlocks::of_queries(p, C::kBlock);
@@ -195,7 +218,7 @@ void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   arguments.k_quads = is_quad_aligned(p.k, p.head_dim, sizeof(T));
   arguments.v_quads = is_quad_aligned(p.v, p.head_dim_v, sizeof(T));
   arguments.out_quads = is_quad_aligned(p.out, p.head_dim_v, sizeof(T));
-  cuda::launch_blocks(forward_kernel<T, kHeadDim, kExtended>, arguments,
+  cuda::launch_blocks(forward_kernel<T, kHeadDim, kExtended, kCached>, arguments,
                       arguments.m_blocks.count() * p.num_heads * arguments.num_parts, kThreads,
                       int(sizeof(SharedStorage<C>)), stream, "universal forward");
 }
@@ -204,6 +227,7 @@ void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
 
 template <typename T>
 void launch_forward(const ForwardParams& p, cudaStream_t stream) {
+  if (p.cache.exists()) return launch_forward_kernel<T, 64, true, true>(p, stream);
   const bool extended = is_extended(p);
   switch (forward_bucket(p)) {
     case 16: return launch_forward_kernel<T, 16, false>(p, stream);

@@ -13,6 +13,7 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
 /// Columns of the output that a block holds.
 inline int forward_bucket(const ForwardParams& p) {
+  if (p.cache.exists()) return 64;
   if (p.head_dim <= 16 && p.head_dim_v <= 16 && !is_extended(p)) return 16;
   return p.head_dim_v <= 64 ? 64 : 128;
 }

@@ -59,6 +59,7 @@ struct Matrix {
   int64_t row_stride;
   int64_t columns;
   bool quads;
+  const int64_t* places = nullptr;  // of the tile's rows from data on; null: row_stride apart
 };
 
 template <typename T>
@@ -82,6 +83,12 @@ __device__ __forceinline__ void load_tile(typename C::Acc* tile, const Matrix<ty
   using T = typename C::Element;
   const T* data = from.data + row * from.row_stride + column;
   const int columns = int(from.columns - column < C::kWidth ? from.columns - column : C::kWidth);
+  const auto line = [&](int r) -> const T* {
+    if constexpr (C::kCached) {
+      if (from.places != nullptr) return from.data + from.places[r] + column;
+    }
+    return data + r * from.row_stride;
+  };
   const auto exists = [&](int r, int c) {
     bool yes = rows.holds(r) && c < columns;
     if constexpr (C::kExtended) yes = yes && (alive == nullptr || alive[r] != 0 || alive[C::kBlock + r] != 0);
@@ -93,7 +100,7 @@ __device__ __forceinline__ void load_tile(typename C::Acc* tile, const Matrix<ty
     for (int i = int(threadIdx.x); i < C::kBlock * kQuads; i += kThreads) {
       const int r = i / kQuads, c = i % kQuads * 4;
       Quad<T> quad{};
-      if (exists(r, c)) quad = *reinterpret_cast<const Quad<T>*>(data + r * from.row_stride + c);
+      if (exists(r, c)) quad = *reinterpret_cast<const Quad<T>*>(line(r) + c);
       Quad<Acc> wide{{to_acc(quad.x[0]), to_acc(quad.x[1]), to_acc(quad.x[2]), to_acc(quad.x[3])}};
       *reinterpret_cast<Quad<Acc>*>(tile + r * C::kLd + c) = wide;
     }
@@ -101,7 +108,7 @@ __device__ __forceinline__ void load_tile(typename C::Acc* tile, const Matrix<ty
 #pragma unroll 2
     for (int i = int(threadIdx.x); i < C::kBlock * C::kWidth; i += kThreads) {
       const int r = i / C::kWidth, c = i % C::kWidth;
-      tile[r * C::kLd + c] = exists(r, c) ? Acc(to_acc(data[r * from.row_stride + c])) : Acc(0);
+      tile[r * C::kLd + c] = exists(r, c) ? Acc(to_acc(line(r)[c])) : Acc(0);
     }
   }
 }

@@ -1,0 +1,103 @@
+// The family's entries: what it refuses, what it plans, and its launch.
+#include "decode.h"
+
+#include "../common/launch.h"
+#include "../sm80/code_for_device.h"
+#include "../universal/rows.h"
+#include "plan.h"
+
+namespace flash_attn::cuda::decode {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 28;  // of a sequence, so that places and differences of rows stay in 32 bits
+constexpr double kMaxUnits = double(1 << 30);
+constexpr int64_t kFewRows = 64;  // packed; with more, tiles read the same keys again
+constexpr int64_t kFewQueries = 16;
+
+bool is_aligned(const TensorView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 && view.row % 8 == 0 &&
+         view.head % 8 == 0;
+}
+
+/// Where ordinary kernels would do as well or better; nothing but this one and the universal kernels read caches.
+const char* refuses_ordinary(const ForwardParams& p) {
+  if (p.cache.exists()) return nullptr;
+  if (p.is_varlen_k()) return "keys are packed";
+  if (p.seqlen_q > kFewQueries) return "there are over 16 query rows";
+  if (p.seqlen_q * p.group_size() > kFewRows) return "over 64 query rows read the same keys";
+  return nullptr;
+}
+
+const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
+  if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
+  if (!sm80::has_code_for(device.compute_capability, FLASH_ATTN_SM80_ARCHS)) {
+    return "this build has no code of the family for the device's compute capability";
+  }
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "a tensor is empty";
+  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (p.head_dim == 0 || p.head_dim_v == 0 || p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) {
+    return "head_dim is not a multiple of 8";
+  }
+  if (p.mask.data != nullptr) return "there is an attn_mask";
+  if (p.dropout_p > 0.0) return "there is dropout";
+  if (const char* reason = refuses_ordinary(p)) return reason;
+  if (!is_aligned(p.q) || !is_aligned(p.k) || !is_aligned(p.v) || !is_aligned(p.out)) {
+    return "rows are not aligned to 16 bytes";
+  }
+  if (p.seqlen_q * p.group_size() >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^28 rows";
+  const DecodePlan plan = plan_decode(p, device);
+  if (plan.variant == nullptr) return "no kernel of this head dimension fits into shared memory";
+  if (max_units(p, *plan.variant) >= kMaxUnits) return "there are over 2^30 blocks of keys";
+  return nullptr;
+}
+
+Plan plan(const ForwardParams& p, const DeviceInfo& device) {
+  const DecodePlan chosen = plan_decode(p, device);
+  Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes()};
+  plan.decide("ctas", chosen.ctas);
+  plan.decide("stages", chosen.stages);
+  return plan;
+}
+
+void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_pointer) {
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const DecodePlan chosen = plan_decode(p, device);
+  const Variant& variant = *chosen.variant;
+  if (p.is_varlen_q()) {  // rows of no sequence
+    universal::fill_rows(p.out, p.dtype, 1, p.total_q, p.num_heads, p.head_dim_v, stream);
+    universal::fill_lse(p, stream);
+  }
+  DecodeParams params;
+  params.problem = p;
+  params.group = Divisor(p.group_size());
+  params.page = Divisor(p.cache.block_table != nullptr ? p.cache.page_size : 1);
+  params.whole_rows = p.head_dim == variant.head_dim && p.head_dim_v == variant.head_dim && p.cache.page_size % 16 == 0;
+  params.same_strides = p.k.batch == p.v.batch && p.k.row == p.v.row;
+  params.scores_as_they_are = p.softcap == 0.0 && p.alibi_slopes == nullptr;
+  params.step_k = variant.row_step * p.k.row, params.step_v = variant.row_step * p.v.row;
+  const bool paged = p.cache.block_table != nullptr;
+  params.block_k = paged ? 0 : variant.block_n * p.k.row, params.block_v = paged ? 0 : variant.block_n * p.v.row;
+  params.alike = p.is_dense() && p.cache.first == nullptr;
+  params.num_heads_k = int(p.num_heads_k);
+  params.stages = chosen.stages;
+  params.min_units = chosen.min_units;
+  params.launch_id = new_launch_id() * 0x9e3779b97f4a7c15ull;  // whose upper 48 bits differ from launch to launch
+  unsigned char* const workspace = static_cast<unsigned char*>(p.workspace);
+  params.arrivals = reinterpret_cast<uint64_t*>(workspace);
+  params.partial_out = reinterpret_cast<float*>(workspace + chosen.arrivals_bytes());
+  params.partial_statistics =
+      reinterpret_cast<float2*>(params.partial_out + int64_t{2} * chosen.ctas * variant.block_m * variant.head_dim);
+  const auto kernel = variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1];
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(chosen.shared_bytes())),
+        variant.name);
+  launch_dependent(kernel, dim3(unsigned(chosen.ctas)), variant.threads, int(chosen.shared_bytes()), stream, params,
+                   variant.name);
+}
+
+}  // namespace
+
+extern const ForwardKernel kForward = {"decode", refuses, plan, launch};
+
+}  // namespace flash_attn::cuda::decode

@@ -1,0 +1,31 @@
+// What the kernel gets: the problem, how its blocks are shared out, and where parts of tiles go.
+#pragma once
+
+#include <vector_types.h>
+
+#include "../../params.h"
+#include "../common/division.h"
+
+namespace flash_attn::cuda::decode {
+
+struct DecodeParams {
+  ForwardParams problem;
+  Divisor group;            // query heads that read the same keys
+  Divisor page;             // rows of one; 1 without pages
+  bool whole_rows;          // head_dim and head_dim_v are the kernel's, and rows of 16 lie in one page
+  bool same_strides;        // of k and v
+  bool scores_as_they_are;  // neither softcap nor ALiBi
+  bool alike;               // no length on the device: every sequence is like the first
+  int num_heads_k;
+  int64_t step_k, step_v;    // elements from a row that a thread copies to the next, of k and v
+  int64_t block_k, block_v;  // from block to block; 0 with pages
+  int stages;                // blocks of keys and values in shared memory
+  int min_units;             // that a CTA should have
+  // Of CTAs that share tiles with others; see parts.h.
+  uint64_t launch_id;
+  uint64_t* arrivals;          // (CTAs)
+  float* partial_out;          // (CTAs, 2, kBlockM, kHeadDim), relative to the row's maximum
+  float2* partial_statistics;  // (CTAs, 2, kBlockM): row_max in log2, row_sum
+};
+
+}  // namespace flash_attn::cuda::decode

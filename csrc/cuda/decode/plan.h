@@ -1,0 +1,21 @@
+#pragma once
+
+#include "../../kernel.h"
+#include "variant.h"
+
+namespace flash_attn::cuda::decode {
+
+struct DecodePlan {
+  const Variant* variant = nullptr;  // null: none fits into shared memory
+  int stages = 0, ctas = 0, min_units = 1;
+  int64_t shared_bytes() const { return variant->fixed_bytes + int64_t{stages} * variant->stage_bytes; }
+  int64_t arrivals_bytes() const { return (int64_t{8} * ctas + 127) / 128 * 128; }
+  int64_t workspace_bytes() const { return arrivals_bytes() + ctas * variant->partial_bytes; }
+};
+
+DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device);
+
+/// Units of all sequences together, at most: see units.h.
+double max_units(const ForwardParams& p, const Variant& variant);
+
+}  // namespace flash_attn::cuda::decode

@@ -1,0 +1,50 @@
+#include "cache.h"
+
+#include "cache_arguments.h"
+#include "given.h"
+#include "run.h"
+
+namespace flash_attn {
+
+namespace {
+
+Results attend(ForwardParams params, const TensorInfo& q_given) {
+  const Backend& backend = backend_of(params.device);
+  const Results results = empty_results(params, q_given, /*heads_first=*/false);
+  if (results.lse.numel() > 0) run(backend.forward, backend, params, q_given);
+  return results;
+}
+
+}  // namespace
+
+void attend_cache(StableIValue* values, uint64_t, uint64_t) {
+  Given<CacheArguments> given(values);
+  given.describe();
+  const TensorInfo q_given = given.arguments().q;
+  given.make_unit_stride("q");
+  const Results results = attend(make_cache_params(given.arguments()), q_given);
+  put_results(values, results.out, results.lse);
+}
+
+void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
+  Given<AppendArguments> given(values);
+  given.describe();
+  const TensorInfo q_given = given.arguments().q;
+  for (const char* name : {"q", "k", "v", "rotary_cos", "rotary_sin"}) given.make_unit_stride(name);
+  const AppendArguments& arguments = given.arguments();
+  // All that may be refused is, before the cache is written to.
+  const RowCopies append = make_append_params(arguments);
+  ForwardParams params = make_cache_params(arguments.attention());
+  RowCopies turn = make_turned_query_params(arguments);
+  if (append.batch * append.rows > 0) copy_rows(append, arguments.k_cache);
+  OptionalTensor turned_q;
+  if (turn.count > 0 && turn.batch * turn.rows > 0) {
+    turned_q = empty_like_dense(q_given, q_given.size[3], "the turned queries");
+    params.q = turn.copies[0].to = tensor_view(info_of(*turned_q, "q"), false);
+    copy_rows(turn, arguments.q);
+  }
+  const Results results = attend(params, q_given);
+  put_results(values, results.out, results.lse);
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,43 @@
+#include "cache.h"
+#include "given.h"
+#include "refuse.h"
+#include "rotary_arguments.h"
+#include "run.h"
+
+namespace flash_attn {
+
+namespace {
+
+RowCopies checked(Given<RotaryArguments>& given) {
+  for (const char* name : {"cos", "sin"}) given.make_unit_stride(name);
+  return make_rotary_params(given.arguments());
+}
+
+}  // namespace
+
+void rotary(StableIValue* values, uint64_t, uint64_t) {
+  Given<RotaryArguments> given(values);
+  given.describe();
+  const TensorInfo x_given = given.arguments().x;
+  given.make_unit_stride("x");
+  RowCopies copies = checked(given);
+  const TensorInfo& x = given.arguments().x;
+  Tensor turned = empty_like_dense(x_given, x.size[x.ndim - 1], "the turned rows");
+  copies.copies[0].to = tensor_view(info_of(turned, "x"), false);
+  if (turned.numel() > 0) copy_rows(copies, x);
+  put_results(values, turned);
+}
+
+void rotary_in_place(StableIValue* values, uint64_t, uint64_t) {
+  Given<RotaryArguments> given(values);
+  given.describe();
+  RowCopies copies = checked(given);
+  const TensorInfo& x = given.arguments().x;
+  if (x.size[x.ndim - 1] > 1 && x.stride[x.ndim - 1] != 1) {
+    refuse("x must have a last stride of 1 to be turned in place, but has ", x.stride[x.ndim - 1]);
+  }
+  copies.copies[0].to = copies.copies[0].from;
+  if (given.first().numel() > 0) copy_rows(copies, x);
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,68 @@
+// From parameters to a kernel: select, plan, allocate, launch.
+#pragma once
+
+#include "../select_kernel.h"
+#include "torch_tensor.h"
+
+namespace flash_attn {
+
+/// Makes the tensors' device current while it lives.
+class DeviceScope {
+ public:
+  DeviceScope(const Backend& backend, int device)
+      : backend_(backend), device_(device), stream_(backend.enter(device, &previous_)) {}
+  ~DeviceScope() { backend_.leave(device_, previous_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  void* stream() const { return stream_; }
+
+ private:
+  const Backend& backend_;
+  int device_, previous_ = 0;
+  void* stream_;
+};
+
+inline ForwardParams& problem(ForwardParams& params) { return params; }
+inline ForwardParams& problem(BackwardParams& params) { return params.forward; }
+
+template <typename Params>
+void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backend, Params& params,
+         const TensorInfo& like) {
+  ForwardParams& p = problem(params);
+  const DeviceInfo info = backend.device_info(p.device_index);
+  const Kernel<Params>& kernel = select_kernel(kernels, params, info);
+  const Plan plan = kernel.plan(params, info);
+  OptionalTensor workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
+    p.workspace = workspace->data_ptr();
+  }
+  const DeviceScope scope(backend, p.device_index);
+  kernel.launch(params, info, scope.stream());
+}
+
+/// On the device of `like`.
+inline void copy_rows(const RowCopies& copies, const TensorInfo& like) {
+  const Backend& backend = backend_of(like.device);
+  const DeviceScope scope(backend, like.device_index);
+  backend.copy_rows(copies, scope.stream());
+}
+
+/// What forward returns, not yet filled; `params` gets to know it.
+struct Results {
+  Tensor out, lse;
+};
+
+inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, bool heads_first) {
+  const DType dtype = statistics_dtype(params.dtype);
+  const int64_t dense[] = {params.batch, params.num_heads, params.seqlen_q},
+                packed[] = {params.num_heads, params.total_q};
+  Results results{empty_like_dense(q_given, params.head_dim_v, "out"),
+                  params.is_varlen_q() ? empty_contiguous(2, packed, dtype, q_given, "lse")
+                                       : empty_contiguous(3, dense, dtype, q_given, "lse")};
+  params.out = tensor_view(info_of(results.out, "out"), heads_first);
+  params.lse = row_view(info_of(results.lse, "lse"));
+  return results;
+}
+
+}  // namespace flash_attn
