@@ -73,9 +73,9 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, width) to the same."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        """(batch, seqlen, width) to the same; `options` are those of the attention."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), **options))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
