@@ -15,7 +15,7 @@ from torch import Tensor
 
 TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-3}  # relative, of the norm
 DROPOUT_TOLERANCE = 2e-2  # of the mean over all elements, if there are many
-OURS = ("ours", "deterministic", "rule")
+OURS = ("ours", "deterministic", "rule", "paged")
 NAMES = ("out", "dq", "dk", "dv", "dmask")
 
 

@@ -131,6 +131,31 @@ def deterministic(inputs: Inputs) -> Contender:
     return _func("deterministic", inputs, causal=p.causal, window_size=window, deterministic=True)
 
 
+PAGE = 64
+
+
+def paged(inputs: Inputs) -> Contender:
+    """This package, of keys and values in pages of 64 rows, which stand in no order."""
+    p = inputs.problem
+    if p.seqlen > 16 or p.keys % PAGE != 0 or p.case != "none" or p.causal:
+        raise UnsuitedError("for few query rows over a cache")
+    blocks = p.keys // PAGE
+    order = torch.randperm(p.batch * blocks, device=inputs.device)
+    table = order.view(p.batch, blocks).int()
+    caches = []
+    for x in (inputs.k, inputs.v):
+        caches.append(torch.empty_like(x).view(-1, PAGE, *x.shape[2:]))
+        caches[-1][order] = x.view_as(caches[-1])
+    lengths = torch.full((p.batch,), p.keys, dtype=torch.int32, device=inputs.device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, block_table=table)
+        assert isinstance(out, Tensor)
+        return out
+
+    return _contender("paged", inputs, "as given", attention)
+
+
 def _sdpa(function: Callable[..., Tensor], inputs: Inputs, mask: Tensor | None) -> Attention:
     p = inputs.problem
     causal = p.causal and p.window < 0 and not p.lengths
@@ -266,6 +291,7 @@ BACKENDS: dict[str, Callable[[Inputs], Contender]] = {
     "flex": flex,
     "deterministic": deterministic,
     "rule": rule,
+    "paged": paged,
 }
 
 

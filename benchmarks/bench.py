@@ -62,11 +62,13 @@ def kernel_of(able: list[Contender], train: bool) -> dict[str, str]:
 
 
 class Peaks:
-    """What torch's matrix products reach in each dtype, and at which clock; measured when first asked for."""
+    """What torch's matrix products reach in each dtype, and at which clock, and how fast memory is read; measured when
+    first asked for."""
 
     def __init__(self, device: torch.device, clock: timing.ClockLog) -> None:
         self.device, self.clock = device, clock
         self.found: dict[str, report.Peak] = {}
+        self.read: float | None = None
 
     def of(self, dtype: str) -> report.Peak:
         if dtype == "fp16" and self.device.type == "cpu":
@@ -77,25 +79,36 @@ class Peaks:
             self.found[dtype] = report.Peak(tflops, self.clock.mhz())
         return self.found[dtype]
 
+    def read_gbps(self) -> float:
+        if self.read is None:
+            self.read = timing.read_gbps(self.device)
+        return self.read
+
 
 def measure(problem: Problem, args: argparse.Namespace, peaks: Peaks, clock: timing.ClockLog) -> list[report.Row]:
     """All passes of one problem."""
     device = torch.device(args.device)
     inputs = Inputs(problem, device)
     wanted = HOST_PASSES if args.suite == "host" else PASSES[args.passes]
+    if args.suite == "decode":
+        wanted = ("fwd",)
     train = any(passes not in ("fwd", "host_fwd") for passes in wanted)
     able, unsuited = contenders(args.backends, inputs, train)
     agreement = check(able, inputs, train)
     timer: Callable[..., list[float]] = timing.device_times if device.type == "cuda" else timing.cpu_times
     if args.suite == "host":
         timer = timing.host_times
+    if args.suite == "decode" and device.type == "cuda":
+        timer = timing.graph_times
     rows = []
     for passes in wanted:
         calls = [timed_call(contender, passes) for contender in able]
-        peak = None if args.suite == "host" else peaks.of(problem.dtype)
+        peak = None if args.suite in ("host", "decode") else peaks.of(problem.dtype)
         clock.mark()
         times = dict(zip((contender.name for contender in able), timer(calls, args.rounds), strict=True))
         shares = report.peak_shares(problem, passes, times, peak, clock.mhz())
+        if args.suite == "decode":
+            shares = report.read_shares(problem, times, peaks.read_gbps())
         memory = {}
         if device.type == "cuda":
             # Backward's own peak would leave out what forward keeps for it: both together are measured.
@@ -127,6 +140,7 @@ def parse_arguments() -> argparse.Namespace:
         "math": args.device == "cuda" and args.suite in ("peers", "sweep"),
         "deterministic": args.suite != "deterministic",
         "rule": args.suite != "mask",
+        "paged": args.suite != "decode",
     }
     if args.suite == "deterministic":
         left_out |= {name: True for name in BACKENDS if name not in ("ours", "cudnn", "deterministic")}
@@ -158,6 +172,7 @@ def main() -> None:
             if args.out is not None:
                 head["sm_clock"] = clock.summary()
                 head["matmul"] = {dtype: peak._asdict() for dtype, peak in peaks.found.items()}
+                head["read_gbps"] = peaks.read
                 report.save(args.out, args.suite, head, rows)
     print(*report.summary(rows), sep="\n")
     print(f"SM clock: {clock.summary()}" if args.device == "cuda" else "", end="\n" if args.device == "cuda" else "")

@@ -42,6 +42,11 @@ def peak_shares(problem: Problem, passes: str, times: dict[str, float], peak: Pe
     }
 
 
+def read_shares(problem: Problem, times: dict[str, float], gbps: float) -> Row:
+    """Each backend's share of the rate at which memory is read."""
+    return {f"{name}_of_read": round(problem.bytes("fwd") / ms / 1e6 / gbps, 4) for name, ms in times.items()}
+
+
 def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -132,8 +137,9 @@ def row_text(problem: Problem, row: Row) -> str:
         text = f"{name} {ms:.3f} ms" if ms >= 0.1 else f"{name} {ms * 1e3:.2f} us"
         if f"{name}_tflops" in row:
             text += f" {row[f'{name}_tflops']:.3g} TFLOP/s {row[f'{name}_gbps']:.3g} GB/s"
-        if f"{name}_of_peak" in row:
-            text += f" {row[f'{name}_of_peak']:.0%}"
+        for share in ("peak", "read"):
+            if f"{name}_of_{share}" in row:
+                text += f" {row[f'{name}_of_{share}']:.0%}"
         if f"{name}_peak_bytes" in row:
             text += f" {row[f'{name}_peak_bytes'] / 2**20:.0f} MiB"
         if f"ratio_{name}" in row:
@@ -174,7 +180,8 @@ def save(folder: Path, suite: str, head: Row, rows: list[Row]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for passes in dict.fromkeys(row["pass"] for row in rows):
-        path = folder / f"{'' if suite in ('peers', 'host') else suite + '_'}{PASS_NAMES.get(passes, passes)}.json"
+        name = f"{'' if suite in ('peers', 'host') else suite + '_'}{PASS_NAMES.get(passes, passes)}"
+        path = folder / f"{'decode' if suite == 'decode' else name}.json"  # which has one pass alone
         kept = [row for row in rows if row["pass"] == passes]
         lines = ",\n  ".join(json.dumps(row) for row in kept)
         path.write_text(f'{{"header": {json.dumps(head, indent=1)},\n "rows": [\n  {lines}\n]}}\n')

@@ -206,6 +206,19 @@ def extra(selection: Selection) -> list[Problem]:
     return [*masked, *half, *small, *one_head]
 
 
+def decode(selection: Selection) -> list[Problem]:
+    """One query row, and 16, of each of many heads over the keys of a cache."""
+    if not selection.on_cuda:
+        return [Problem(128, False, 1, 1, 8, dtype, seqlen_k=8192) for dtype in ("fp32", "bf16")]
+    caches = ((1, 131072, 32), (8, 32768, 32), (64, 4096, 32), (128, 2048, 64), (1, 1024, 32), (8, 1024, 32))
+    rows = [Problem(128, False, 1, batch, heads, "bf16", 8, seqlen_k=keys) for batch, keys, heads in caches]
+    rows += [
+        Problem(128, False, n, batch, 32, "bf16", 8, seqlen_k=keys) for n in (4, 16) for batch, keys, _ in caches[1:3]
+    ]
+    rows += [Problem(d, False, 1, 16, 32, "bf16", 8, seqlen_k=8192) for d in (64, 96, 192, 256)]
+    return [*rows, Problem(128, False, 1, 16, 32, "bf16", seqlen_k=4096)]
+
+
 def fp32(selection: Selection) -> list[Problem]:
     """Single precision; TF32 is off."""
     batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
@@ -218,7 +231,8 @@ def host(selection: Selection) -> list[Problem]:
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
-    suite.__name__: suite for suite in (peers, extra, sweep, few, varlen, gqa, window, deterministic, mask, fp32, host)
+    suite.__name__: suite
+    for suite in (peers, extra, sweep, few, varlen, gqa, window, deterministic, mask, decode, fp32, host)
 }
 
 

@@ -36,6 +36,7 @@ LABELS = {
     "flex": "FlexAttention",
     "deterministic": "ours, deterministic",
     "rule": "ours, told the rule",
+    "paged": "ours, pages of 64",
 }
 LONG = 80  # rows beyond which only a summary and the least ratios are shown
 GENERATED = "<!-- Made by benchmarks/tables.py; change the source of the figures instead. -->"
@@ -261,13 +262,29 @@ def models_section(name: str, content: Row) -> list[str]:
     return [f"## Training steps of models (`{name}.json`)", "", taken(content["header"]), "", *table(head, body), ""]
 
 
+def decode_section(name: str, content: Row) -> list[str]:
+    """The file of few query rows over caches, whose time is that of reading them."""
+    rows, read = content["rows"], content["header"]["read_gbps"]
+    names = names_of(rows)
+    head = ["problem", "ours", "TB/s", "of what memory gives", *(LABELS.get(n, n) for n in names)]
+    body = []
+    for row in rows:
+        line = [problem_text(row), time_text(row["ours_ms"]), f"{row['ours_gbps'] / 1e3:.2f}"]
+        line.append(f"{row['ours_of_read']:.1%}")
+        line += [f"{row[f'{n}_gbps'] / 1e3:.2f} x{row[f'ratio_{n}']:.3f}" if f"{n}_ms" in row else "" for n in names]
+        body.append(line)
+    lines = [f"## decode (`{name}.json`)", "", taken(content["header"]), ""]
+    lines += [f"torch's maximum of a large tensor reads {read / 1e3:.2f} TB/s. Rates in TB/s.", ""]
+    return [*lines, *summary(rows), "", *table(head, body), ""]
+
+
 def order(path: Path) -> tuple[int, str]:
     """peers first, errors last."""
     name = path.stem
     return (0 if name in ("forward", "backward", "step") else 2 if name == "accuracy" else 1), name
 
 
-SECTIONS = {"accuracy": accuracy_section, "models": models_section}
+SECTIONS = {"accuracy": accuracy_section, "models": models_section, "decode": decode_section}
 
 
 def results_page(folder: Path) -> str:

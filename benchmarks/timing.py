@@ -20,6 +20,7 @@ DELAY_CYCLES = 700_000  # about 0.4 ms: longer than the host mostly needs to enq
 LONGEST_DELAY = 8 * DELAY_CYCLES
 SHORTEST_SAMPLE = 2e-3  # seconds; on the CPU shorter calls are repeated within a sample
 DISTURBED = 1.4  # a median over so many times the least
+GRAPH_MS = 5.0  # a graph's
 HOST_CALLS = 500  # calls a sample of host time; fewer launches than a CUDA stream queues
 
 
@@ -185,6 +186,44 @@ class ClockLog:
             except ValueError:
                 continue  # a line cut off by the end, or a quantity that this GPU does not report
         return [row for row in rows if len(row) == 4]
+
+
+def graph_times(timed: Sequence[Timed], rounds: int) -> list[float]:
+    """Median milliseconds of each call in a CUDA graph of as many of it as take a few milliseconds, one behind the
+    other: what a call costs where programs replay graphs. What fits into L2 is there."""
+    graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
+    stream = torch.cuda.Stream()
+    for (enter, call), ms in zip(timed, device_times(timed, 1), strict=True):
+        count = max(1, min(100, int(GRAPH_MS / ms)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream), enter():
+            call()
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(count):
+                    call()
+        graphs.append((graph, count))
+
+    def one(i: int) -> float:
+        graph, count = graphs[i]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / count
+
+    for i in range(len(timed)):
+        one(i)
+    return _medians(len(timed), rounds, lambda order: [one(i) for i in order])
+
+
+def read_gbps(device: torch.device) -> float:
+    """How fast torch's maximum of a large tensor reads memory: the practical limit of the device."""
+    size = 1 << (32 if device.type == "cuda" else 28)
+    x = torch.ones(size // 8, dtype=torch.int64, device=device)
+    timer = device_times if device.type == "cuda" else cpu_times
+    (ms,) = timer([(nullcontext, lambda: x.max())], 9)
+    return size / ms / 1e6
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
