@@ -361,8 +361,7 @@ def flash_attn_varlen_func(
         max_seqlen_k: at least the longest sequence in k.
         block_table: (batch, blocks) int32: keys and values lie in pages, k (pages, page_size, num_heads_k, head_dim)
             and v likewise, with a last stride of 1, and rows i * page_size and on of sequence b in page
-            block_table[b, i]. A sequence has seqused_k[b] of them, or cu_seqlens_k[b + 1] - cu_seqlens_k[b]. There is
-            no gradient then.
+            block_table[b, i], seqused_k[b] or cu_seqlens_k[b + 1] - cu_seqlens_k[b] rows. There is no gradient then.
         seqused_q: (batch) int32: only so many rows of each sequence take part, others get zeros.
         seqused_k: (batch) int32, the same for k and v.
         page_table: another name for block_table.
@@ -373,8 +372,7 @@ def flash_attn_varlen_func(
     Raises:
         NotImplementedError: DTensors, or what else is not supported, are given; with block_table dropout or seqused_q.
     """
-    if page_table is not None:
-        block_table = one_of("block_table", block_table, "page_table", page_table)
+    block_table = one_of("block_table", block_table, "page_table", page_table)
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_varlen_func", others)

@@ -92,8 +92,15 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_point
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              int(chosen.shared_bytes())),
         variant.name);
-  launch_dependent(kernel, dim3(unsigned(chosen.ctas)), variant.threads, int(chosen.shared_bytes()), stream, params,
-                   variant.name);
+  if (device.compute_capability >= 90) {
+    launch_dependent(kernel, dim3(unsigned(chosen.ctas)), variant.threads, int(chosen.shared_bytes()), stream, params,
+                     variant.name);
+    return;
+  }
+  void* arguments[] = {&params};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(chosen.ctas)), dim3(variant.threads),
+                         arguments, size_t(chosen.shared_bytes()), stream),
+        variant.name);
 }
 
 }  // namespace
