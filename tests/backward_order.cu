@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "../csrc/cuda/mask/packed_mask.h"
+#include "../csrc/cuda/sm80/sm80.h"
+#include "../csrc/cuda/sm90/backward/extended/classes.h"
+#include "../csrc/cuda/sm90/backward/extended/reductions.h"
 #include "../csrc/cuda/sm90/backward/launch.h"
 #include "../csrc/cuda/sm90/backward/postprocess/postprocess.h"
 #include "../csrc/cuda/sm90/backward/schedule/order.h"
@@ -42,6 +46,13 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
   return v;
 }
 
+constexpr Variant extended_variant(const char* name, int head_dim, int block_m) {
+  Variant v = variant(name, head_dim, head_dim, block_m, 1);
+  v.extended = true;
+  v.many_registers = block_m == 64;
+  return v;
+}
+
 constexpr Variant fused_variant() {
   Variant v = variant("d64 fused", 64, 64, 128, 1);
   v.dq_path = DqPath::kOneCta;
@@ -54,6 +65,9 @@ extern const Variant kD64 = variant("d64", 64, 64, 128, 1);
 extern const Variant kD64Fused = fused_variant();
 extern const Variant kD96 = variant("d96", 96, 96, 64, 1);
 extern const Variant kD128 = variant("d128", 128, 128, 64, 1);
+extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128);
+extern const Variant kD96Extended = extended_variant("d96 extended", 96, 64);
+extern const Variant kD128Extended = extended_variant("d128 extended", 128, 64);
 extern const Variant kD192V128 = variant("d192-128", 192, 128, 64, 2);
 extern const Variant kD192 = variant("d192", 192, 192, 64, 2);
 extern const Variant kD256 = variant("d256", 256, 256, 64, 2);
@@ -64,13 +78,31 @@ namespace flash_attn::cuda::sm90 {
 TensorMapSource query_rows(const ForwardParams&, const TensorView&, int64_t) { return {}; }
 TensorMapSource key_rows(const ForwardParams&, const TensorView&, int64_t, int64_t) { return {}; }
 CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
+CUtensorMap make_mask_map(const MaskView&, int) { return {}; }
 
 }  // namespace flash_attn::cuda::sm90
+namespace flash_attn::cuda {
+
+// What only problems with attn_mask and gradients of slopes and sinks call.
+namespace mask {
+PackedMask pack(const MaskView&, void*, cudaStream_t) { return {}; }
+}  // namespace mask
+namespace sm80 {
+const BackwardKernel kBackward = {};
+}  // namespace sm80
+void check(cudaError_t, const char*) {}
+
+}  // namespace flash_attn::cuda
 namespace flash_attn::cuda::sm90::backward {
 
 void launch_preprocess(const RowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
 void launch_convert_dq(const RowsParams&, cudaStream_t) {}
 void launch_add_parts(const PartsParams&, cudaStream_t) {}
+int64_t num_tile_classes(const MaskView&, int) { return 0; }
+TileClasses place_tile_classes(const MaskView&, int, uint8_t*, uint32_t*) { return {}; }
+void fill_tile_classes(const MaskView&, const mask::PackedMask&, int, const TileClasses&, cudaStream_t) {}
+void reduce_slopes(const BackwardParams&, const SlopeSums&, cudaStream_t) {}
+void reduce_sinks(const RowsParams&, cudaStream_t) {}
 
 namespace {
 
@@ -119,6 +151,7 @@ BackwardParams random_problem(Random& random) {
     }
   }
   p.deterministic = random.one_in(2);
+  p.softcap = p.head_dim <= 128 && random.one_in(5) ? 30.0 : 0.0;
   p.dtype = DType::kBFloat16;
   p.softmax_scale = 0.1;
   static char somewhere[256];
@@ -267,7 +300,7 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
     }
     const auto plan = choose_plan(params, device);
     try {
-      launch_plan(plan, params, nullptr);
+      launch_plan(plan, params, device, nullptr);
       params.forward.is_varlen_k() ? check_packed(random, params, plan, counted) : check_dense(params, plan, counted);
     } catch (const std::exception& error) {
       wrong = std::string(error.what()) + ": " + describe(params, device);

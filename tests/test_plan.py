@@ -98,11 +98,8 @@ def test_the_smallest_kernel_that_holds_the_head_dims(
         ({"dtype": "float32"}, "dtype", "universal"),
         ({"head_dim": 264}, "over 256", "universal"),
         ({"head_dim": 20}, "multiple of 8", "sm80"),
-        ({"softcap": 3.0}, "softcap", "sm80"),
         ({"address": (1 << 20) + 2}, "16 bytes", "sm80"),
-        ({"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}}, "sinks", "sm80"),
-        ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes", "sm80"),
-        ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask", "sm80"),
+        ({"softcap": 3.0, "head_dim": 192}, "softcap", "sm80"),
     ],
 )
 def test_what_the_hopper_kernels_refuse_the_next_family_takes(
@@ -111,6 +108,27 @@ def test_what_the_hopper_kernels_refuse_the_next_family_takes(
     for choice in plan(**changes).values():
         assert choice["family"] == family
         assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softcap": 3.0},
+        {"dropout_p": 0.1, "tensors": {"rng_state": (1 << 20, "int64", 0, [2], [1])}},
+        {"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}},
+        {"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}},
+        {"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}},
+    ],
+)
+@pytest.mark.parametrize("head_dim, kernel", [(40, "d64 128x128"), (96, "d96 64x128"), (128, "d128 64x128")])
+def test_what_changes_scores_has_backward_kernels_of_its_own(
+    head_dim: int, kernel: str, changes: dict[str, Any]
+) -> None:
+    chosen = plan(head_dim=head_dim, **changes)["backward"]
+    assert (chosen["family"], chosen["kernel"]) == ("sm90", f"wgmma {kernel} extended")
+    assert chosen["decisions"]["dq"] == "added to zeros"
+    assert plan(head_dim=head_dim, deterministic=True, **changes)["backward"]["decisions"]["dq"] == "in a fixed order"
 
 
 @needs_sm90

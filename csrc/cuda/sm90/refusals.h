@@ -16,6 +16,11 @@ inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceIn
   if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim is not a multiple of 8";
   if (p.cache.exists()) return "k and v lie in a cache";
+  return nullptr;
+}
+
+/// Where scores are scale * q.k alone.
+inline const char* refuses_scores(const ForwardParams& p) {
   if (p.mask.data != nullptr) return "there is an attn_mask";
   if (p.alibi_slopes != nullptr) return "there are alibi_slopes";
   if (p.sinks != nullptr) return "there are sinks";

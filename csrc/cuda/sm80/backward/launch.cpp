@@ -55,8 +55,12 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
     params.packed = mask::packed_or_pack(problem.forward.mask, to, stream);
   }
   prepare_rows(params, variant.warps, stream);
-  cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_tiles,
-                      32 * variant.warps, variant.shared_bytes, stream, variant.name);
+  const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
+                           problem.dslopes == nullptr;
+  if (!dmask_alone) {
+    cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_tiles,
+                        32 * variant.warps, variant.shared_bytes, stream, variant.name);
+  }
   if (plan.mask_gradient != nullptr) launch_mask_gradient(*plan.mask_gradient, params, stream);
   if (problem.dq.data != nullptr) store_dq(params, stream);
   if (problem.dsinks != nullptr) reduce_sinks(params, stream);

@@ -1,5 +1,6 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
 #include "../../common/tiles/sequence_blocks.h"
+#include "../../sm80/sm80.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
@@ -40,10 +41,26 @@ const char* refuses_tensors(const BackwardParams& params) {
   return nullptr;
 }
 
+/// Of scores that are more than scale * q.k.
+const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  if (extended_variant_for(p) == nullptr) {
+    return "there are attn_mask, alibi_slopes, sinks, softcap or dropout, and head_dim is over 128";
+  }
+  if (const char* reason = refuses_bias(p)) return reason;
+  if (params.dmask != nullptr && sm80::kBackward.refuses(of_dmask_alone(params), device) != nullptr) {
+    return "no kernel computes the gradient of attn_mask";
+  }
+  return nullptr;
+}
+
 const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   if (const char* reason = refuses_sizes(p)) return reason;
+  if (is_extended(p)) {
+    if (const char* reason = refuses_rules(params, device)) return reason;
+  }
   if (!(p.softmax_scale >= 1e-4 && p.softmax_scale <= 1e6)) return "softmax_scale is not between 1e-4 and 1e6";
   return refuses_tensors(params);
 }
@@ -80,7 +97,7 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  launch_plan(choose_plan(params, device), params, static_cast<cudaStream_t>(stream));
+  launch_plan(choose_plan(params, device), params, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -3,7 +3,13 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../../../philox.h"
+#include "../../common/check.h"
+#include "../../mask/packed_mask.h"
+#include "../../sm80/sm80.h"
 #include "../hopper/tensor_map.h"
+#include "extended/classes.h"
+#include "extended/reductions.h"
 #include "params.h"
 #include "postprocess/postprocess.h"
 #include "preprocess/preprocess.h"
@@ -20,6 +26,12 @@ struct Workspace {
   BlockCounters* dq_counters = nullptr;
   uint16_t *dk_parts = nullptr, *dv_parts = nullptr;
   PackedBlock* packed_blocks = nullptr;
+  // Of the kernels of extended/:
+  int* blind = nullptr;
+  float* slope_sums = nullptr;    // also 0 at first
+  int* dmask_counters = nullptr;  // likewise
+  uint8_t *packed_mask = nullptr, *tile_classes = nullptr, *dmask_workspace = nullptr;
+  uint32_t* tile_bits = nullptr;
   int64_t bytes = 0, cleared_bytes = 0;  // of all; of those that are 0 at first, which lie side by side
 
   /// With `begin` null, sizes alone.
@@ -42,12 +54,25 @@ struct Workspace {
     place(dq_counters, plan.dq.has_turns() ? blocks : 0);
     place(dq_flags, plan.dq.writing.enabled ? plan.order.num_tiles : 0);
     place(prepared, plan.preparation.ahead > 0 ? p.batch * p.num_heads : 0);
+    place(slope_sums, params.dslopes != nullptr && variant.extended ? p.batch * p.num_heads * slope_numbers(plan) : 0);
+    const int64_t dmask_blocks = p.mask.batch_size * p.mask.head_size * plan.order.num_n_blocks * plan.num_m_blocks;
+    place(dmask_counters, plan.extended.adds_dmask ? dmask_blocks : 0);
     cleared_bytes += bytes;
     const int64_t part_rows = plan.split.parts() > 1 ? p.total_k * p.num_heads_k * plan.split.stored() : 0;
     place(dk_parts, params.dk.data != nullptr ? part_rows * p.head_dim : 0);
     place(dv_parts, params.dv.data != nullptr ? part_rows * p.head_dim_v : 0);
     place(packed_blocks, p.is_varlen_k() ? plan.order.max_packed_blocks + 1 : 0);
+    if (!variant.extended) return;
+    place(blind, blocks * (variant.block_m / 64));
+    place(packed_mask, plan.extended.packs_mask ? mask::packing_workspace(p.mask) : 0);
+    const int64_t classes = plan.extended.packs_mask ? num_tile_classes(p.mask, variant.block_m) : 0;
+    place(tile_classes, classes);
+    place(tile_bits, classes * bits_of_block(variant.block_m));
+    place(dmask_workspace, plan.extended.dmask_bytes);
   }
+
+  /// Of a query head, in slope_sums: one a tile and warp of consumers.
+  static int64_t slope_numbers(const Plan& plan) { return int64_t{plan.order.num_n_blocks} * 8; }
 };
 
 /// dk and dv as the kernel stores them: with parts (rows of k, heads, columns) in the workspace.
@@ -112,7 +137,37 @@ void set_tensor_maps(KernelParams& kernel, const Plan& plan, const BackwardParam
   if (kernel.wants_dk) kernel.dk = key_map(gradients.dk, gradients.heads, p.head_dim, 16);
   if (kernel.wants_dv) kernel.dv = key_map(gradients.dv, gradients.heads, p.head_dim_v, 16);
   if (kernel.dq_writing.enabled()) kernel.dq_rows = query_map(params.dq, p.head_dim, kDqPieceRows);
+  if (plan.extended.bias_by_tma) kernel.extended.bias = make_mask_map(p.mask, variant.block_m);
   if (kernel.preparation.enabled()) kernel.preparation.out = query_map(p.out, p.head_dim_v, variant.block_m);
+}
+
+int rules_of_all_scores(const Plan& plan, const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  return (p.has_bias() && !plan.extended.bias_by_tma ? extended::kLoadsBias : 0) |
+         (p.dropout_p > 0.0 ? extended::kDropout : 0) | (p.alibi_slopes != nullptr ? extended::kAlibi : 0) |
+         (p.softcap > 0.0 ? extended::kSoftcap : 0) | (plan.extended.stores_dmask ? extended::kDmask : 0) |
+         (params.dslopes != nullptr ? extended::kDslopes : 0);
+}
+
+ExtendedParams extended_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace) {
+  const ForwardParams& p = params.forward;
+  ExtendedParams extended{};
+  if (!plan.variant->extended) return extended;
+  if (plan.extended.packs_mask) {
+    extended.classes = place_tile_classes(p.mask, plan.variant->block_m, workspace.tile_classes, workspace.tile_bits);
+  }
+  extended.has_bias = p.has_bias();
+  extended.bias_by_tma = plan.extended.bias_by_tma;
+  extended.rules = rules_of_all_scores(plan, params);
+  extended.softcap = static_cast<float>(p.softcap);
+  extended.scale_over_softcap = p.softcap > 0.0 ? static_cast<float>(p.softmax_scale / p.softcap) : 0.f;
+  const int64_t no_state[2] = {};
+  extended.dropout_scale = p.dropout_p > 0.0 ? static_cast<float>(make_dropout(no_state, p.dropout_p).scale) : 1.f;
+  extended.slope_sums = workspace.slope_sums;
+  extended.dmask = plan.extended.stores_dmask ? static_cast<float*>(params.dmask) : nullptr;
+  extended.dmask_counters = workspace.dmask_counters;
+  extended.blind = workspace.blind;
+  return extended;
 }
 
 KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
@@ -159,6 +214,7 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
   kernel.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   kernel.wants_dk = params.dk.data != nullptr;
   kernel.wants_dv = params.dv.data != nullptr;
+  kernel.extended = extended_params(plan, params, workspace);
   set_tensor_maps(kernel, plan, params, gradients);
   return kernel;
 }
@@ -176,8 +232,10 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   rows.num_m_blocks = plan.num_m_blocks;
   rows.dq_accum = workspace.dq_accum;
   rows.dq_scale = static_cast<float>(p.softmax_scale) / accum_factor;
-  rows.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed;
+  rows.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed || variant.extended;
   rows.statistics = workspace.statistics;
+  rows.extended = variant.extended;
+  rows.blind = workspace.blind;
   rows.prepared_heads = plan.preparation.heads;
   rows.prepared_tiles = plan.preparation.tiles;
   rows.cleared = reinterpret_cast<uint4*>(workspace.next_tile);
@@ -192,18 +250,58 @@ int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) {
   return Workspace(plan, params, nullptr).bytes;
 }
 
-void launch_plan(const Plan& plan, const BackwardParams& params, cudaStream_t stream) {
+BackwardParams of_dmask_alone(const BackwardParams& params) {
+  BackwardParams alone = params;
+  alone.dq.data = alone.dk.data = alone.dv.data = alone.dslopes = alone.dsinks = nullptr;
+  return alone;
+}
+
+namespace {
+
+/// attn_mask, read once; and the gradients that are 0 where no tile comes.
+void prepare_mask(const Plan& plan, const BackwardParams& params, const KernelParams& kernel,
+                  const Workspace& workspace, cudaStream_t stream) {
+  const MaskView& mask = params.forward.mask;
+  if (plan.extended.packs_mask) {
+    const mask::PackedMask packed = cuda::mask::packed_or_pack(mask, workspace.packed_mask, stream);
+    fill_tile_classes(mask, packed, plan.variant->block_m, kernel.extended.classes, stream);
+  }
+  const ForwardParams& p = params.forward;
+  const bool stores_all = p.is_dense() && !p.has_window() && !plan.extended.packs_mask;
+  if (plan.extended.stores_dmask && !stores_all) {
+    const int64_t numbers = mask.batch_size * mask.head_size * mask.row_size * mask.col_size;
+    check(cudaMemsetAsync(params.dmask, 0, static_cast<size_t>(numbers) * sizeof(float), stream), "sm90 dmask");
+  }
+}
+
+void launch_dmask(const BackwardParams& params, const DeviceInfo& device, const Workspace& workspace,
+                  cudaStream_t stream) {
+  BackwardParams alone = of_dmask_alone(params);
+  alone.forward.workspace = workspace.dmask_workspace;
+  sm80::kBackward.launch(alone, device, stream);
+}
+
+}  // namespace
+
+void launch_plan(const Plan& plan, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
   const Variant& variant = *plan.variant;
   const Workspace workspace(plan, params, params.forward.workspace);
   const KeyGradients gradients(plan, params, workspace);
   const KernelParams kernel = kernel_params(plan, params, workspace, gradients);
   const RowsParams rows = rows_params(plan, params, workspace);
+  if (variant.extended) prepare_mask(plan, params, kernel, workspace, stream);
   launch_preprocess(rows, stream);
   const Launch& launch = plan.split.row_parts > 1 ? variant.launch_row_parts : variant.launch;
   (params.forward.dtype == DType::kBFloat16 ? launch.bf16 : launch.fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && variant.dq_path != DqPath::kOneCta && !plan.dq.writing.enabled)
     launch_convert_dq(rows, stream);
   if (plan.split.parts() > 1) launch_add_parts({params, gradients.dk, gradients.dv, plan.split.stored()}, stream);
+  if (!variant.extended) return;
+  if (params.dslopes != nullptr) {
+    reduce_slopes(params, {workspace.slope_sums, Workspace::slope_numbers(plan)}, stream);
+  }
+  if (params.dsinks != nullptr) reduce_sinks(rows, stream);
+  if (plan.extended.computes_dmask) launch_dmask(params, device, workspace, stream);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -8,6 +8,7 @@
 #include "../../common/division.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "dq/protocol.h"
+#include "extended/params.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
@@ -93,6 +94,7 @@ struct KernelParams {
   Divisor n_blocks, group_tiles, heads_per_group;
   float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
+  ExtendedParams extended;  // of the kernels of extended/ alone
 
   FLASH_ATTN_HOST_DEVICE bool is_ordered() const { return dq_protocol == DqProtocol::kOrdered; }
   FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_counters != nullptr; }

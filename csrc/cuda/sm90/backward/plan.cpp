@@ -264,7 +264,8 @@ const Variant& variant_for(const ForwardParams& p) {
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {
   const Forced forced = Forced::from_environment();
-  const Variant& variant = variant_for(params.forward);
+  const Variant& variant =
+      is_extended(params.forward) ? *extended_variant_for(params.forward) : variant_for(params.forward);
   const bool can = &variant == &kD64 && takes_one_cta(params);
   const bool one_cta = can && (forced.one_cta < 0 ? one_cta_pays(params.forward, device) : forced.one_cta > 0);
   const Plan plan = choose_plan(params, device, one_cta ? kD64Fused : variant, forced);
@@ -293,7 +294,7 @@ Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const V
   plan.split.part_blocks = plan.num_m_blocks;
   if (!one_cta) {
     plan.split.head_parts = head_parts(plan, p, forced);
-    if (plan.split.head_parts == p.group_size()) {
+    if (plan.split.head_parts == p.group_size() && !variant.extended) {
       plan.split.part_blocks = static_cast<int>(part_blocks(plan, p, forced));
       plan.split.row_parts = static_cast<int>(ceil_div(plan.num_m_blocks, plan.split.part_blocks));
     }
@@ -312,12 +313,17 @@ Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const V
   if (!plan.dq.is_ordered()) {
     // Head dim 64, whose consumers add dQ from registers, with zeros before: benchmarks/experiments/043.
     const bool claims_pay = variant.dq_path == DqPath::kWarp || variant.cluster > 1 || plan.order.falling;
-    plan.dq.protocol = claims_pay ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
+    plan.dq.protocol = claims_pay && !variant.extended ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
   }
-  plan.dq.spread_starts = plan.dq.protocol == DqProtocol::kFirstStores && !p.has_window();
+  const bool meet = plan.dq.protocol == DqProtocol::kFirstStores || (variant.extended && !plan.dq.is_ordered());
+  plan.dq.spread_starts = meet && !p.has_window();
   if (variant.cluster == 1 && plan.order.num_tiles > device.num_sms) {
     plan.dynamic = true;  // benchmarks/experiments/033
     plan.grid = device.num_sms;
+  }
+  if (variant.extended) {
+    plan.extended = plan_extended(plan, params, device);
+    return plan;
   }
   plan_preparation(plan, p, forced);
   plan.dq.writing = plan_dq_writing(plan, params);

@@ -29,11 +29,14 @@ struct Variant {
   float accum_factor_bf16 = 1.f;  // what dq_accum holds over dQ, of bf16
   DqPath dq_path;
   bool descends;                    // see KernelConfig
+  bool extended;                    // takes every rule for scores
+  bool many_registers;              // see ExtendedConfig
   Launch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 
 // Each in its own .cu file, see choose_plan() for the choice.
 extern const Variant kD64, kD64Fused, kD96, kD128, kD192V128, kD192, kD256;
+extern const Variant kD64Extended, kD96Extended, kD128Extended;
 
 /// How the work on a key head is split, see HeadSplit.
 struct SplitPlan {
@@ -73,6 +76,16 @@ struct PreparationPlan {
   int ahead = 0;  // RowPreparation::ahead; 0: tiles prepare none
 };
 
+/// What a problem with more than scale * q.k asks for beside, see extended/params.h.
+struct ExtendedPlan {
+  bool packs_mask = false;  // reads attn_mask once before, see packed_mask.h
+  bool bias_by_tma = false;
+  bool stores_dmask = false;    // the tiles do
+  bool adds_dmask = false;      // one after the other
+  bool computes_dmask = false;  // another launch does
+  int64_t dmask_bytes = 0;      // of scratch memory for that
+};
+
 struct Plan {
   const Variant* variant = nullptr;
   int num_blocks = 0, num_m_blocks = 0;  // see KernelParams
@@ -80,11 +93,20 @@ struct Plan {
   OrderPlan order;
   DqPlan dq;
   PreparationPlan preparation;
+  ExtendedPlan extended;
   int grid = 0;          // CTAs
   bool dynamic = false;  // that take tiles from a common counter
 };
 
-/// The kernel for the problem's head dimensions that takes every problem.
+/// Whether scores are more than scale * q.k, or attn_mask hides some.
+bool is_extended(const ForwardParams& params);
+/// The kernel for the problem's head dimensions that takes every problem like it; null: there is none.
+const Variant* extended_variant_for(const ForwardParams& params);
+/// What is left to decide when the order of tiles and the way of dq are.
+ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device);
+/// Why that kernel does not take an additive attn_mask, as a clause; null if it does.
+const char* refuses_bias(const ForwardParams& params);
+/// The kernel for the problem's head dimensions that takes every problem with is_extended() false.
 const Variant& variant_for(const ForwardParams& params);
 /// The plan; what FLASH_ATTN_BACKWARD_PLAN asks for, or std::runtime_error if the problem does not take it.
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device);

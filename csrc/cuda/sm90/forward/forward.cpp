@@ -21,6 +21,7 @@ const char* refuses_tensors(const ForwardParams& p) {
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
+  if (const char* reason = refuses_scores(p)) return reason;
   // Tile indices are 32-bit, parts of split tiles included.
   const double tiles = double(SequenceBlocks::of_queries(p, 128).count()) * double(p.num_heads);
   if (tiles >= double(1 << 27)) return "there are over 2^27 tiles";

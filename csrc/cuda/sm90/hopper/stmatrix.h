@@ -1,4 +1,4 @@
-// Fragments of 16-bit elements to shared memory, matrices of 8x8 at a time (PTX ISA, "stmatrix").
+// Fragments of 16-bit elements to and from shared memory, matrices of 8x8 at a time (PTX ISA, "stmatrix", "ldmatrix").
 #pragma once
 
 #include "../../common/ptx.h"
@@ -21,6 +21,14 @@ FLASH_ATTN_DEVICE void stmatrix_x2(uint32_t row, uint32_t m0, uint32_t m1) {
 FLASH_ATTN_DEVICE void stmatrix_x4_transposed(uint32_t row, const uint32_t* m) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]),
                "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
+/// The way back: four transposed matrices to registers.
+FLASH_ATTN_DEVICE void ldmatrix_x4_transposed(uint32_t (&m)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
                : "memory");
 }
 

@@ -50,26 +50,45 @@ const char* tensor_map_refuses(const TensorMapSource& s) {
   return nullptr;
 }
 
-CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
+namespace {
+
+CUtensorMap encode(DType dtype, const void* base, const cuuint64_t (&sizes)[5], const cuuint64_t (&strides)[4],
+                   int box_rows) {
   constexpr cuuint32_t kBoxColumns = 64;
-  // The stride of a dimension of one element is never used, but the encoder checks it.
-  const auto bytes = [](int64_t stride, int64_t size) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
-  const cuuint64_t row_bytes = bytes(s.view.row, s.rows);
-  const cuuint64_t sizes[5] = {cuuint64_t(s.head_dim), cuuint64_t(s.max_rows), cuuint64_t(s.rows + 1),
-                               cuuint64_t(s.heads), cuuint64_t(s.batch)};
-  const cuuint64_t strides[4] = {row_bytes, row_bytes, bytes(s.view.head, s.heads), bytes(s.view.batch, s.batch)};
   const cuuint32_t box[5] = {kBoxColumns, cuuint32_t(box_rows), 1, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const auto type = s.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const uintptr_t base = reinterpret_cast<uintptr_t>(s.view.data) - cuuint64_t(s.max_rows) * row_bytes;
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map, type, 5, reinterpret_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, type, 5, const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(int(result)));
   }
   return map;
+}
+
+/// The stride of a dimension of one element is never used, but the encoder checks it.
+cuuint64_t stride_bytes(int64_t stride, int64_t size) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); }
+
+}  // namespace
+
+CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
+  const cuuint64_t row_bytes = stride_bytes(s.view.row, s.rows);
+  const cuuint64_t sizes[5] = {cuuint64_t(s.head_dim), cuuint64_t(s.max_rows), cuuint64_t(s.rows + 1),
+                               cuuint64_t(s.heads), cuuint64_t(s.batch)};
+  const cuuint64_t strides[4] = {row_bytes, row_bytes, stride_bytes(s.view.head, s.heads),
+                                 stride_bytes(s.view.batch, s.batch)};
+  const uintptr_t base = reinterpret_cast<uintptr_t>(s.view.data) - cuuint64_t(s.max_rows) * row_bytes;
+  return encode(s.dtype, reinterpret_cast<void*>(base), sizes, strides, box_rows);
+}
+
+CUtensorMap make_mask_map(const MaskView& mask, int box_rows) {
+  const cuuint64_t sizes[5] = {cuuint64_t(mask.col_size), cuuint64_t(mask.row_size), cuuint64_t(mask.head_size),
+                               cuuint64_t(mask.batch_size), 1};
+  const cuuint64_t strides[4] = {stride_bytes(mask.row, mask.row_size), stride_bytes(mask.head, mask.head_size),
+                                 stride_bytes(mask.batch, mask.batch_size), 16};
+  return encode(mask.dtype, mask.data, sizes, strides, box_rows);
 }
 
 }  // namespace flash_attn::cuda::sm90

@@ -35,6 +35,11 @@ TensorMapSource key_rows(const ForwardParams& params, const TensorView& view, in
 /// Columns from head_dim on are zero as well. Throws std::runtime_error when the driver rejects the map.
 CUtensorMap make_tensor_map(const TensorMapSource& source, int box_rows);
 
+/// Of an additive attn_mask of 16-bit elements: dimensions (keys, queries, heads, batch, 1); a box is 64 keys of
+/// `box_rows` queries, written in the 128-byte swizzle. What lies beyond the mask's sizes is zero. Throws
+/// std::runtime_error when the driver rejects the map.
+CUtensorMap make_mask_map(const MaskView& mask, int box_rows);
+
 /// Why no map can hold the tensor, as a clause; null if one can.
 const char* tensor_map_refuses(const TensorMapSource& source);
 

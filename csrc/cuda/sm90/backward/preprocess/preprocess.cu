@@ -76,7 +76,7 @@ __device__ void clear(const RowsParams& params) {
 }
 
 /// One CTA: kRows query rows of a head; kDqColumns / 8 lanes a row.
-template <typename Element, int kDqColumns>
+template <typename Element, int kDqColumns, bool kExtended>
 __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_constant__ RowsParams params) {
   constexpr int kLanes = kDqColumns / 8, kRowsAtOnce = kThreads / kLanes, kPasses = kRows / kRowsAtOnce;
   constexpr int kInFlight = kPasses < 4 ? kPasses : 4;  // so that registers allow three CTAs an SM
@@ -134,6 +134,20 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
       for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
       if (lane == first + i) delta = sum;
     }
+  }
+  if constexpr (kExtended) {
+    const bool blind = lane < kPasses && at.row + own_row < info.seqlen_q && lse == -INFINITY;
+    const int any_blind = __syncthreads_or(blind);
+    if (threadIdx.x == 0) params.blind[accum_row / kRows] = any_blind;
+    if (lane >= kPasses) return;
+    constexpr float kLog2E = 1.4426950408889634f;
+    float* const to =
+        reinterpret_cast<float*>(params.statistics) + at.block * 3 * params.block_m + at.row_in_block + own_row;
+    const bool sees = lse != -INFINITY;  // NaN does
+    to[0] = sees ? -lse * kLog2E : lse;
+    to[params.block_m] = sees ? dlse - delta : 0.f;
+    to[2 * params.block_m] = sees ? -lse : lse;
+    return;
   }
   if (lane >= kPasses) return;
   params.statistics[accum_row + own_row] =
@@ -198,9 +212,11 @@ void launch_prepare(const RowsParams& params, cudaStream_t stream) {
       params.prepared_tiles > 0 ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
       : params.m_blocks.starts != nullptr ? params.m_blocks.count() * p.num_heads * groups_of_block
                                           : params.prepared_heads * params.num_m_blocks * groups_of_block;
-  const auto kernel = params.dq_columns == 64    ? preprocess_kernel<Element, 64>
-                      : params.dq_columns == 128 ? preprocess_kernel<Element, 128>
-                                                 : preprocess_kernel<Element, 256>;
+  const auto kernel = params.extended            ? params.dq_columns == 64 ? preprocess_kernel<Element, 64, true>
+                                                                           : preprocess_kernel<Element, 128, true>
+                      : params.dq_columns == 64  ? preprocess_kernel<Element, 64, false>
+                      : params.dq_columns == 128 ? preprocess_kernel<Element, 128, false>
+                                                 : preprocess_kernel<Element, 256, false>;
   kernel<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(params);
   check(cudaGetLastError(), "sm90 backward statistics");
 }

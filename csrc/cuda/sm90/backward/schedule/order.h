@@ -1,11 +1,14 @@
 // The order in which tiles are worked on (Schedule), and why no tile waits for ever.
 //
 // CTAs draw tiles in this order (take_tile), or start in it where each has a single one, and keep a tile until it ends.
-// So when a tile runs, all before it in the order run or have ended. A tile waits for others of the launch in four
+// So when a tile runs, all before it in the order run or have ended. A tile waits for others of the launch in five
 // ways:
 //
 //   its turn         DqProtocol::kOrdered: for those whose turn at a query block is before its own (tiles_before() of
 //                    dq/turns.h). These are its head's tiles on one side, which the order puts before it.
+//   dmask's turn     (extended/dmask.h) for those that add to the same block of attn_mask's gradient before it: tiles
+//   of
+//                    the same columns and of heads before its own, which the order puts before it.
 //   the first store  DqProtocol::kFirstStores: for the tile that has claimed the block, wherever in the order that is.
 //   A
 //                    tile claims blocks in the order of its steps, so when it holds one it has been granted all that it

@@ -25,8 +25,9 @@ template <typename Element_, typename Shape, bool kRowParts_ = false>
 struct KernelConfig : Shape {
   using Element = Element_;
   static constexpr bool kRowParts = kRowParts_;
-  static constexpr int kCtas = 1;       // that share a tile
-  static constexpr int kConsumers = 2;  // warpgroups of 64 key rows each
+  static constexpr bool kExtended = false;  // extended/: tiles neither prepare rows nor write dq
+  static constexpr int kCtas = 1;           // that share a tile
+  static constexpr int kConsumers = 2;      // warpgroups of 64 key rows each
   static constexpr int kBlockN = 64 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kPanels = (Shape::kHeadDim + 63) / 64;
@@ -88,9 +89,9 @@ struct SharedStorage {
   alignas(1024) uint8_t q[Config::kStages][Config::kBytesQ];               // [panel][kBlockM][64]
   alignas(1024) uint8_t dout[Config::kStages][Config::kBytesQ];            // [panel][kBlockM][64]
   alignas(1024) uint8_t ds[2][Config::kConsumers * Config::kPanelBytesQ];  // [64 key rows][kBlockM][64]
-  alignas(1024) uint8_t dq_rows[2][kDqPiece * 2];                          // [kDqPieceRows][64], 16-bit
-  alignas(128) float dq_piece[2][kDqPiece];
-  alignas(128) float deltas[kMaxPreparedRows];
+  alignas(1024) uint8_t dq_rows[Config::kExtended ? 0 : 2][kDqPiece * 2];  // [kDqPieceRows][64], 16-bit
+  alignas(128) float dq_piece[Config::kExtended ? 0 : 2][kDqPiece];
+  alignas(128) float deltas[Config::kExtended ? 0 : kMaxPreparedRows];
   alignas(128) float dq[Config::kDqPath == DqPath::kWarp ? Config::kConsumers : 0][kDqTile];
 };
 

@@ -30,7 +30,8 @@ struct Consumer {
 
   // -- matrix products
 
-  /// acc = rows (64 of K or V) block^T (kBlockM rows of Q or dO), plus the statistics of the block's rows.
+  /// acc = rows (64 of K or V) block^T (kBlockM rows of Q or dO), plus the statistics of the block's rows (in
+  /// extended/scores.h the scores take these themselves).
   FLASH_ATTN_DEVICE void issue_transposed(float (&acc)[kFragment], const uint8_t* rows, const uint8_t* block,
                                           uint32_t weights) {
     const uint32_t a = descriptor(rows) + warpgroup * (64 * 128 / 16), b = descriptor(block);
@@ -41,7 +42,9 @@ struct Consumer {
     for (int k = 1; k < kHeadDim / 16; ++k) {
       Mma::template ss<true>(acc, a + k_step_along(k, kBlockN), b + k_step_along(k, kBlockM));
     }
-    add_statistics(Element{}, acc, weights, statistics_descriptor(shared.statistics[q.stage]));
+    if constexpr (!Config::kExtended) {
+      add_statistics(Element{}, acc, weights, statistics_descriptor(shared.statistics[q.stage]));
+    }
     wgmma_commit();
   }
 
@@ -280,8 +283,8 @@ struct Consumer {
     }
   }
 
-  FLASH_ATTN_DEVICE void store_tile(const Tile& tile) {
-    if (params.wants_dv) store_gradient(dv, 1.f, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
+  FLASH_ATTN_DEVICE void store_tile(const Tile& tile, float dv_scale = 1.f) {
+    if (params.wants_dv) store_gradient(dv, dv_scale, params.panels_v, shared.v[tiles.stage_kv()], params.dv, tile);
     named_barrier_sync(kDsReady, 256);  // both consumers have read all of K
     if (params.wants_dk) {
       store_gradient(dk, params.softmax_scale, params.panels, shared.k[tiles.stage_kv()], params.dk, tile);

@@ -1,0 +1,85 @@
+// What brings dQ to dq_accum, which is 0 at first, beside the consumers of extended/kernel.h: as dq/adder.h. In a fixed
+// order a turn is known by its number, which counts the tiles that visit the block.
+#pragma once
+
+#include "steps.h"
+
+namespace flash_attn::cuda::sm90::backward::extended {
+
+/// A warp adds dQ of kCount consumers from shared to global memory; in a fixed order each consumer has a warp.
+template <typename Config, int kCount>
+FLASH_ATTN_DEVICE void add_dq(const KernelParams& params, SharedStorage<Config>& shared, int first_consumer) {
+  constexpr bool kOrdered = kCount == 1;
+  single::TileRing<Config> tiles;
+  StepReader steps;
+  const auto elected = [] { return lane_id() == 0; };  // no register for it
+  global_proxy_fence();                                // zeros that another launch has written
+  while (true) {
+    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+    const Tile& tile = shared.tiles[tiles.slot()];
+    if (tile.num_heads < 0) break;
+    steps.template for_each<true>(shared, [&](const Step& step) {
+      const int block = block_of_step(params, tile, step);
+      int* const count = kOrdered ? &params.dq_counters[block].added[first_consumer] : nullptr;
+      if (kOrdered && elected()) {  // while dQ is being computed
+        wait_for_count(count, step.before);
+        global_proxy_fence();
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int consumer = first_consumer + i;
+        named_barrier_sync(single::kDqReady + consumer, 160);
+        if (elected()) {
+          bulk_reduce_add(params.dq_accum + (int64_t{block} * Config::kConsumers + consumer) * kDqTile,
+                          shared.dq[consumer], kDqTile * sizeof(float));
+          tma_store_commit();
+        }
+      }
+      if (elected()) {
+        if constexpr (kCount > 1) {
+          tma_store_wait_read<1>();
+          mbarrier_arrive(&shared.dq_empty[0]);
+        }
+        tma_store_wait_read();
+        mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
+        if (kOrdered) {
+          tma_store_wait();  // the sum has arrived
+          add_to_count(count);
+        }
+      }
+      __syncwarp();
+    });
+    if (elected()) mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    ++tiles.count;
+  }
+  if (elected()) tma_store_wait();  // shared memory must outlive the copies
+}
+
+/// By one thread, where consumers add dQ themselves: in a fixed order tells them when it is their turn.
+template <typename Config>
+FLASH_ATTN_DEVICE void follow_dq(const KernelParams& params, SharedStorage<Config>& shared) {
+  single::TileRing<Config> tiles;
+  StepReader steps;
+  uint32_t number = 0;
+  while (true) {
+    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+    const Tile& tile = shared.tiles[tiles.slot()];
+    if (tile.num_heads < 0) break;
+    steps.template for_each<false>(shared, [&](const Step& step) {
+      if (!params.is_ordered()) return;
+      DqTurns& turns = shared.dq_turns;
+      BlockCounters& block = params.dq_counters[block_of_step(params, tile, step)];
+      wait_for_count(&block.added[0], step.before);
+      mbarrier_wait(&turns.released[number % 2], number / 2 % 2 ^ 1);
+      turns.first[number % 2] = 0;
+      mbarrier_arrive(&turns.begun[number % 2]);
+      end_turn(params, block, turns, number);
+      ++number;
+    });
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    ++tiles.count;
+  }
+}
+
+}  // namespace flash_attn::cuda::sm90::backward::extended

@@ -1,0 +1,72 @@
+// The gradient of attn_mask by the tiles themselves, where rows and columns are not broadcast: dS leaves from the
+// consumers' registers. If the mask is broadcast over batch or heads, the tiles of one key block and query block add up
+// one after the other, in the order of batch and heads, so that the sum is the same every time: the first stores, each
+// of the others waits until those before it have added. That is also the order of tiles (schedule/order.h): a tile
+// waits for tiles before its own.
+//
+// All scores that share a block of the mask visit it, or none: such problems are dense, and see the same of the mask.
+#pragma once
+
+#include "steps.h"
+
+namespace flash_attn::cuda::sm90::backward::extended {
+
+/// How many scores come before that of this batch entry and query head in a number's sum.
+FLASH_ATTN_DEVICE int dmask_turns_before(const ForwardParams& p, int batch, int head) {
+  const MaskView& mask = p.mask;
+  const int heads_before = mask.head_size == 1 ? head : 0;
+  const int heads = mask.head_size == 1 ? static_cast<int>(p.num_heads) : 1;
+  return (mask.batch_size == 1 ? batch * heads : 0) + heads_before;
+}
+
+/// Of batch entry and query head: of attn_mask's batch entries and heads.
+FLASH_ATTN_DEVICE int64_t mask_slice(const MaskView& mask, int batch, int head) {
+  return (mask.batch_size == 1 ? 0 : batch * mask.head_size) + (mask.head_size == 1 ? 0 : head);
+}
+
+/// By one thread: when it is the turn of a step, and others what consumers have added. Steps have DqTurns, as with dQ
+/// from registers.
+template <typename Config>
+FLASH_ATTN_DEVICE void follow_dmask(const KernelParams& params, SharedStorage<Config>& shared) {
+  single::TileRing<Config> tiles;
+  StepReader steps;
+  uint32_t number = 0;
+  while (true) {
+    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+    const Tile& tile = shared.tiles[tiles.slot()];
+    if (tile.num_heads < 0) break;
+    steps.template for_each<false>(shared, [&](const Step& step) {
+      DqTurns& turns = shared.dmask_turns;
+      const int batch = params.split.heads.divide(tile.batch_head), head = tile.q_head + step.head;
+      const int64_t n_block =
+          mask_slice(params.problem.mask, batch, head) * params.schedule.num_n_blocks + tile.n_begin / Config::kBlockN;
+      int* const count = params.extended.dmask_counters + n_block * params.num_m_blocks + step.m_block;
+      const int before = dmask_turns_before(params.problem, batch, head);
+      wait_for_count(count, before);
+      mbarrier_wait(&turns.released[number % 2], number / 2 % 2 ^ 1);
+      turns.first[number % 2] = before == 0;
+      mbarrier_arrive(&turns.begun[number % 2]);
+      mbarrier_wait(&turns.added[number % 2], number / 2 % 2);
+      mbarrier_arrive(&turns.released[number % 2]);
+      add_to_count(count);
+      ++number;
+    });
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    ++tiles.count;
+  }
+}
+
+/// Stores or adds. By a predicate, as global_store_or_add().
+FLASH_ATTN_DEVICE void store_or_add(bool store, float* global, float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred store;\n"
+      "setp.ne.s32 store, %2, 0;\n"
+      "@store st.relaxed.gpu.global.f32 [%0], %1;\n"
+      "@!store red.relaxed.gpu.global.add.f32 [%0], %1;\n"
+      "}" ::"l"(global),
+      "f"(x), "r"(static_cast<int>(store))
+      : "memory");
+}
+
+}  // namespace flash_attn::cuda::sm90::backward::extended

@@ -1,0 +1,98 @@
+// What the plan of a kernel of extended/ decides beside plan.cpp.
+#include "../plan.h"
+
+#include <cstdint>
+
+#include "../../../sm80/sm80.h"
+#include "../launch.h"
+
+namespace flash_attn::cuda::sm90::backward {
+namespace {
+
+/// Whether a mask of additive values comes by the copy engine: rows of whole, aligned pieces of 16 bytes.
+bool takes_bias_by_tma(const ForwardParams& p) {
+  const MaskView& mask = p.mask;
+  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % 8 == 0; };
+  return p.has_bias() && mask.dtype == p.dtype && mask.row_size > 1 && mask.col_size > 1 && mask.col == 1 &&
+         reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 && whole(mask.batch_size, mask.batch) &&
+         whole(mask.head_size, mask.head) && whole(mask.row_size, mask.row) && mask.batch >= 0 && mask.head >= 0 &&
+         mask.row > 0;
+}
+
+/// Reading an additive mask ahead, to pass over what it hides, pays where many heads have it in common.
+bool packs_mask(const ForwardParams& p) {
+  if (p.mask.data == nullptr) return false;
+  const bool common = p.mask.batch_size * p.mask.head_size * 8 <= p.batch * p.num_heads;
+  return p.mask.packed != nullptr || p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 ||
+         p.mask.col_size == 1;
+}
+
+// Of adds_dmask(): a tile takes a step to add and to say so, which those after it wait for.
+constexpr int64_t kMaxDmaskTurns = 16;
+
+/// How many scores share a number of the mask, if no rows and no columns do.
+int64_t scores_of_number(const ForwardParams& p) {
+  const MaskView& mask = p.mask;
+  return (mask.batch_size == 1 ? p.batch : 1) * (mask.head_size == 1 ? p.num_heads : 1);
+}
+
+/// How the gradient of attn_mask comes together, see extended/dmask.h; if not there, the sm80 family's kernel adds it
+/// up.
+void plan_dmask(ExtendedPlan& extended, const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
+  if (params.dmask == nullptr) return;
+  const ForwardParams& p = params.forward;
+  const bool whole = p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
+  const bool has_follower = !(plan.dq.is_ordered() && plan.variant->dq_path == DqPath::kWarp);
+  const bool in_turns = p.is_dense() && scores_of_number(p) <= kMaxDmaskTurns && has_follower;
+  const bool bias_alone = extended.bias_by_tma && !extended.packs_mask && p.softcap == 0.0 && p.dropout_p == 0.0 &&
+                          p.alibi_slopes == nullptr && plan.variant->many_registers;
+  const bool in_32_bits = p.mask.row_size * p.mask.col_size < INT32_MAX;
+  extended.stores_dmask = whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
+  extended.adds_dmask = extended.stores_dmask && scores_of_number(p) > 1;
+  extended.computes_dmask = !extended.stores_dmask;
+  if (extended.computes_dmask) {
+    extended.dmask_bytes = sm80::kBackward.plan(of_dmask_alone(params), device).workspace_bytes;
+  }
+}
+
+}  // namespace
+
+bool is_extended(const ForwardParams& p) {
+  return p.mask.data != nullptr || p.alibi_slopes != nullptr || p.sinks != nullptr || p.softcap > 0.0 ||
+         p.dropout_p > 0.0;
+}
+
+const char* refuses_bias(const ForwardParams& p) {
+  if (!p.has_bias() || takes_bias_by_tma(p)) return nullptr;
+  if (p.mask.dtype != p.dtype && p.mask.dtype != DType::kFloat32) {
+    return "attn_mask is neither boolean, float32 nor of q's dtype";
+  }
+  if (!extended_variant_for(p)->many_registers) {
+    return "head_dim is up to 64 and an additive attn_mask has no rows of q's dtype in whole, aligned pieces of 16 "
+           "bytes";
+  }
+  if (p.softcap > 0.0 || p.alibi_slopes != nullptr) {
+    return "beside softcap or alibi_slopes an additive attn_mask has no rows of q's dtype in whole, aligned pieces of "
+           "16 "
+           "bytes";
+  }
+  return nullptr;
+}
+
+const Variant* extended_variant_for(const ForwardParams& p) {
+  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended};
+  for (const Variant* variant : all) {
+    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return variant;
+  }
+  return nullptr;
+}
+
+ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
+  ExtendedPlan extended;
+  extended.packs_mask = packs_mask(params.forward);
+  extended.bias_by_tma = takes_bias_by_tma(params.forward);
+  plan_dmask(extended, plan, params, device);
+  return extended;
+}
+
+}  // namespace flash_attn::cuda::sm90::backward

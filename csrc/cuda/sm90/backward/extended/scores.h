@@ -1,0 +1,278 @@
+// From products to P^T and dS^T where a score is more than scale * q.k: softcap, ALiBi, attn_mask, dropout. A
+// consumer's fragments (fragment.h) have keys as rows and queries as columns, and are worked on sixteen queries at a
+// time: accumulators 8 k .. 8 k + 7 of a thread, of which number j stands at key 8 (j / 2 % 2), query 8 (j / 4) + j % 2
+// from where the thread's first one stands.
+#pragma once
+
+#include "../../../common/mask_fragment.h"
+#include "../../../common/scores.h"
+#include "../../hopper/stmatrix.h"
+#include "dmask.h"
+
+namespace flash_attn::cuda::sm90::backward::extended {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+/// A bit for each of a thread's scores: of query sixteen k in byte k % 4 of word k / 4.
+template <int kWords>
+struct ScoreBits {
+  uint32_t word[kWords];
+  FLASH_ATTN_DEVICE void set_all() {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) word[w] = ~0u;
+  }
+  /// Keys eight apart in bit 2, queries eight apart in bit 1, neighbouring queries in bit 0.
+  static FLASH_ATTN_DEVICE constexpr int place(int j) { return j % 2 + j / 4 * 2 + j / 2 % 2 * 4; }
+  FLASH_ATTN_DEVICE bool hold(int k, int j) const { return (word[k / 4] & 1u << (8 * (k % 4) + place(j))) != 0; }
+};
+
+/// Bit b of byte i of lane 4 a + t becomes bit a of byte i of lane 4 b + t.
+FLASH_ATTN_DEVICE uint32_t transpose_bits(uint32_t x, int lane) {
+  constexpr uint32_t kLower[3] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const bool upper = (lane & 4 << i) != 0;
+    const uint32_t other = __shfl_xor_sync(~0u, x, 4 << i);
+    x = upper ? (x & ~kLower[i]) | (other >> (1 << i) & kLower[i]) : (x & kLower[i]) | (other << (1 << i) & ~kLower[i]);
+  }
+  return x;
+}
+
+/// Dropout::block() of rows `row` and `row + step` side by side: a round of one hides the latency of the other's.
+FLASH_ATTN_DEVICE void draw_two_blocks(Philox4 (&random)[2], const Dropout& dropout, int64_t batch_head, int row,
+                                       int step, int col) {
+  uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    random[n] = {{uint32_t(col / Dropout::kColumns), uint32_t(row + n * step), uint32_t(batch_head), dropout.offset}};
+  }
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      uint32_t (&c)[4] = random[n].word;
+      const uint64_t product0 = uint64_t{0xD2511F53u} * c[0];
+      const uint64_t product1 = uint64_t{0xCD9E8D57u} * c[2];
+      c[0] = uint32_t(product1 >> 32) ^ c[1] ^ k0;
+      c[1] = uint32_t(product1);
+      c[2] = uint32_t(product0 >> 32) ^ c[3] ^ k1;
+      c[3] = uint32_t(product0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+/// Which scores of a warp, sixteen keys by 64 kWords queries from these first ones on, dropout keeps. A Philox block
+/// serves eight neighbouring keys of a query: those of eight lanes. Lane 4 a + t draws, of each sixteen queries, for
+/// the one whose bits have place a, and the lanes of equal t exchange them.
+template <int kWords>
+FLASH_ATTN_DEVICE void draw_kept(ScoreBits<kWords>& kept, const Dropout& dropout, int64_t batch_head, int first_key,
+                                 int first_query, int lane) {
+  const int a = lane / 4, key = first_key + a / 4 * 8, query = first_query + lane % 4 * 2 + a / 2 % 2 * 8 + a % 2;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    uint32_t drawn = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      Philox4 random[2];
+      draw_two_blocks(random, dropout, batch_head, query + 16 * (4 * w + i), 16, key);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) bits |= uint32_t(dropout.keep(random[n], j)) << j;
+        drawn |= bits << (8 * (i + n));
+      }
+    }
+    kept.word[w] = transpose_bits(drawn, lane);
+  }
+}
+
+/// One step's, of a thread. What is the same for the whole launch is read from `params` where it is used.
+template <typename Config>
+struct StepScores {
+  using Element = typename Config::Element;
+  static constexpr int kBlockM = Config::kBlockM, kWords = Config::kWords, kPieces = kBlockM / 16;
+  static constexpr int kFragment = kBlockM / 2;  // scores of a thread
+
+  const KernelParams& params;
+  SharedStorage<Config>& shared;
+  const Tile& tile;
+  const int rules;
+  const int lane;
+  const int batch, head;             // head: query head
+  const int first_key, first_query;  // of the warp's scores, in their sequences
+  const bool partial;                // some scores do not exist by causal, window or lengths
+  const uint32_t statistics;         // of accumulator 0's query, in shared memory
+  float slope;                       // ALiBi's
+  bool stores_dmask;                 // its sum begins
+  const ScoreBits<kWords>& kept;     // by dropout
+  ScoreBits<kWords> seen;            // by attn_mask's bits
+
+  /// Whether a rule applies, where some are compiled in.
+  template <int kRules>
+  FLASH_ATTN_DEVICE bool has(int rule) const {
+    return ((kRules & kAtRunTime ? rules : kRules) & rule) != 0;
+  }
+
+  // Of accumulator 0. Worked out where they are used: not worth registers.
+  FLASH_ATTN_DEVICE int key() const { return first_key + fresh_lane() / 4; }
+  FLASH_ATTN_DEVICE int query() const { return first_query + fresh_lane() % 4 * 2; }
+  FLASH_ATTN_DEVICE uint32_t fresh_lane() const {
+    uint32_t x = lane;
+    forget_derived(x);
+    return x;
+  }
+
+  // -- pieces of sixteen queries
+
+  enum Statistic : int { kLseLog2 = 0, kDelta = 1, kLse = 2 };
+
+  FLASH_ATTN_DEVICE void load_pair(float (&x)[2], int k, int n, Statistic plane) const {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x[0]), "=f"(x[1])
+                 : "r"(statistics + (16 * k + 8 * n + plane * kBlockM) * 4));
+  }
+
+  /// Query's place less key's, of accumulator 0: ALiBi's distance but for its sign.
+  FLASH_ATTN_DEVICE float first_distance() const {
+    const int diagonal = params.problem.causal == Causal::kTopLeft ? 0 : tile.seqlen_k - tile.seqlen_q;
+    return float(query() + diagonal - key());
+  }
+  /// The same of number j of piece k.
+  static FLASH_ATTN_DEVICE float distance(float first, int k, int j) {
+    return fabsf(first + float(16 * k + 8 * (j / 4) + j % 2 - 8 * (j / 2 % 2)));
+  }
+
+  /// Of scores, from where they lie in memory: what is not part of the problem is not read. Four at a time, and what
+  /// leads to their addresses is worked out each time, or it takes too many registers.
+  template <typename Storage, typename Convert>
+  FLASH_ATTN_DEVICE void load_bias(float (&bias)[8], int k, Convert convert) const {
+    const MaskView& mask = params.problem.mask;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int first = query() + 16 * k + 8 * n, column = key();
+      const Storage* const from = static_cast<const Storage*>(mask.data) + batch * mask.batch + head * mask.head +
+                                  first * mask.row + column * mask.col;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool exists = first + j % 2 < tile.seqlen_q && column + j / 2 * 8 < tile.seqlen_k;
+        bias[4 * n + j] = exists ? convert(from[j % 2 * mask.row + j / 2 * 8 * mask.col]) : 0.f;
+      }
+      asm volatile("" ::: "memory");  // the next four later
+    }
+  }
+
+  template <int kRules>
+  FLASH_ATTN_DEVICE void bias_of(float (&bias)[8], int k, uint32_t bias_row) const {
+    if constexpr ((kRules & kLoadsBias) == 0) {
+      uint32_t raw[4];
+      ldmatrix_x4_transposed(raw, bias_row + k * 2048);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        bias[j] = j % 2 == 0 ? low_half(raw[j / 2], Element()) : high_half(raw[j / 2], Element());
+      }
+    } else if (params.problem.mask.dtype == DType::kFloat32) {
+      load_bias<float>(bias, k, [](float x) { return x; });
+    } else {
+      load_bias<uint16_t>(bias, k, [](uint16_t x) { return low_half(uint32_t{x}, Element()); });
+    }
+  }
+
+  /// What is exponentiated, to the base 2, in place of the product; with softcap also the derivative of each score by
+  /// the product. Natural scores, for softcap or because a bias of the smallest number times log2(e) would be -inf,
+  /// meet the natural lse.
+  template <int kRules>
+  FLASH_ATTN_DEVICE void to_exponents(float* s, float* derivative, int k, uint32_t bias_row) const {
+    const bool natural = has<kRules>(kSoftcap | kBiased);
+    float lse[2][2];
+    load_pair(lse[0], k, 0, natural ? kLse : kLseLog2);
+    load_pair(lse[1], k, 1, natural ? kLse : kLseLog2);
+    if (!natural) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) s[j] = fmaf(s[j], params.scale_log2, lse[j / 4][j % 2]);
+      if (has<kRules>(kAlibi)) subtract_distances(s, k, slope * kLog2E);
+      return;
+    }
+    if (has<kRules>(kSoftcap)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float tanh = tanh_by_exp2(s[j] * params.extended.scale_over_softcap);
+        derivative[j] = fmaf(-tanh, tanh, 1.f);
+        s[j] = params.extended.softcap * tanh;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) s[j] *= params.softmax_scale;
+    }
+    if (has<kRules>(kBiased)) {
+      float bias[8];
+      bias_of<kRules>(bias, k, bias_row);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) s[j] += bias[j];
+    }
+    if (has<kRules>(kAlibi)) subtract_distances(s, k, slope);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) s[j] = (s[j] + lse[j / 4][j % 2]) * kLog2E;
+  }
+
+  FLASH_ATTN_DEVICE void subtract_distances(float* s, int k, float factor) const {
+    const float first = first_distance();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) s[j] = fmaf(-factor, distance(first, k, j), s[j]);
+  }
+
+  /// What is hidden has no probability, whatever its score was.
+  FLASH_ATTN_DEVICE void hide(float* p, int k) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) p[j] = seen.hold(k, j) ? p[j] : 0.f;
+  }
+
+  /// dS in place of dP, and what of P dropout keeps.
+  template <int kRules>
+  FLASH_ATTN_DEVICE void to_gradients(float* p, float* dp, int k) const {
+    float delta[2][2];
+    load_pair(delta[0], k, 0, kDelta);
+    load_pair(delta[1], k, 1, kDelta);
+    if (has<kRules>(kDropout)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float of_delta = p[j] * delta[j / 4][j % 2];
+        p[j] = kept.hold(k, j) ? p[j] : 0.f;
+        dp[j] = fmaf(p[j], dp[j] * params.extended.dropout_scale, of_delta);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dp[j] = p[j] * (dp[j] + delta[j / 4][j % 2]);
+    }
+  }
+
+  FLASH_ATTN_DEVICE void sum_distances(const float* ds, int k) const {
+    const float first = first_distance();
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = fmaf(ds[j], distance(first, k, j), sum);
+    shared.slope_sums[threadIdx.x] += sum;
+  }
+
+  /// Numbers within a slice of the mask have 32 bits (plan.cpp).
+  FLASH_ATTN_DEVICE void store_dmask(const float* ds, int k) const {
+    const MaskView& mask = params.problem.mask;
+    const int rows = static_cast<int>(mask.row_size), columns = static_cast<int>(mask.col_size);
+    float* const slice = params.extended.dmask + mask_slice(mask, batch, head) * mask.row_size * mask.col_size;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int row = query() + 16 * k + 8 * n, column = key();
+      float* const to = slice + (row * columns + column);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (row + j % 2 < rows && column + j / 2 * 8 < columns) {
+          store_or_add(stores_dmask, to + j % 2 * columns + j / 2 * 8, ds[4 * n + j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash_attn::cuda::sm90::backward::extended
