@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/arguments.h"
+#include "ops/cache_arguments.h"
 #include "select_kernel.h"
 
 namespace py = pybind11;
@@ -42,8 +43,9 @@ TensorInfo tensor_info(const char* name, const TensorTuple& tensor) {
 using TensorTuples = std::map<std::string, TensorTuple>;
 
 /// `tensors` and `options` are named as in the op's schema.
-Arguments arguments_of(const TensorTuples& tensors, const py::dict& options) {
-  Arguments a;
+template <typename List>
+List arguments_of(const TensorTuples& tensors, const py::dict& options) {
+  List a;
   a.for_each_tensor([&](const char* name, auto& tensor) {
     const auto found = tensors.find(name);
     if (found != tensors.end()) tensor = tensor_info(name, found->second);
@@ -57,7 +59,7 @@ Arguments arguments_of(const TensorTuples& tensors, const py::dict& options) {
 /// Raises what the op would raise for such arguments; data are not read. For backward also dout, dlse, out and lse are
 /// among the tensors, and `needs` says which gradients are wanted.
 void check(const TensorTuples& tensors, const py::dict& options, const std::optional<std::vector<bool>>& needs) {
-  const Arguments a = arguments_of(tensors, options);
+  const auto a = arguments_of<Arguments>(tensors, options);
   const ForwardParams params = make_forward_params(a, /*read_lengths=*/false);
   if (!needs) return;
   const auto saved = [&](const char* name) { return tensor_info(name, tensors.at(name)); };
@@ -105,7 +107,7 @@ DeviceInfo device_info(const DeviceTuple& device) {
 /// asked for where no such GPU is.
 py::dict plan(const TensorTuples& tensors, const py::dict& options, const std::vector<bool>& needs,
               const std::optional<DeviceTuple>& device) {
-  const Arguments a = arguments_of(tensors, options);
+  const auto a = arguments_of<Arguments>(tensors, options);
   BackwardParams params;
   ForwardParams& p = params.forward;
   p = make_forward_params(a, /*read_lengths=*/false);
@@ -126,6 +128,18 @@ py::dict plan(const TensorTuples& tensors, const py::dict& options, const std::v
   if (needs[5]) params.dsinks = const_cast<void*>(p.sinks);
   result["backward"] = describe(backend.backward, params, info);
   return result;
+}
+
+/// The plan of attention over a cache, as `plan` has those of attention.
+py::dict plan_cache(const TensorTuples& tensors, const py::dict& options, const std::optional<DeviceTuple>& device) {
+  const auto a = arguments_of<CacheArguments>(tensors, options);
+  ForwardParams p = make_cache_params(a, /*read_values=*/false);
+  TensorInfo out = a.q;
+  out.size[out.ndim - 1] = p.head_dim_v;
+  dense_strides_like(a.q, p.head_dim_v, out.stride);
+  p.out = tensor_view(out, /*heads_first=*/false);
+  const Backend& backend = backend_of(p.device);
+  return describe(backend.forward, p, device ? device_info(*device) : backend.device_info(p.device_index));
 }
 
 py::dict build_info() {
@@ -160,5 +174,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build.");
   m.def("kernels", &kernels, "device -> (forward families, backward families), fastest first.");
   m.def("check", &check, py::arg("tensors"), py::arg("options"), py::arg("needs") = py::none());
+  m.def("plan_cache", &plan_cache, py::arg("tensors"), py::arg("options"), py::arg("device") = py::none());
   m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"), py::arg("device") = py::none());
 }

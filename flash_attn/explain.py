@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from .sdpa import scaled_dot_product_attention
 from .torch_op.arguments import NUM_DIFFERENTIABLE, BackwardArguments, Options, Tensors
+from .torch_op.cache import Attend
 from .torch_op.library import empty_outputs
 from .torch_op.observer import Observer
 
@@ -22,7 +23,7 @@ class KernelChoice:
     """One pass of a call.
 
     Attributes:
-        family: folder of `csrc/` that holds the kernel: cpu, universal, sm80 or sm90.
+        family: folder of `csrc/` that holds the kernel: cpu, universal, sm80, decode or sm90.
         kernel: the variant.
         tile: (query rows, key rows) a step.
         workspace_bytes: scratch memory while the pass runs.
@@ -128,18 +129,19 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
     Example:
         >>> print(flash_attn.explain(q, k, v, is_causal=True))
     """
-    calls: list[_Seen] = []
+    calls: list[_Seen | _SeenCache] = []
 
     def on_forward(tensors: Tensors, options: Options) -> _Seen:
-        calls.append(_Seen(tensors, options))
-        return calls[-1]
+        call = _Seen(tensors, options)
+        calls.append(call)
+        return call
 
     def on_trained(call: _Seen) -> None:
         call.train()
 
     def on_backward(arguments: BackwardArguments) -> None:
         seen = _Seen(arguments.tensors, arguments.options)
-        waiting = [call for call in calls if call.awaits_backward_of(seen)] or [seen]
+        waiting = [c for c in calls if isinstance(c, _Seen) and c.awaits_backward_of(seen)] or [seen]
         # Under function transforms no output is known to require grad.
         call = next((call for call in waiting if call.explanation.backward is not None), waiting[0])
         if call is seen:
@@ -147,7 +149,10 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
         call.train(arguments.needs)
         call.had_backward = True
 
-    with Observer(on_forward, on_trained, on_backward) as observer:
+    def on_cache(arguments: Attend) -> None:
+        calls.append(_SeenCache(arguments))
+
+    with Observer(on_forward, on_trained, on_backward, on_cache) as observer:
         try:
             if isinstance(function, Tensor):
                 scaled_dot_product_attention(function, *args, **kwargs)
@@ -201,6 +206,32 @@ class _Seen:
             output_bytes=self._output_bytes,
             saved_bytes=self._output_bytes if trains else 0,
             copies=self._copies,
+        )
+
+
+class _SeenCache:
+    """A call of attention over a cache, which has no backward pass."""
+
+    def __init__(self, arguments: Attend) -> None:
+        _C = importlib.import_module("flash_attn._C")
+
+        given = {name: x for name, x in arguments._asdict().items() if isinstance(x, Tensor)}
+        options = {name: x for name, x in arguments._asdict().items() if not isinstance(x, Tensor)}
+        q = given["q"]
+        copies = []
+        if q.shape[-1] > 1 and q.stride(-1) != 1:
+            copies = [f"q, because its last stride is {q.stride(-1)} and not 1"]
+            given["q"] = q.contiguous()
+        plan = _C.plan_cache({name: _describe(x) for name, x in given.items()}, options)
+        outputs = empty_outputs(q.to("meta"), given["v_cache"].to("meta"), False, "cu_seqlens_q" in given)
+        parts = [f"{name} {tuple(x.shape)}" for name, x in given.items()]
+        self.explanation = Call(
+            problem=f"{str(q.dtype).removeprefix('torch.')} on {q.device}: " + ", ".join(parts),
+            forward=KernelChoice(**plan),
+            backward=None,
+            output_bytes=sum(x.numel() * x.element_size() for x in outputs),
+            saved_bytes=0,
+            copies=copies,
         )
 
 

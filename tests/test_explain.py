@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
-from flash_attn import FlashMHA, explain, flash_attn_func, replace_sdpa
+from flash_attn import FlashMHA, explain, flash_attn_func, flash_attn_with_kvcache, replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
 from introspection import needs_introspection
 
@@ -206,3 +206,23 @@ def test_the_command_prints_what_is_there_and_checks_itself() -> None:
     result = subprocess.run([sys.executable, "-m", "flash_attn"], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"flash_attn {flash_attn.__version__}" in result.stdout and "all right" in result.stdout
+
+
+def test_attention_over_a_cache_is_explained_and_appends_nothing() -> None:
+    cache = torch.zeros(2, 8, 2, 16)
+    q = torch.randn(2, 1, 4, 16)
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    explanation = explain(
+        flash_attn_with_kvcache,
+        q,
+        cache,
+        cache,
+        torch.ones(2, 1, 2, 16),
+        torch.ones(2, 1, 2, 16),
+        cache_seqlens=lengths,
+    )
+    (call,) = explanation.calls
+    assert call.forward.family == "cpu" and call.backward is None
+    assert "k_cache (2, 8, 2, 16)" in call.problem and call.output_bytes == q.numel() * 4 + 8 * 4
+    assert not cache.any()
+    assert len(explain(lambda: flash_attn_with_kvcache(q, cache, cache)).calls) == 1

@@ -68,6 +68,29 @@ class AppendAndAttend(NamedTuple):
     softcap: float
     rotary_interleaved: bool
 
+    def attention(self) -> Attend:
+        """What follows when the rows are there."""
+        counted = self.total_seqlens is not None
+        return Attend(
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.alibi_slopes,
+            self.sinks,
+            None,
+            self.total_seqlens if counted else self.cache_seqlens,
+            self.cache_batch_idx,
+            self.cache_leftpad,
+            self.block_table,
+            self.q.shape[1],
+            0 if counted else self.k.shape[1],
+            self.softmax_scale,
+            self.causal,
+            self.window_left,
+            self.window_right,
+            self.softcap,
+        )
+
 
 @torch.library.register_fake("flash_attn::attend_cache", lib=registrations())
 def _attend_fake(*arguments: Any) -> tuple[Tensor, Tensor]:

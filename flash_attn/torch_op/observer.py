@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import BackwardArguments, Options, Tensors, split_backward, split_forward
 from .attention import RNG_STATE_RANGE
+from .cache import AppendAndAttend, Attend, append_and_attend_op, attend_cache_op
 from .library import backward_op, forward_op
 from .private import TorchDispatchMode, compiler_is_loaded
 
@@ -56,6 +57,7 @@ class Observer(TorchDispatchMode, Generic[T]):
         on_forward: called with the arguments of each forward pass; what it returns is put into `forwards`.
         on_trained: called with that as soon as the outputs of the call are known to require grad.
         on_backward: called with the arguments of each backward pass.
+        on_cache: called with the arguments of each attention over a cache. Nothing is appended.
 
     Attributes:
         torch_ops: names of torch's own attention kernels, once for each call.
@@ -66,8 +68,10 @@ class Observer(TorchDispatchMode, Generic[T]):
         on_forward: Callable[[Tensors, Options], T],
         on_trained: Callable[[T], None],
         on_backward: Callable[[BackwardArguments], None],
+        on_cache: Callable[[Attend], None],
     ) -> None:
         super().__init__()
+        self._on_cache = on_cache
         self._on_forward, self._on_trained, self._on_backward = on_forward, on_trained, on_backward
         self._undecided: list[tuple[weakref.ref[Tensor], T]] = []
         self.torch_ops: list[str] = []
@@ -93,6 +97,9 @@ class Observer(TorchDispatchMode, Generic[T]):
             return results
         if op is backward_op:
             self._on_backward(split_backward(args))
+            return _zeros(op, args)
+        if op is attend_cache_op or op is append_and_attend_op:
+            self._on_cache(Attend(*args) if op is attend_cache_op else AppendAndAttend(*args).attention())
             return _zeros(op, args)
         if op is torch.ops.aten.randint.low and tuple(args[:2]) == RNG_STATE_RANGE:
             return torch.zeros(args[2], **{"dtype": torch.int64, **(kwargs or {})})

@@ -1,0 +1,103 @@
+"""Which problems the kernels for few query rows take, and how: without a GPU, from the introspection module."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from introspection import _C, CUDA_FAMILIES
+
+pytestmark = [
+    pytest.mark.skipif("decode" not in CUDA_FAMILIES, reason="built without the kernels for few query rows"),
+    pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
+]
+
+H200 = (90, 132, 232448, 50 << 20)
+BASE = 1 << 20
+OPTIONS: dict[str, Any] = {
+    "max_seqlen_q": 0,
+    "appended": 0,
+    "softmax_scale": None,
+    "causal": 0,
+    "window_left": -1,
+    "window_right": -1,
+    "softcap": 0.0,
+}
+
+
+def _tensor(dtype: str, *shape: int, address: int = BASE) -> tuple[int, str, int, list[int], list[int]]:
+    strides = [1] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        strides[i] = strides[i + 1] * shape[i + 1]
+    return address, dtype, 0, list(shape), strides
+
+
+def _plan(
+    rows: int = 1,
+    keys: int = 4096,
+    *,
+    batch: int = 4,
+    heads: int = 32,
+    heads_k: int = 8,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    page_size: int = 0,
+    device: tuple[int, ...] = H200,
+    address: int = BASE,
+    **more: Any,
+) -> dict[str, Any]:
+    shape = (batch * keys // page_size, page_size) if page_size else (batch, keys)
+    caches = {name: _tensor(dtype, *shape, heads_k, head_dim, address=address) for name in ("k_cache", "v_cache")}
+    tensors = {"q": _tensor(dtype, batch, rows, heads, head_dim), **caches}
+    if page_size:
+        tensors["block_table"] = _tensor("int32", batch, keys // page_size)
+    result: dict[str, Any] = _C.plan_cache(tensors | more, OPTIONS, device)
+    return result
+
+
+@pytest.mark.parametrize(
+    "head_dim, kernel", [(8, "d64"), (64, "d64"), (72, "d96"), (128, "d128"), (136, "d192"), (256, "d256")]
+)
+def test_the_smallest_kernel_that_holds_the_head_dim(head_dim: int, kernel: str) -> None:
+    chosen = _plan(head_dim=head_dim)
+    assert chosen["family"] == "decode" and chosen["kernel"].startswith(f"decode {kernel} 16x")
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"rows": 17, "heads": 8}, "over 16 query rows"),
+        ({"rows": 16, "heads": 64}, "over 64 query rows read the same keys"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"head_dim": 20}, "multiple of 8"),
+        ({"head_dim": 264}, "over 256"),
+        ({"address": BASE + 8}, "16 bytes"),
+        ({"device": (75, 40, 65536, 4 << 20)}, "older than compute capability 8.0"),
+        ({"rows": 0}, "empty"),
+    ],
+)
+def test_what_it_does_not_take(changes: dict[str, Any], reason: str) -> None:
+    chosen = _plan(**changes)
+    assert chosen["family"] != "decode"
+    assert [reason in text for family, text in chosen["rejected"] if family == "decode"] == [True]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 500])
+def test_of_caches_in_pages_it_takes_any_number_of_rows(rows: int) -> None:
+    chosen = _plan(rows, page_size=16)
+    assert chosen["family"] == "decode" and chosen["tile"][0] == (16 if rows == 1 else 64)
+
+
+def test_other_families_refuse_pages() -> None:
+    chosen = _plan(page_size=16, dtype="float32")
+    assert chosen["family"] == "universal"
+    assert {family for family, text in chosen["rejected"] if text == "k and v lie in a cache"} >= {"sm80"}
+
+
+def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None:
+    assert _plan(batch=1, keys=64)["decisions"]["ctas"] <= 3 * 8
+    assert _plan(batch=64)["decisions"]["ctas"] == 2 * 132
+    small = _plan(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
+    assert small % 8 == 0 and small >= 0.95 * 2 * 132
