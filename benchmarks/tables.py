@@ -45,6 +45,7 @@ TOPICS = (
     "Hopper forward, schedule",
     "Hopper forward, softmax",
     "Hopper forward, tiles and pipeline",
+    "Hopper forward, masks and scores",
     "Hopper backward, order of tiles",
     "Hopper backward, rows before and dq after",
     "Hopper backward, how dQ is added up",

@@ -27,11 +27,18 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where the reference runs for problems on CUDA, unless a test says otherwise: pytest's --reference-device.
 reference_device_on_cuda = "cpu"
 
+# What a mask of `Problem.mask_kind` hides.
+MASK_KINDS = ("random", "sparse", "documents", "padding", "causal", "window", "prefix", "tree", "lowest")
+
 # Hopper's forward kernels, each full and masked: what FLASH_ATTN_FORWARD_KERNEL takes.
 HOPPER_FORWARD = (
     *("d64 256x64", "d64 192x128", "d64 128x128", "d96 192x80", "d96 128x128", "d128 128x128", "d128 192x64"),
     *("d128 192x80", "d192 128x96", "d192/128 128x96", "d256 128x64", "d256/128 128x80"),
 )
+
+# Those that know masks and rules of scores: without an additive mask, and with one.
+HOPPER_EXTENDED = ("d64 192x128", "d96 128x128", "d128 128x128", "d192 128x64", "d256 128x64")
+HOPPER_BIASED = ("d64 128x128", "d96 128x128", "d128 128x128", "d192 128x64", "d256 128x64")
 
 
 def forward_head_dims(name: str) -> tuple[int, int]:
@@ -46,6 +53,7 @@ class Problem:
 
     `lengths_q` and `lengths_k` are one length a sequence; without `packed` all are `seqlen_q` and `seqlen_k`.
     `mask` is "", "bool" or "float"; `mask_dims` says which of (batch, heads, rows, columns) are not broadcast.
+    `mask_kind` says what it hides; "lowest": as "random", with the dtype's smallest value instead of -inf.
     """
 
     dtype: torch.dtype = torch.float32
@@ -63,6 +71,7 @@ class Problem:
     mask: str = ""
     mask_dims: tuple[bool, bool, bool, bool] = (True, True, True, True)
     mask_float32: bool = False
+    mask_kind: str = "random"
     slopes: str = ""  # "head" or "batch"
     sinks: bool = False
     dropout: float = 0.0
@@ -141,6 +150,27 @@ def random_problem(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, max_seql
     )
 
 
+def random_masked_problem(seed: int, head_dims: tuple[int, ...] = (64, 128)) -> Problem:
+    """For tensor-core kernels: tensors as they want them, mostly with a mask, several tiles, other features as well."""
+    rng = random.Random(seed)
+    p = random_problem(seed, (torch.bfloat16, torch.float16))
+    head_dim = rng.choice((*head_dims, *head_dims, 8, 40, 96, 192, 256))
+    rows = (1, 16, 64, 100, 192, 200, rng.randint(1, 700), rng.randint(1, 700))
+    return dataclasses.replace(
+        p,
+        seqlen_q=rng.choice(rows),
+        seqlen_k=rng.choice(rows),
+        head_dim=head_dim,
+        head_dim_v=head_dim if rng.random() < 0.7 else rng.choice((8, 64, 128)),
+        scale=rng.choice((None, None, 0.3)),
+        mask=rng.choice(("", "bool", "bool", "bool", "float")),
+        mask_kind=rng.choice(MASK_KINDS),
+        window=p.window if p.window == (-1, -1) or rng.random() < 0.5 else (rng.randint(0, 300), rng.randint(0, 300)),
+        layout=rng.choice(("dense", "heads_first", "qkv")) if not p.packed else "dense",
+        one_starts=False,
+    )
+
+
 @dataclass
 class Inputs:
     tensors: dict[str, Tensor]  # by the op's names
@@ -170,6 +200,30 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "qkv":  # a slice of a tensor three times as wide
         return torch.stack((x, x, x), dim=2)[:, :, 1] if x.dim() == 4 else x
     return x
+
+
+def _visible(kind: str, shape: list[int], g: torch.Generator) -> Tensor:
+    """True where a row sees a column, of a mask of this shape (batch, heads, rows, columns)."""
+    i, j = torch.arange(shape[2])[:, None], torch.arange(shape[3])
+
+    def number(high: int) -> Tensor:  # for each batch entry and head
+        return torch.randint(0, max(high, 1), (*shape[:2], 1, 1), generator=g)
+
+    if kind in ("sparse", "lowest"):
+        return torch.rand(shape, generator=g) < (0.02 if kind == "sparse" else 0.3)
+    if kind == "padding":
+        left, right = number(shape[3] // 2), number(shape[3] // 2)
+        return ((j >= left) & (j < shape[3] - right)).expand(shape)
+    if kind == "documents":
+        length = number(shape[3]) + 1
+        return (i // length == j // length).expand(shape)
+    if kind == "window":
+        return (i - j).abs().expand(shape) <= number(shape[3] // 4)
+    if kind == "prefix":
+        return ((j <= i) | (j < number(shape[3]))).expand(shape)
+    if kind == "tree":
+        return ((i // 8 * 8 == j // 8 * 8) & (j <= i) | (j < shape[3] - shape[2])).expand(shape)
+    return (j <= i + number(shape[3] // 4)).expand(shape)
 
 
 def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
@@ -215,11 +269,16 @@ def make_inputs(p: Problem, device: str = "cpu") -> Inputs:
         full = (p.batch, p.heads, p.seqlen_q, p.seqlen_k)
         shape = [n if keep else 1 for n, keep in zip(full, p.mask_dims, strict=True)]
         values = randn(*shape)
-        if p.mask == "bool":
-            tensors["attn_mask"] = (values > -0.5).to(device)
+        dtype = torch.float32 if p.mask_float32 else p.dtype
+        if p.mask_kind == "random":
+            visible = values > -0.5 if p.mask == "bool" else randn(*shape) <= 1.0
         else:
-            values[randn(*shape) > 1.0] = float("-inf")
-            add("attn_mask", "mask", values, torch.float32 if p.mask_float32 else p.dtype)
+            visible = _visible(p.mask_kind, shape, g)
+        if p.mask == "bool":
+            tensors["attn_mask"] = visible.to(device)
+        else:
+            hidden = torch.finfo(dtype).min if p.mask_kind == "lowest" else float("-inf")
+            add("attn_mask", "mask", values.masked_fill(~visible, hidden), dtype)
     if p.slopes:
         shape_slopes = (p.batch, p.heads) if p.slopes == "batch" else (p.heads,)
         add("alibi_slopes", "slopes", randn(*shape_slopes).abs() * 0.2, statistics)

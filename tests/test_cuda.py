@@ -14,7 +14,16 @@ from flash_attn import explain
 from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.torch_op import attention as ops
 from introspection import needs_introspection
-from problems import HOPPER_FORWARD, Problem, check_all, forward_head_dims, random_problem
+from problems import (
+    HOPPER_BIASED,
+    HOPPER_EXTENDED,
+    HOPPER_FORWARD,
+    Problem,
+    check_all,
+    forward_head_dims,
+    random_masked_problem,
+    random_problem,
+)
 
 pytestmark = pytest.mark.gpu
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
@@ -244,6 +253,22 @@ def test_every_hopper_forward_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
     head_dim, head_dim_v = forward_head_dims(name)
     problems = [
         replace(_tensor_core_problem(seed), head_dim=head_dim, head_dim_v=head_dim_v, seed=seed) for seed in range(30)
+    ]
+    monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
+    check_all(problems, "cuda", "cuda")
+
+
+@pytest.mark.skipif(FORCED not in (None, "sm90"), reason="another family is forced")
+@pytest.mark.parametrize("name", sorted({*HOPPER_EXTENDED, *HOPPER_BIASED}))
+def test_every_hopper_kernel_for_masks_and_rules_of_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there is no device of compute capability 9.0")
+    head_dim = forward_head_dims(name)[0]
+    problems = [
+        replace(random_masked_problem(seed), head_dim=head_dim, head_dim_v=head_dim, mask=mask, seed=seed)
+        for mask, names in (("bool", HOPPER_EXTENDED), ("float", HOPPER_BIASED))
+        for seed in range(20)
+        if name in names
     ]
     monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
     check_all(problems, "cuda", "cuda")

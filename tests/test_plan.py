@@ -11,7 +11,7 @@ import pytest
 
 from flash_attn.torch_op.arguments import Options
 from introspection import _C, needs_kernels
-from problems import HOPPER_FORWARD, forward_head_dims
+from problems import HOPPER_BIASED, HOPPER_EXTENDED, HOPPER_FORWARD, forward_head_dims
 
 H200 = (90, 132, 232448, 60 << 20)  # compute capability, SMs, shared memory of a block, L2 cache
 A100 = (80, 108, 166912, 40 << 20)
@@ -99,7 +99,6 @@ def test_the_smallest_kernel_that_holds_the_head_dims(
         ({"head_dim": 264}, "over 256", "universal"),
         ({"head_dim": 20}, "multiple of 8", "sm80"),
         ({"address": (1 << 20) + 2}, "16 bytes", "sm80"),
-        ({"softcap": 3.0, "head_dim": 192}, "softcap", "sm80"),
     ],
 )
 def test_what_the_hopper_kernels_refuse_the_next_family_takes(
@@ -108,6 +107,63 @@ def test_what_the_hopper_kernels_refuse_the_next_family_takes(
     for choice in plan(**changes).values():
         assert choice["family"] == family
         assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
+
+
+ROW = (1 << 20, "float32", 0, [16], [1])
+SCORES: list[tuple[dict[str, Any], str]] = [
+    ({"softcap": 3.0}, "softcap"),
+    ({"tensors": {"sinks": ROW}}, "sinks"),
+    ({"tensors": {"alibi_slopes": ROW}}, "alibi_slopes"),
+    ({"tensors": {"rng_state": (1 << 20, "int64", 0, [2], [1])}, "dropout_p": 0.1}, "dropout"),
+    ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
+    ({"tensors": {"attn_mask": (1 << 20, "bfloat16", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
+]
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("changes, reason", SCORES)
+@pytest.mark.parametrize("causal", [0, 1])
+def test_masks_and_rules_of_scores_get_extended_kernels(
+    changes: dict[str, Any], reason: str, causal: int, head_dim: int
+) -> None:
+    plans = plan(head_dim=head_dim, causal=causal, **changes)
+    kind = "biased" if "bfloat16" in str(changes) else "extended"
+    assert plans["forward"]["family"] == "sm90"
+    assert f" {kind}" in plans["forward"]["kernel"]
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("changes, reason", SCORES)
+def test_the_hopper_backward_refuses_masks_and_rules_of_scores_from_head_dim_128_on(
+    changes: dict[str, Any], reason: str, head_dim: int
+) -> None:
+    choice = plan(head_dim=head_dim, **changes)["backward"]
+    assert choice["family"] == "sm80"
+    assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
+
+
+@needs_sm90
+@pytest.mark.parametrize("kind, names", [("extended", HOPPER_EXTENDED), ("biased", HOPPER_BIASED)])
+def test_an_extended_kernel_can_be_asked_for_by_its_name(
+    kind: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = "bool" if kind == "extended" else "float32"
+    tensors = {"attn_mask": (1 << 20, dtype, 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
+    for name in names:
+        monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
+        chosen = plan(head_dim=forward_head_dims(name)[0], tensors=tensors)["forward"]["kernel"]
+        assert chosen.startswith(f"wgmma {name} {kind}")
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_passes_over_rules_of_scores_is_a_kernel_of_its_own(head_dim: int) -> None:
+    tensors = {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
+    for options, rules in (({}, False), ({"softcap": 3.0}, True)):
+        kernel = plan(head_dim=head_dim, tensors=tensors, **options)["forward"]["kernel"]
+        assert kernel.endswith("rules") == rules
 
 
 @needs_sm90

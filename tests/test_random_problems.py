@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from problems import Problem, check_all, random_problem
+from problems import Problem, check_all, random_masked_problem, random_problem
 
 CHUNK = 25
 
@@ -30,6 +30,12 @@ def test_random_problems_agree_with_the_reference_on_the_cpu(first: int, request
 @pytest.mark.gpu
 def test_random_problems_agree_with_the_reference_on_cuda(first: int, request: pytest.FixtureRequest) -> None:
     check_all(_problems(first, request), "cuda")
+
+
+@pytest.mark.gpu
+def test_random_masks_beside_all_features_on_cuda(first: int, request: pytest.FixtureRequest) -> None:
+    end = request.config.getoption("--seed") + request.config.getoption("--problems")
+    check_all([random_masked_problem(seed) for seed in range(first, min(first + CHUNK, end))], "cuda")
 
 
 def test_a_problem_can_be_reproduced_from_its_repr() -> None:

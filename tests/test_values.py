@@ -79,3 +79,20 @@ def test_a_mask_of_the_smallest_number_is_finite_and_averages(dtype: torch.dtype
     mask = torch.full((9, 9), torch.finfo(dtype).min, dtype=dtype, device=device)
     out = sdpa(q, k, v, mask)
     torch.testing.assert_close(out, v.double().mean(-2, keepdim=True).expand_as(v).to(dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_keys_that_no_row_of_a_tile_sees_do_not_leak_into_it(kind: str, head_dim: int) -> None:
+    """Documents of whole tiles, of 128 rows and of 192, and keys that nobody sees in the middle of one."""
+    q, k, v = (torch.randn(1, 2, 1152, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    document = torch.arange(1152, device="cuda") // 384
+    mask = document[:, None] == document
+    mask[:, 100:230] = False
+    attn_mask = mask if kind == "bool" else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    expected = sdpa(q, k, v, attn_mask)
+    for x in (k, v):
+        x[..., 100:230, :] = float("nan")
+        x[..., 768:, :] = float("nan")
+    assert torch.equal(sdpa(q, k, v, attn_mask)[..., :768, :], expected[..., :768, :])

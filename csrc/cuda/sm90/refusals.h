@@ -19,14 +19,4 @@ inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceIn
   return nullptr;
 }
 
-/// Where scores are scale * q.k alone.
-inline const char* refuses_scores(const ForwardParams& p) {
-  if (p.mask.data != nullptr) return "there is an attn_mask";
-  if (p.alibi_slopes != nullptr) return "there are alibi_slopes";
-  if (p.sinks != nullptr) return "there are sinks";
-  if (p.softcap != 0) return "there is a softcap";
-  if (p.dropout_p != 0) return "there is dropout";
-  return nullptr;
-}
-
 }  // namespace flash_attn::cuda::sm90

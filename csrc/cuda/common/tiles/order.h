@@ -43,7 +43,7 @@ FLASH_ATTN_DEVICE TilePlace place_longest_first(const TileSchedule& s, int index
   return place;
 }
 
-FLASH_ATTN_DEVICE TilePlace place_packed(const TileSchedule& s, int batch, int index) {
+FLASH_ATTN_DEVICE TilePlace packed_place(const TileSchedule& s, int batch, int index) {
   const int m = s.num_heads.divide(index);
   int low = 0, high = batch;  // first_m_block[low] <= m < first_m_block[high]
   while (high - low > 1) {
@@ -58,7 +58,7 @@ FLASH_ATTN_DEVICE TilePlace place_packed(const TileSchedule& s, int batch, int i
 
 FLASH_ATTN_DEVICE TilePlace tile_place(const TileSchedule& s, const ForwardParams& p, int index) {
   if (s.order == TileSchedule::kLongestFirst) return place_longest_first(s, index);
-  if (s.order == TileSchedule::kPacked) return place_packed(s, static_cast<int>(p.batch), index);
+  if (s.order == TileSchedule::kPacked) return packed_place(s, static_cast<int>(p.batch), index);
   TilePlace place;
   const int batch_head = s.num_m_blocks.divide(index, place.m_block);
   place.batch = s.num_heads.divide(batch_head, place.head);

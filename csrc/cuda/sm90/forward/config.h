@@ -1,9 +1,11 @@
 // What a forward kernel is compiled for, and the shared memory that follows from it.
 #pragma once
 
+#include "../../common/softmax.h"
 #include "../hopper/budgets.h"
 #include "../hopper/ring.h"
 #include "../hopper/wgmma.h"
+#include "params.h"
 #include "tile.h"
 
 namespace flash_attn::cuda::sm90::forward {
@@ -24,6 +26,9 @@ template <typename Element_, typename Shape, bool kMasked_>
 struct KernelConfig : Shape {
   using Element = Element_;
   static constexpr bool kMasked = kMasked_;  // causal or a window: edge blocks anywhere, else only a sequence's last
+  using Params = KernelParams;
+  using TileType = Tile;
+  using Softmax = OnlineSoftmax<Shape::kBlockN>;
 
   static constexpr int kBlockM = 64 * Shape::kConsumers;
   static constexpr int kThreads = 128 * (Shape::kConsumers + 1);
@@ -63,7 +68,7 @@ struct SharedStorage {
 
   // ready: the scheduler has written the next tile. wanted: the producer will soon be through with that one.
   uint64_t tile_ready, tile_wanted;
-  Tile tiles[Config::kTileSlots];
+  typename Config::TileType tiles[Config::kTileSlots];
 };
 
 /// Named barriers; 0 is __syncthreads.

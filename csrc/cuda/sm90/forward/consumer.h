@@ -2,13 +2,11 @@
 #pragma once
 
 #include "../../common/mask_fragment.h"
-#include "../../common/softmax.h"
 #include "../../common/swizzle.h"
 #include "../hopper/barriers.h"
 #include "../hopper/stmatrix.h"
 #include "../hopper/tma.h"
 #include "config.h"
-#include "params.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -19,10 +17,10 @@ struct Consumer {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kConsumers = Config::kConsumers;
 
-  const KernelParams& params;
+  const typename Config::Params& params;
   SharedStorage<Config>& shared;
   const int warpgroup, warp, lane;
-  OnlineSoftmax<kBlockN> softmax;
+  typename Config::Softmax softmax;
   float s[kBlockN / 2];              // S, then P, of the block at hand
   float out[Config::kHeadDimV / 2];  // O, not yet divided by row_sum
   uint32_t p[kBlockN / 4];           // P as the A operand of P V
@@ -196,6 +194,12 @@ struct Consumer {
       lse[r] = empty[r] ? -INFINITY : log_sum_exp(softmax.row_max[r], sum);
       inverse[r] = __fdividef(1.f, sum);
     }
+    store_rows(tile, row, lse, inverse, empty);
+  }
+
+  /// The same of rows of which lse, what to multiply O by, and whether out is 0 are known.
+  FLASH_ATTN_DEVICE void store_rows(const Tile& tile, int row, const float (&lse)[2], float (&inverse)[2],
+                                    const bool (&empty)[2]) {
     if (__any_sync(~0u, empty[0] || empty[1])) {  // selected, not multiplied by 0: O may hold NaN here
 #pragma unroll
       for (int i = 0; i < Config::kHeadDimV / 2; ++i) out[i] = empty[i / 2 % 2] ? 0.f : out[i] * inverse[i / 2 % 2];

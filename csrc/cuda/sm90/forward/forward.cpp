@@ -21,7 +21,6 @@ const char* refuses_tensors(const ForwardParams& p) {
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
-  if (const char* reason = refuses_scores(p)) return reason;
   // Tile indices are 32-bit, parts of split tiles included.
   const double tiles = double(SequenceBlocks::of_queries(p, 128).count()) * double(p.num_heads);
   if (tiles >= double(1 << 27)) return "there are over 2^27 tiles";
@@ -46,12 +45,16 @@ flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   plan.decide("order", name_of(chosen.schedule.order));
   plan.decide("counter", chosen.dynamic);
   plan.decide("key_splits", chosen.schedule.num_splits);
+  if (p.mask.data != nullptr) plan.decide("mask", p.mask.packed != nullptr ? "prepared" : "packed first");
   return plan;
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   Plan chosen = choose_plan(p, device);
   place_workspace(chosen, p, p.workspace);
+  if (p.mask.data != nullptr) {
+    chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, static_cast<cudaStream_t>(stream));
+  }
   const Variant& variant = *chosen.variant;
   const auto launch_variant = p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16;
   launch_variant(p, chosen, static_cast<cudaStream_t>(stream));

@@ -29,29 +29,33 @@ FLASH_ATTN_DEVICE void clear_tiles(SharedStorage<Config>& shared) {
   async_proxy_fence();  // wgmma reads it
 }
 
+/// By one thread: the barriers, and the tensor maps on their way.
+template <typename Config>
+FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<Config>& shared) {
+  const auto init = [](uint64_t* barriers, int stages, int arrivals) {
+    for (int i = 0; i < stages; ++i) mbarrier_init(&barriers[i], arrivals);
+  };
+  init(&shared.tile_ready, 1, 1);
+  init(&shared.tile_wanted, 1, 1);
+  init(shared.q_full, Config::kStagesQ, 1);
+  init(shared.k_full, Config::kStagesKV, 1);
+  init(shared.v_full, Config::kStagesKV, 1);
+  init(shared.q_empty, Config::kStagesQ, 4 * Config::kConsumers);  // every warp, when it has stored its rows of out
+  init(shared.k_empty, Config::kStagesKV, Config::kConsumers);
+  init(shared.v_empty, Config::kStagesKV, Config::kConsumers);
+  mbarrier_init_fence();
+  tma_prefetch_map(&params.q);
+  tma_prefetch_map(&params.k);
+  tma_prefetch_map(&params.v);
+  tma_prefetch_map(&params.out);
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (threadIdx.x == 0) {
-    const auto init = [](uint64_t* barriers, int stages, int arrivals) {
-      for (int i = 0; i < stages; ++i) mbarrier_init(&barriers[i], arrivals);
-    };
-    init(&shared.tile_ready, 1, 1);
-    init(&shared.tile_wanted, 1, 1);
-    init(shared.q_full, Config::kStagesQ, 1);
-    init(shared.k_full, Config::kStagesKV, 1);
-    init(shared.v_full, Config::kStagesKV, 1);
-    init(shared.q_empty, Config::kStagesQ, 4 * Config::kConsumers);  // every warp, when it has stored its rows of out
-    init(shared.k_empty, Config::kStagesKV, Config::kConsumers);
-    init(shared.v_empty, Config::kStagesKV, Config::kConsumers);
-    mbarrier_init_fence();
-    tma_prefetch_map(&params.q);
-    tma_prefetch_map(&params.k);
-    tma_prefetch_map(&params.v);
-    tma_prefetch_map(&params.out);
-  }
+  if (threadIdx.x == 0) init_barriers(params, shared);
   if (params.panels < Config::kPanels) clear_tiles(shared);
   __syncthreads();
   grid_launch_dependents();  // combine.h waits for the end of this kernel

@@ -11,31 +11,33 @@
 namespace flash_attn::cuda::sm90::forward {
 
 template <typename Config>
-void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
-  static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
+KernelParams kernel_params(const ForwardParams& problem, const Plan& plan) {
   const Sources tensors = sources(problem);
-  const float scale_log2 = static_cast<float>(problem.softmax_scale * 1.4426950408889634);
-  const KernelParams params{make_tensor_map(tensors.q, Config::kBlockM),
-                            make_tensor_map(tensors.k, Config::kBlockN),
-                            make_tensor_map(tensors.v, Config::kBlockN),
-                            make_tensor_map(tensors.out, 16),
-                            problem,
-                            plan.schedule,
-                            scale_log2,
-                            static_cast<int>((problem.head_dim + 63) / 64),
-                            static_cast<int>((problem.head_dim_v + 63) / 64),
-                            new_launch_id()};
+  return {make_tensor_map(tensors.q, Config::kBlockM),
+          make_tensor_map(tensors.k, Config::kBlockN),
+          make_tensor_map(tensors.v, Config::kBlockN),
+          make_tensor_map(tensors.out, 16),
+          problem,
+          plan.schedule,
+          static_cast<float>(problem.softmax_scale * 1.4426950408889634),
+          static_cast<int>((problem.head_dim + 63) / 64),
+          static_cast<int>((problem.head_dim_v + 63) / 64),
+          new_launch_id()};
+}
 
+/// What has to come before the kernel, the kernel, and what has to come after it.
+template <typename Config, typename Params>
+void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params& params, const Plan& plan,
+                    cudaStream_t stream) {
+  const ForwardParams& problem = params.problem;
   if (plan.needs_prepare()) {
     launch_prepare(problem, Config::kBlockM, plan.schedule.first_m_block, stream);
   }
-  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
-  const auto kernel = forward_kernel<Config>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "sm90 shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "sm90 shared memory");
   if (plan.needs_prepare()) {
-    launch_dependent(kernel, dim3(plan.grid), Config::kThreads, kSharedBytes, stream, params, "sm90 forward");
+    launch_dependent(kernel, dim3(plan.grid), Config::kThreads, shared_bytes, stream, params, "sm90 forward");
   } else {
-    kernel<<<plan.grid, Config::kThreads, kSharedBytes, stream>>>(params);
+    kernel<<<plan.grid, Config::kThreads, shared_bytes, stream>>>(params);
     check(cudaGetLastError(), "sm90 forward");
   }
   if (plan.is_split()) {
@@ -43,20 +45,19 @@ void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t 
   }
 }
 
+template <typename Config>
+void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
+  static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
+  launch_forward<Config>(forward_kernel<Config>, sizeof(SharedStorage<Config>), kernel_params<Config>(problem, plan),
+                         plan, stream);
+}
+
 template <typename Shape, bool kMasked>
 constexpr Variant make_variant(const char* name, double efficiency, double tile_clocks) {
   using Config = KernelConfig<__nv_bfloat16, Shape, kMasked>;
-  return {name,
-          Config::kHeadDim,
-          Config::kHeadDimV,
-          kMasked,
-          Config::kOutBuffer,
-          Config::kBlockM,
-          Config::kBlockN,
-          efficiency,
-          tile_clocks,
-          launch_kernel<Config>,
-          launch_kernel<KernelConfig<__half, Shape, kMasked>>};
+  return {name,       Config::kHeadDim,   Config::kHeadDimV,     kMasked,
+          false,      Config::kOutBuffer, Config::kBlockM,       Config::kBlockN,
+          efficiency, tile_clocks,        launch_kernel<Config>, launch_kernel<KernelConfig<__half, Shape, kMasked>>};
 }
 
 template <int kCount>

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -88,13 +89,14 @@ void share_out_waves(int num_sms, const Cost& cost, const TileLengths& lengths, 
 }
 
 /// All tiles are split alike when the longest would outlast the mean load.
-void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& lengths, Plan& plan) {
+void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& lengths, bool can_split, Plan& plan) {
   TileSchedule& schedule = plan.schedule;
   const double tiles_per_sm = double(schedule.num_tiles) / num_sms;
   const double shortest = cost.tile(std::max(1.0, lengths.longest / 8));
   plan.clocks = HUGE_VAL;
   for (int splits = 1; splits <= kMaxSplits; ++splits) {
     if (splits > 1 && (tiles_per_sm * splits > 3 || splits > lengths.longest)) break;
+    if (splits > 1 && !can_split) break;
     const double mean_load = tiles_per_sm * splits * cost.tile(lengths.mean / splits);
     const double clocks = std::max(mean_load + shortest / 2, cost.tile(std::ceil(lengths.longest / splits))) +
                           (splits > 1 ? cost.combine(std::ceil(tiles_per_sm * splits)) : 0);
@@ -116,11 +118,14 @@ int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   return std::min(std::max<int64_t>(1, bytes / bytes_per_head) * p.group_size(), p.batch * p.num_heads);
 }
 
-/// "d128 192x64" is both "wgmma d128 192x64" and "wgmma d128 192x64 masked".
+/// "d128 192x64" is "wgmma d128 192x64" and what has a word after that.
 bool is_named(const Variant& variant, const std::string& name) {
   const std::string full = "wgmma " + name;
-  return variant.name == full || variant.name == full + " masked";
+  return variant.name == full || std::string(variant.name).rfind(full + " ", 0) == 0;
 }
+
+/// What changes scores or P beyond attn_mask.
+bool has_rules(const ForwardParams& p) { return p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0; }
 
 void set_groups(TileSchedule& schedule, int64_t heads_per_group, int64_t batch_heads) {
   const int64_t num_m_blocks = schedule.num_m_blocks.value;
@@ -131,16 +136,21 @@ void set_groups(TileSchedule& schedule, int64_t heads_per_group, int64_t batch_h
 
 }  // namespace
 
+bool is_extended(const ForwardParams& p) { return p.mask.data != nullptr || p.sinks != nullptr || has_rules(p); }
+
 const Variants& variants_for(const ForwardParams& p) {
-  const Variants* const all[] = {&kD64, &kD96, &kD128, &kD192V128, &kD192, &kD256V128, &kD256};
-  for (const Variants* variants : all) {
+  static const std::initializer_list<const Variants*> plain = {&kD64,  &kD96,      &kD128, &kD192V128,
+                                                               &kD192, &kD256V128, &kD256};
+  static const std::initializer_list<const Variants*> extended = {&kExtendedD64, &kExtendedD96, &kExtendedD128,
+                                                                  &kExtendedD192, &kExtendedD256};
+  for (const Variants* variants : is_extended(p) ? extended : plain) {
     const Variant& first = *variants->begin();
     if (p.head_dim > first.head_dim || p.head_dim_v > first.head_dim_v) continue;
     // Panels of Q beyond head_dim are zeroed once: out must not go through them.
     if (ceil_div(p.head_dim, 64) < ceil_div(first.head_dim, 64) && !first.out_buffer) continue;
     return *variants;
   }
-  return kD256;
+  return is_extended(p) ? kExtendedD256 : kD256;
 }
 
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant) {
@@ -164,10 +174,11 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
     schedule.order = TileSchedule::kPacked;
     plan.dynamic = true;
     plan.clocks = double(schedule.num_tiles) / device.num_sms * cost.tile(lengths.mean);
-  } else if (rows_see_prefixes(params)) {
+  } else if (rows_see_prefixes(params) || params.mask.data != nullptr) {
     schedule.order = TileSchedule::kLongestFirst;
     set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
-    share_out_longest_first(device.num_sms, cost, lengths, plan);
+    // Parts have their maximum in log2, where the smallest float that a bias may be is none any more.
+    share_out_longest_first(device.num_sms, cost, lengths, !params.has_bias(), plan);
   } else {
     schedule.order = TileSchedule::kRowsFirst;
     share_out_waves(device.num_sms, cost, lengths, plan);
@@ -185,7 +196,8 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
   const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   Plan best;
   for (const Variant& variant : variants_for(params)) {
-    if (variant.masked != params.has_window()) continue;
+    if (variant.masked != (params.has_window() || is_extended(params))) continue;
+    if (variant.biased != params.has_bias() || (has_rules(params) && !variant.rules)) continue;
     if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
     const Plan plan = choose_plan(params, device, variant);
     if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;
@@ -217,6 +229,10 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
                       : 0;
   place(schedule.partial_out, partial_rows * plan.variant->head_dim_v);
   place(schedule.partial_statistics, partial_rows);
+  if (params.mask.data != nullptr) {
+    if (workspace != nullptr) plan.mask_workspace = static_cast<char*>(workspace) + bytes;
+    bytes += mask::packing_workspace(params.mask);
+  }
   return bytes;
 }
 

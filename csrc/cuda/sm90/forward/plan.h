@@ -6,6 +6,7 @@
 
 #include "../../../kernel.h"
 #include "../../common/tiles/schedule.h"
+#include "../../mask/packed_mask.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -16,6 +17,8 @@ struct Variant {
   const char* name;
   int head_dim, head_dim_v;  // the largest it takes
   bool masked;
+  bool biased;      // takes an additive attn_mask; others take none
+  bool rules;       // takes softcap, ALiBi and dropout
   bool out_buffer;  // out does not go through Q's buffer
   int block_m, block_n;
   double efficiency;   // share of the tensor cores' peak in the middle of a long tile
@@ -33,13 +36,16 @@ struct Variants {
 
 // Each in its own .cu file, the smallest head dimensions first.
 extern const Variants kD64, kD96, kD128, kD192V128, kD192, kD256V128, kD256;
+extern const Variants kExtendedD64, kExtendedD96, kExtendedD128, kExtendedD192, kExtendedD256;
 
 struct Plan {
   const Variant* variant = nullptr;
   TileSchedule schedule{};  // its pointers are set by place_workspace()
   int grid = 0;
-  bool dynamic = false;  // CTAs take tiles from a common counter
-  double clocks = 0;     // what the model expects, to compare plans
+  bool dynamic = false;            // CTAs take tiles from a common counter
+  double clocks = 0;               // what the model expects, to compare plans
+  mask::PackedMask packed;         // of attn_mask, if there is one
+  void* mask_workspace = nullptr;  // for packing it; set by place_workspace() as well
 
   bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
   bool is_split() const { return schedule.num_splits > 1; }
@@ -53,7 +59,9 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device);
 /// The plan with this kernel.
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant);
-/// All kernels for the problem's head dimensions.
+/// Whether the problem has what only extended kernels know: attn_mask, a rule of scores beyond a scale, or dropout.
+bool is_extended(const ForwardParams& params);
+/// All kernels for the problem's head dimensions, extended ones if it needs them.
 const Variants& variants_for(const ForwardParams& params);
 
 }  // namespace flash_attn::cuda::sm90::forward

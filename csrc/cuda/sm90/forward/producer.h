@@ -6,7 +6,6 @@
 #include "../hopper/barriers.h"
 #include "../hopper/tma.h"
 #include "config.h"
-#include "params.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -43,7 +42,7 @@ struct Producer {
   // The next tile is asked for when so many blocks are still to be loaded. Asking earlier would hand out the last tiles
   // before it is known which CTA is free first: benchmarks/experiments/004.
   static constexpr int kNextTileAt = 3;
-  const KernelParams& params;
+  const typename Config::Params& params;
   SharedStorage<Config>& shared;
 
   /// A box for each panel of [rows][64] in the 128-byte swizzle; `full` completes when all have arrived. Panels beyond

@@ -8,6 +8,7 @@
 namespace flash_attn::cuda::sm90::forward {
 
 struct Tile {
+  static constexpr bool kExtended = false;
   int num_blocks;          // of kBlockN columns, at least 1; 0: no more tiles
   int num_cols;            // columns; what lies beyond in the last block is zero and masked
   int m_begin;             // first row, in the sequence
@@ -27,9 +28,9 @@ struct Tile {
   FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, num_cols, seqlen_q}; }
 };
 
-/// Writes field by field to shared memory: the scheduler has few registers.
-template <int kBlockM, int kBlockN>
-FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, Tile& tile) {
+/// Writes field by field to shared memory: the scheduler has few registers. AnyTile is Tile or ExtendedTile.
+template <int kBlockM, int kBlockN, typename AnyTile>
+FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, AnyTile& tile) {
   int split_tile = -1, part = 0;
   if (index >= s.split_begin) {
     split_tile = (index - s.split_begin) / s.num_splits;
@@ -64,6 +65,11 @@ FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, 
     col_begin = static_cast<int>(clamp<int64_t>(cols.begin, 0, info.seqlen_k));
     col_end = static_cast<int>(clamp<int64_t>(cols.end, col_begin, info.seqlen_k));
   }
+  [[maybe_unused]] const int first_col = col_begin;
+  if constexpr (AnyTile::kExtended) {
+    // Blocks of a tile are whole cells of the packed mask, and whole blocks of dropout's numbers.
+    if ((p.mask.data != nullptr || p.dropout_p > 0) && col_begin < col_end) col_begin -= col_begin % kBlockN;
+  }
   if (split_tile >= 0) {
     const int blocks = (col_end - col_begin + kBlockN - 1) / kBlockN;
     const int first = blocks * part / s.num_splits, last = blocks * (part + 1) / s.num_splits;
@@ -78,6 +84,12 @@ FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, 
   const int64_t shift = info.diagonal - col_begin;
   tile.right_bound = right_bound(p.window_right, shift);
   tile.left_bound = left_bound(p.window_left, shift);
+  if constexpr (AnyTile::kExtended) {
+    tile.col_begin = col_begin;
+    tile.first_col = first_col - col_begin;
+    tile.diagonal = static_cast<int>(info.diagonal);
+    tile.part = part;
+  }
 }
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,53 @@
+// What an extended forward kernel is compiled for: with attn_mask, boolean or additive, softcap, ALiBi, sinks and
+// dropout, each if the problem has it.
+#pragma once
+
+#include "../../../../philox.h"
+#include "../config.h"
+#include "params.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+template <typename Element_, typename Shape, bool kBias_, bool kRules_>
+struct ExtendedConfig : KernelConfig<Element_, Shape, true> {
+  static constexpr bool kBias = kBias_;  // attn_mask is additive: its values need registers
+  // Softcap, ALiBi and dropout, each if the problem has it: what is passed over costs time as well, in every block.
+  static constexpr bool kRules = kRules_;
+  // What lists blocks is content with 32 registers; more consumers' registers help where head dims are small, and with
+  // larger ones ptxas spills with 232, not with 224.
+  static constexpr bool kMoreRegisters = Shape::kConsumers == 2 && Shape::kHeadDim < 128;
+  static constexpr int kProducerRegisters =
+      kMoreRegisters ? 40 : KernelConfig<Element_, Shape, true>::kProducerRegisters;
+  static constexpr int kConsumerRegisters =
+      kMoreRegisters ? 232 : KernelConfig<Element_, Shape, true>::kConsumerRegisters;
+  using Params = ExtendedParams;
+  using TileType = ExtendedTile;
+  using Softmax = ScoreSoftmax<Shape::kBlockN>;
+  static_assert(Shape::kBlockN % 64 == 0, "a block has whole cells of a packed mask");
+  static_assert(!Shape::kLazyMax, "the maximum is one of columns that are seen");
+};
+
+template <typename Config>
+struct ExtendedStorage : SharedStorage<Config> {
+  static constexpr int kFreeBytes = kMaxSharedBytes - int(sizeof(SharedStorage<Config>) + sizeof(Dropout)) - 64;
+  static constexpr int kFreeBlocks = kFreeBytes / int(Config::kTileSlots * sizeof(VisitedBlock));
+  static constexpr int kListCapacity = kFreeBlocks < 512 ? kFreeBlocks : 512;  // a tile that visits more visits all
+  static_assert(kListCapacity >= 64);
+
+  Dropout dropout;
+  VisitedBlock lists[Config::kTileSlots][kListCapacity];
+  VisitedBlock end;  // so that a place beyond the last list may be read
+
+  /// Number i of the blocks that a tile visits, from right to left.
+  FLASH_ATTN_DEVICE VisitedBlock visited(int slot, int i) const {
+    const ExtendedTile& tile = this->tiles[slot];
+    if (tile.listed) return lists[slot][i];
+    const int n_block = tile.num_blocks - 1 - i;
+    return {static_cast<uint32_t>(n_block) | tile.unlisted |
+            (n_block == 0 && tile.first_col > 0 ? VisitedBlock::kUnclean : 0)};
+  }
+};
+
+}  // namespace flash_attn::cuda::sm90::forward

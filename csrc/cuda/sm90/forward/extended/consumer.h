@@ -1,0 +1,272 @@
+// A consumer warpgroup under attn_mask and with rules of scores; see ../consumer.h.
+#pragma once
+
+#include "../../../common/dropout_bits.h"
+#include "../consumer.h"
+#include "bias.h"
+#include "visited.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+template <typename Config>
+struct ExtendedConsumer : Consumer<Config> {
+  using Base = Consumer<Config>;
+  using typename Base::Element;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kTilesN = kBlockN / 8;
+  using Base::blocks;
+  using Base::k;
+  using Base::lane;
+  using Base::out;
+  using Base::params;
+  using Base::s;
+  using Base::softmax;
+  using Base::tiles;
+  using Base::v;
+  using Base::warp;
+  using Base::warpgroup;
+  using Fragments = float[1][kTilesN][4];
+
+  // Of the block whose S is computed next; bits by 64 columns.
+  MaskFragments<1, 8> mask_bits[kBlockN / 64];
+  BiasValues<Element, kTilesN> bias;
+  KeptFragments<kTilesN> kept;
+
+  FLASH_ATTN_DEVICE ExtendedStorage<Config>& storage() { return static_cast<ExtendedStorage<Config>&>(this->shared); }
+  FLASH_ATTN_DEVICE Fragments& fragments() { return reinterpret_cast<Fragments&>(s); }
+
+  FLASH_ATTN_DEVICE float (&cell_fragments(int cell))[1][8][4] {  // 64 columns
+    return reinterpret_cast<float (&)[1][8][4]>(s[32 * cell]);
+  }
+
+  /// `row` is the warpgroup's first.
+  FLASH_ATTN_DEVICE FragmentPlace place(const ExtendedTile& tile, int row, int n_block) const {
+    return {row + 16 * warp + lane / 4, tile.col_begin + n_block * kBlockN + 2 * (lane % 4)};
+  }
+
+  // -- scores
+
+  FLASH_ATTN_DEVICE bool has_dropout() const { return Config::kRules && params.has_dropout; }
+  /// Scores are in natural units, see ExtendedParams.
+  FLASH_ATTN_DEVICE bool is_natural() const { return Config::kBias || (Config::kRules && params.natural); }
+
+  /// Before S of a block is computed: what of attn_mask it will need.
+  FLASH_ATTN_DEVICE void load_mask(const ExtendedTile& tile, int row, int n_block) {
+    if constexpr (Config::kBias) {
+      bias.load(params, tile, place(tile, row, n_block));
+    } else if (params.has_bits) {
+#pragma unroll
+      for (int cell = 0; cell < kBlockN / 64; ++cell) {
+        mask_bits[cell].load(params.packed, tile.batch, tile.head, row + 16 * warp,
+                             tile.col_begin + n_block * kBlockN + 64 * cell);
+      }
+    }
+  }
+
+  /// From q.k to scores in natural units, attn_mask excepted. The cap comes by itself, with a division less, and what
+  /// is off costs nothing where it is known when the kernel is compiled.
+  FLASH_ATTN_DEVICE void apply_score_rules(const ExtendedTile& tile, const FragmentPlace& at) {
+    SequenceInfo sequence;
+    sequence.diagonal = tile.diagonal;
+    ScoreRules rules(params.problem, sequence, 0, 0);
+    rules.slope = Config::kRules ? tile.slope : 0.f;
+    rules.softcap = 0.f;
+    rules.scale = params.scale;
+#pragma unroll
+    for (int cell = 0; cell < kBlockN / 64; ++cell) {  // of them all at once temporaries would be too many
+      if (Config::kRules && params.softcap > 0.f) {
+#pragma unroll
+        for (int i = 32 * cell; i < 32 * cell + 32; ++i) s[i] = params.softcap * tanh_by_exp2(s[i] * params.inner);
+        rules.scale = 1.f;
+      }
+      rules.apply(cell_fragments(cell), {at.row, at.col + 64 * cell});
+      wgmma_results(s);
+    }
+  }
+
+  /// From q.k to scores.
+  FLASH_ATTN_DEVICE void apply_rules(const ExtendedTile& tile, int row, int n_block) {
+    const FragmentPlace at = place(tile, row, n_block);
+    if (is_natural()) apply_score_rules(tile, at);
+    if constexpr (Config::kBias) {
+      bias.add(fragments(), params, tile, at);
+    } else if (params.has_bits) {
+#pragma unroll
+      for (int cell = 0; cell < kBlockN / 64; ++cell) mask_bits[cell].apply(cell_fragments(cell));
+    }
+    if (blocks.is_partial(n_block)) {
+      mask_scores<true>(s, tile.band(), blocks, n_block, row + warp * 16 + lane / 4,
+                        n_block * kBlockN + 2 * (lane % 4));
+    }
+  }
+
+  FLASH_ATTN_DEVICE void draw_dropout(const ExtendedTile& tile, int row, int n_block) {
+    if (!has_dropout()) return;
+    kept.draw(storage().dropout, tile.batch * params.problem.num_heads + tile.head, place(tile, row, n_block));
+  }
+
+  /// Rows of V that no row of the tile sees become 0: P is 0 there, but 0 times NaN is NaN. Each consumer does it for
+  /// itself; they all write the same.
+  FLASH_ATTN_DEVICE void clean_v(const ExtendedTile& tile, int n_block) {
+    this->wait_v();
+    for (int row = threadIdx.x % 128; row < kBlockN; row += 128) {
+      const int col = n_block * kBlockN + row;
+      uint32_t by_consumer = 0;
+      const uint64_t seen = params.packed.seen == nullptr
+                                ? without_first_columns(tile, col - col % 64, ~uint64_t{0})
+                                : seen_columns<Config>(params.packed, tile, col - col % 64, by_consumer);
+      if ((seen >> (col % 64) & 1) != 0) continue;
+      const uint32_t zero[4] = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int i = 0; i < Config::kPanelsV * 8; ++i) {
+        store_shared(shared_address(this->shared.v[v.stage]) + i / 8 * Config::kPanelBytesKV + row * 128 + i % 8 * 16,
+                     zero);
+      }
+    }
+    async_proxy_fence();  // the product reads it
+    named_barrier_sync(kVote + warpgroup, 128);
+  }
+
+  // -- the hot loop
+
+  /// S and softmax of this block; under them, if there is one, O += P V of the one before that this warpgroup sees.
+  template <bool kAfterOther>
+  FLASH_ATTN_DEVICE void process_block(const ExtendedTile& tile, int row, int n_block, VisitedBlock other) {
+    load_mask(tile, row, n_block);
+    draw_dropout(tile, row, n_block);
+    if (kAfterOther && other.is_unclean()) clean_v(tile, other.n_block());
+    this->wait_k();
+    this->begin_issue();
+    this->issue_qk();
+    if constexpr (kAfterOther) {
+      this->wait_v();
+      this->issue_pv();
+    }
+    this->end_issue();
+    wgmma_wait<kAfterOther ? 1 : 0>();
+    wgmma_results(s);
+    this->release_k();
+    apply_rules(tile, row, n_block);
+    softmax.advance(s);
+    if constexpr (kAfterOther) {
+      wgmma_wait<0>();
+      wgmma_results(out);
+      this->release_v();
+    }
+    this->pack_p();
+    if (has_dropout()) kept.apply(this->p);
+    wgmma_discard(s);
+    this->rescale_out();
+  }
+
+  FLASH_ATTN_DEVICE void finish_pv(const ExtendedTile& tile, VisitedBlock other) {
+    if (other.is_unclean()) clean_v(tile, other.n_block());
+    this->finish_last_pv();
+  }
+
+  // -- epilogue
+
+  /// Of one of the thread's rows, after the last block: the sum, relative to `high` in natural units, and what O is to
+  /// be multiplied by to be relative to it; 0: the row has seen nothing.
+  FLASH_ATTN_DEVICE float finish_row(const ExtendedTile& tile, int r, float& sum, float& high) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    const ForwardParams& p = params.problem;
+    sum = quad_sum(softmax.row_sum[r]);
+    high = softmax.row_max[r] * params.to_natural;
+    float factor = high == -INFINITY ? 0.f : 1.f;
+    if (p.sinks != nullptr && tile.part == 0) {
+      const float sink = static_cast<const float*>(p.sinks)[tile.head], top = fmaxf(high, sink);
+      if (sink != -INFINITY) {
+        factor = high == -INFINITY ? 0.f : fast_exp2((high - top) * kLog2E);
+        sum = sum * factor + fast_exp2((sink - top) * kLog2E);
+        high = top;
+      }
+    }
+    return has_dropout() ? factor * static_cast<float>(storage().dropout.scale) : factor;
+  }
+
+  FLASH_ATTN_DEVICE void store_tile(const ExtendedTile& tile, int row) {
+    float lse[2], inverse[2];
+    bool zero[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum, high;
+      const float factor = finish_row(tile, r, sum, high);
+      const bool exists = row + lane / 4 + 8 * r < tile.seqlen_q;
+      lse[r] = sum == 0.f || !exists ? -INFINITY : high + __log2f(sum) * 0.69314718f;
+      zero[r] = factor == 0.f || sum == 0.f || !exists;
+      inverse[r] = __fdividef(factor, sum);
+    }
+    this->store_rows(tile, row, lse, inverse, zero);
+  }
+
+  /// One part of a split tile, for combine.h, in log2; `row` is this thread's first, of the partial results.
+  FLASH_ATTN_DEVICE void store_part(const ExtendedTile& tile, int64_t row) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum, high;
+      const float factor = finish_row(tile, r, sum, high);
+#pragma unroll
+      for (int i = 0; i < Config::kHeadDimV / 2; ++i) {
+        if (i / 2 % 2 == r) out[i] = factor == 0.f ? 0.f : out[i] * factor;
+      }
+      softmax.row_max[r] = fmaxf(high * 1.4426950408889634f, kMinMax);
+      softmax.row_sum[r] = lane % 4 == 0 ? sum : 0.f;
+    }
+    this->store_partial(row);
+  }
+
+  // -- tiles
+
+  FLASH_ATTN_DEVICE void process_tile(const ExtendedTile& tile) {
+    const int row = tile.m_begin + 64 * warpgroup;
+    const bool idle = row >= tile.num_rows;
+    blocks = column_blocks<kBlockN, true>(tile.band(), row, tile.num_blocks);
+    if (idle) blocks.end = 0;
+#pragma unroll
+    for (int i = 0; i < Config::kHeadDimV / 2; ++i) out[i] = 0.f;
+    softmax.start();
+    VisitedBlock other{0};  // whose P V is still to be added
+    VisitedBlock next = storage().visited(tiles.slot(), 0);
+    const int count = tile.num_visited;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const VisitedBlock block = next;
+      next = storage().visited(tiles.slot(), i + 1);  // beyond the last one: nothing that is used
+      const int n_block = block.n_block();
+      if (block.is_seen_by(warpgroup) && n_block >= blocks.begin && n_block < blocks.end) {
+        if (other.word != 0) {
+          process_block<true>(tile, row, n_block, other);
+        } else {
+          process_block<false>(tile, row, n_block, other);
+        }
+        other = block;
+        this->release_out_stage();
+      } else {
+        if (other.word != 0) finish_pv(tile, other);
+        other.word = 0;
+        this->skip_blocks(1);
+      }
+    }
+    this->release_out_stage();
+    if constexpr (Config::kOutBuffer) {
+      if (lane == 0) mbarrier_arrive(&this->shared.q_empty[tiles.stage()]);  // read for the last time
+    }
+    if (other.word != 0) finish_pv(tile, other);
+    if (!idle && tile.partial_row < 0) store_tile(tile, row + 16 * warp);
+    if (!idle && tile.partial_row >= 0) store_part(tile, tile.partial_row + 64 * warpgroup + 16 * warp + lane / 4);
+    if (!Config::kOutBuffer) this->out_stage = tiles.stage();
+  }
+
+  FLASH_ATTN_DEVICE void run() {
+    if (warpgroup == Config::kConsumers - 1) this->end_issue();  // the first turn is consumer 0's
+    for (;; ++tiles.count) {
+      mbarrier_wait(&this->shared.q_full[tiles.stage()], tiles.phase());
+      const ExtendedTile& tile = this->shared.tiles[tiles.slot()];
+      if (tile.num_blocks == 0) break;
+      process_tile(tile);
+    }
+    if (lane == 0) tma_store_wait();  // shared memory must outlive the stores
+  }
+};
+
+}  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,21 @@
+// What the host hands to an extended forward kernel.
+#pragma once
+
+#include "../../../mask/packed_mask.h"
+#include "../params.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+struct ExtendedParams : KernelParams {
+  mask::PackedMask packed;  // seen null: there is no attn_mask
+  // Scores are in natural units when something is added to them or bends them, else q.k.
+  bool natural;
+  bool has_bits;  // attn_mask is boolean
+  bool has_dropout;
+  bool mask_pairs;              // columns 2 j and 2 j + 1 of an additive mask are one aligned word
+  float to_log2;                // from scores to log2
+  float to_natural;             // and to natural units
+  float scale, softcap, inner;  // see ScoreRules
+};
+
+}  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,102 @@
+// Scheduler and producer under attn_mask: as in ../producer.h, but blocks are those that are visited.
+#pragma once
+
+#include "../../../common/scores.h"
+#include "../producer.h"
+#include "visited.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+/// gridDim.x, always read anew: registers are few.
+FLASH_ATTN_DEVICE int grid_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  return size;
+}
+
+/// All lanes of a warp. The first is the scheduler, the others help it to list blocks.
+template <typename Config>
+FLASH_ATTN_DEVICE void schedule_extended_tiles(const ExtendedParams& params, ExtendedStorage<Config>& shared) {
+  const TileSchedule& schedule = params.schedule;
+  const auto counted = [&] { return schedule.next_tile != nullptr; };
+  const auto is_first = [] { return lane_id() == 0; };
+  if (schedule.order == TileSchedule::kPacked) grid_dependency_wait();  // for all that prepare.h writes
+  if (counted() && blockIdx.x == 0 && is_first()) open_counter(schedule.next_tile, params.launch_id);
+  const auto num_items = [&] { return num_work_items(schedule, params.problem); };  // registers are few
+  int index = blockIdx.x;
+  TileRing<Config> tiles;
+  for (; index < num_items(); ++tiles.count) {
+    ExtendedTile& tile = shared.tiles[tiles.slot()];
+    if (is_first()) {
+      make_tile<Config::kBlockM, Config::kBlockN>(schedule, params.problem, index, tile);
+      if (Config::kRules) tile.slope = ScoreRules(params.problem, SequenceInfo{}, tile.batch, tile.head).slope;
+    }
+    __syncwarp();
+    list_visited_blocks<Config>(params.packed, tile, shared.lists[tiles.slot()]);
+    if (is_first()) {
+      mbarrier_arrive(&shared.tile_ready);
+      if (counted() && tiles.count == 0) await_counter(schedule.next_tile, params.launch_id);
+      mbarrier_wait(&shared.tile_wanted, tiles.tile_phase());  // the producer is about to run out of tiles
+      index = grid_size() + (counted() ? atomicAdd(&schedule.next_tile->value, 1) : index);
+    }
+    index = __shfl_sync(~0u, index, 0);
+  }
+  if (is_first()) {
+    shared.tiles[tiles.slot()].num_blocks = 0;
+    mbarrier_arrive(&shared.tile_ready);
+    if (counted()) close_counter(schedule.next_tile, index, num_items());
+  }
+}
+
+template <typename Config>
+struct ExtendedProducer : Producer<Config> {
+  using Base = Producer<Config>;
+  using Base::load_k;
+  using Base::load_q;
+  using Base::load_v;
+  using typename Base::KVRing;
+
+  FLASH_ATTN_DEVICE void run() {
+    auto& shared = static_cast<ExtendedStorage<Config>&>(this->shared);
+    TileRing<Config> tiles;
+    KVRing ring;
+    for (;; ++tiles.count) {
+      mbarrier_wait(&shared.tile_ready, tiles.tile_phase());
+      const ExtendedTile& tile = shared.tiles[tiles.slot()];
+      if (tile.num_blocks == 0) break;
+      const int count = tile.num_visited, next_at = max(count - 1 - Base::kNextTileAt, 0);
+      if (count == 0) {
+        this->skip_q(tiles);
+        mbarrier_arrive(&shared.tile_wanted);
+        continue;
+      }
+      int n_block = shared.visited(tiles.slot(), 0).n_block();
+      if (Config::kStagesQ == 1) load_k(tile, n_block, ring);  // a single Q is released late: K need not wait for it
+      load_q(tile, tiles);
+      if (Config::kStagesQ > 1) load_k(tile, n_block, ring);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        if (i == next_at) mbarrier_arrive(&shared.tile_wanted);
+        const KVRing last = ring;
+        const int last_block = n_block;
+        ring.advance();
+        if (i + 1 < count) {
+          n_block = shared.visited(tiles.slot(), i + 1).n_block();
+          load_k(tile, n_block, ring);
+        }
+        load_v(tile, last_block, last);
+      }
+    }
+    mbarrier_wait(&shared.q_empty[tiles.stage()], tiles.phase() ^ 1);
+    mbarrier_arrive(&shared.q_full[tiles.stage()]);  // the tile without blocks ends the consumers
+  }
+
+ private:
+  /// A tile that visits nothing: its Q is not loaded.
+  FLASH_ATTN_DEVICE void skip_q(TileRing<Config> tiles) {
+    mbarrier_wait(&this->shared.q_empty[tiles.stage()], tiles.phase() ^ 1);
+    mbarrier_arrive(&this->shared.q_full[tiles.stage()]);
+  }
+};
+
+}  // namespace flash_attn::cuda::sm90::forward

@@ -1,0 +1,82 @@
+// Which blocks a tile visits under attn_mask: those with a column that one of its rows sees.
+#pragma once
+
+#include "config.h"
+
+namespace flash_attn::cuda::sm90::forward {
+
+/// Of the bits of 64 columns from `col` on, those of columns that exist in the tile's window.
+FLASH_ATTN_DEVICE uint64_t without_first_columns(const ExtendedTile& tile, int col, uint64_t columns) {
+  const int hidden = tile.first_col - col;
+  return hidden <= 0 ? columns : hidden >= 64 ? 0 : columns & (~uint64_t{0} << hidden);
+}
+
+/// The columns of a cell of a block that a row of the tile sees; `by_consumer`: which of its consumers do.
+template <typename Config>
+FLASH_ATTN_DEVICE uint64_t seen_columns(const mask::PackedMask& packed, const ExtendedTile& tile, int col,
+                                        uint32_t& by_consumer) {
+  const int col_cell = min((tile.col_begin + col) / mask::kCellCols, packed.col_cells - 1);
+  const uint64_t* const seen = packed.seen + packed.cell(tile.batch, tile.head, 0, col_cell);
+  const int last_row = packed.row_cells - 1;
+  int row_cell = tile.m_begin / mask::kCellRows;
+  uint64_t all = 0;
+#pragma unroll 1
+  for (int i = 0; i < Config::kConsumers; ++i) {
+    uint64_t word = 0;
+#pragma unroll
+    for (int j = 0; j < 64 / mask::kCellRows; ++j) {
+      word |= __ldg(seen + min(row_cell++, last_row) * (packed.row_step * packed.col_cells));
+    }
+    if (word != 0) by_consumer |= 1u << i;
+    all |= word;
+  }
+  return without_first_columns(tile, col, all);
+}
+
+/// Fills a tile's list, by all lanes of a warp. Counts from right to left, as the blocks are visited.
+template <typename Config>
+FLASH_ATTN_DEVICE void list_visited_blocks(const mask::PackedMask& packed, ExtendedTile& tile, VisitedBlock* list) {
+  const int num_blocks = tile.num_cols > 0 ? tile.num_blocks : 0;
+  int count = num_blocks;
+  bool listed = false;
+  uint32_t unlisted = VisitedBlock::kAllRows;
+  if (packed.seen != nullptr) {
+    count = 0;
+#pragma unroll 1
+    for (int last = num_blocks - 1; last >= 0; last -= 32) {
+      const int lane = lane_id(), n_block = last - lane;
+      uint32_t rows = 0;
+      bool clean = true;
+      if (n_block >= 0) {
+#pragma unroll 1
+        for (int col = n_block * Config::kBlockN; col < min((n_block + 1) * Config::kBlockN, tile.num_cols);
+             col += 64) {
+          const uint64_t seen = seen_columns<Config>(packed, tile, col, rows);
+          const int cols = tile.num_cols - col;
+          const uint64_t exist = cols >= 64 ? ~uint64_t{0} : (uint64_t{1} << cols) - 1;
+          clean = clean && (exist & ~seen) == 0;
+        }
+      }
+      const uint32_t visited = __ballot_sync(~0u, rows != 0);
+      const int place = count + __popc(visited & ((1u << lane) - 1));
+      if (rows != 0 && place < ExtendedStorage<Config>::kListCapacity) {
+        list[place] = {static_cast<uint32_t>(n_block) | rows << VisitedBlock::kRowsShift |
+                       (clean ? 0u : VisitedBlock::kUnclean)};
+      }
+      count += __popc(visited);
+    }
+    listed = count <= ExtendedStorage<Config>::kListCapacity;
+    if (!listed) {
+      count = num_blocks;
+      unlisted |= VisitedBlock::kUnclean;
+    }
+  }
+  if (lane_id() == 0) {
+    tile.num_visited = count;
+    tile.listed = listed;
+    tile.unlisted = unlisted;
+  }
+  __syncwarp();  // list and tile are there before lane 0 says so
+}
+
+}  // namespace flash_attn::cuda::sm90::forward
