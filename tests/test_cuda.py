@@ -161,8 +161,6 @@ def _check_repeats(shape: tuple[int, ...], dtype: torch.dtype, causal: int, repe
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_repeat_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
-    if FORCED not in (None, "universal") and (dtype == torch.float32 or head_dim > 256):
-        pytest.skip("only the universal family takes it")
     _check_repeats((2, 3, 700, head_dim), dtype, ops.TOP_LEFT, 200 if dtype == torch.bfloat16 else 20)
 
 

@@ -16,7 +16,7 @@ inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& dev
   if (!has_code_for(device.compute_capability, archs)) {
     return "this build has no code of the family for the device's compute capability";
   }
-  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
+  if (p.dtype == DType::kFloat64) return "the dtype is float64";
   if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
   if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
   return nullptr;

@@ -44,31 +44,23 @@ void forward(const ForwardParams& p, const DeviceInfo&, void* stream_pointer) {
     fill_lse(p, stream);
   }
   switch (p.dtype) {
-    case DType::kFloat64: return launch_forward<double>(p, stream);
-    case DType::kFloat32: return launch_forward<float>(p, stream);
-    case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, stream);
-    default: return launch_forward<__half>(p, stream);
+    case DType::kFloat64: return launch_forward<double>(p, nullptr, stream);
+    case DType::kFloat32: return launch_forward<float>(p, nullptr, stream);
+    case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, nullptr, stream);
+    default: return launch_forward<__half>(p, nullptr, stream);
   }
 }
 
 template <typename T>
 void launch_tiles(const BackwardParams& params, cudaStream_t stream) {
-  launch_backward<T>(params, stream);
+  launch_backward<T>(params, nullptr, stream);
   if (params.dmask != nullptr) launch_mask_gradient<T>(params, stream);
 }
 
 void backward(const BackwardParams& params, const DeviceInfo&, void* stream_pointer) {
   const ForwardParams& p = params.forward;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const auto fill = [&](const TensorView& view, bool packed, bool used, int64_t total, int64_t seqlen, int64_t heads,
-                        int64_t columns) {
-    if (view.data == nullptr || !(packed || used)) return;
-    fill_rows(view, p.dtype, packed ? 1 : p.batch, packed ? total : seqlen, heads, columns, stream);
-  };
-  const bool used_q = p.seqused_q != nullptr, used_k = p.seqused_k != nullptr;
-  fill(params.dq, p.is_varlen_q(), used_q, p.total_q, p.seqlen_q, p.num_heads, p.head_dim);
-  fill(params.dk, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim);
-  fill(params.dv, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim_v);
+  fill_gradients(params, stream);
   prepare_rows(params, stream);
   switch (p.dtype) {
     case DType::kFloat64: launch_tiles<double>(params, stream); break;

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkdv_kernel(const __grid_constant
   const int64_t n_begin = n_block * C::kBlock;
   const int h_k = int(head_k), group_size = int(arguments.group_size);
   const SequenceInfo sequence = sequence_info(p, b);
-  if (n_begin < 0 || n_begin >= sequence.seqlen_k) return;
+  if (n_begin < 0 || n_begin >= sequence.seqlen_k || !is_wanted(arguments, b, h_k)) return;
   const int64_t n_end = n_begin + C::kBlock < sequence.seqlen_k ? n_begin + C::kBlock : sequence.seqlen_k;
   const RowRange keys{0, int(n_end - n_begin)};
   const bool want_dk = params.dk.data != nullptr && part < p.head_dim;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kExtended || sizeof(T) == 8 ? 2 : 3)
   const auto [b, h, m_block] = arguments.blocks.find_of_heads(index, p.num_heads, /*descending=*/true);
   const int64_t m_begin = m_block * C::kBlock;
   const SequenceInfo sequence = sequence_info(p, b);
-  if (m_begin < 0 || m_begin >= sequence.seqlen_q) return;
+  if (m_begin < 0 || m_begin >= sequence.seqlen_q || !is_wanted(arguments, b, h / arguments.group_size)) return;
   const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
   const RowRange queries{0, int(m_end - m_begin)};
   const BackwardHead<C> head(arguments, sequence, b, int(h));
@@ -156,11 +156,12 @@ BackwardArguments backward_arguments(const BackwardParams& params) {
 }
 
 template <typename T, int kHeadDim, bool kExtended>
-void launch_backward_kernels(const BackwardParams& params, cudaStream_t stream) {
+void launch_backward_kernels(const BackwardParams& params, const int* flags, cudaStream_t stream) {
   using C = Config<T, kHeadDim, kExtended>;
   constexpr int kSharedBytes = int(sizeof(SharedStorage<C>));
   const ForwardParams& p = params.forward;
   BackwardArguments a = backward_arguments<T>(params);
+  a.flags = flags;
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
     a.blocks = SequenceBlocks::of_keys(p, C::kBlock);
     a.num_parts = ceil_div(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, kHeadDim);
@@ -178,10 +179,10 @@ void launch_backward_kernels(const BackwardParams& params, cudaStream_t stream) 
 }  // namespace
 
 template <typename T>
-void launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  if (backward_bucket(params.forward) == 16) return launch_backward_kernels<T, 16, false>(params, stream);
+void launch_backward(const BackwardParams& params, const int* flags, cudaStream_t stream) {
+  if (backward_bucket(params.forward) == 16) return launch_backward_kernels<T, 16, false>(params, flags, stream);
   const bool extended = is_extended(params.forward);
-  (extended ? launch_backward_kernels<T, 64, true> : launch_backward_kernels<T, 64, false>)(params, stream);
+  (extended ? launch_backward_kernels<T, 64, true> : launch_backward_kernels<T, 64, false>)(params, flags, stream);
 }
 
 }  // namespace flash_attn::cuda::universal

@@ -8,9 +8,9 @@
 namespace flash_attn::cuda::universal {
 
 /// dq (and the rows' share of dslopes), dk and dv. T: double, float, __nv_bfloat16, __half. Instantiated in
-/// backward_*.cu.
+/// backward_*.cu. `flags` as in launch_forward().
 template <typename T>
-void launch_backward(const BackwardParams& params, cudaStream_t stream);
+void launch_backward(const BackwardParams& params, const int* flags, cudaStream_t stream);
 
 /// dmask.
 template <typename T>

@@ -15,9 +15,15 @@ struct BackwardArguments {
   RowWorkspace rows;
   SequenceBlocks blocks;                       // of the rows that the kernel's blocks own
   int64_t first_block, num_parts, group_size;  // parts: of head_dim and head_dim_v
+  const int* flags;                            // see launch_forward()
   int64_t mask_row_blocks;                     // of the gradient of attn_mask: the mask's own
   bool q_quads, k_quads, v_quads, dout_quads, dq_quads, dk_quads, dv_quads;
 };
+
+/// Whether the universal kernels are to compute this (batch, KV head).
+__device__ __forceinline__ bool is_wanted(const BackwardArguments& a, int64_t b, int64_t h_k) {
+  return a.flags == nullptr || a.flags[b * a.params.forward.num_heads_k + h_k] != 0;
+}
 
 /// One query head of one sequence, and the key head that it reads.
 template <typename C>

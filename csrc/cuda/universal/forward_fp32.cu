@@ -2,6 +2,6 @@
 
 namespace flash_attn::cuda::universal {
 
-template void launch_forward<float>(const ForwardParams&, cudaStream_t);
+template void launch_forward<float>(const ForwardParams&, const int*, cudaStream_t);
 
 }  // namespace flash_attn::cuda::universal

@@ -14,6 +14,7 @@ struct ForwardArguments {
   ForwardParams params;
   SequenceBlocks m_blocks;
   int64_t first_block, num_parts, group_size;  // parts: of head_dim_v
+  const int* flags;                            // see launch_forward()
   bool q_quads, k_quads, v_quads, out_quads;
 };
 
@@ -158,6 +159,7 @@ __global__ void __launch_bounds__(kThreads, kCached ? 2 : kForwardBlocksPerSm<T,
   const int64_t m_end = m_begin + C::kBlock < sequence.seqlen_q ? m_begin + C::kBlock : sequence.seqlen_q;
   const int rows = int(m_end - m_begin);
   const int64_t h_k = h / arguments.group_size;
+  if (arguments.flags != nullptr && arguments.flags[b * p.num_heads_k + h_k] == 0) return;
   const auto q = head_matrix<T>(p.q, b, sequence.q_row, h, p.head_dim, arguments.q_quads);
   const KeyRows rows_k = kCached ? key_rows(p.cache, b) : KeyRows{nullptr, b, 0, 0};
   const auto k = key_matrix<C>(p.k, rows_k, sequence.k_row, h_k, p.head_dim, arguments.k_quads, shared.places[0]);
@@ -207,13 +209,14 @@ __global__ void __launch_bounds__(kThreads, kCached ? 2 : kForwardBlocksPerSm<T,
 }
 
 template <typename T, int kHeadDim, bool kExtended, bool kCached = false>
-void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
+void launch_forward_kernel(const ForwardParams& p, const int* flags, cudaStream_t stream) {
   using C = Config<T, kHeadDim, kExtended, kCached>;
   ForwardArguments arguments;
   arguments.params = p;
   arguments.m_blocks = SequenceBlocks::of_queries(p, C::kBlock);
   arguments.num_parts = p.head_dim_v > 0 ? ceil_div(p.head_dim_v, kHeadDim) : 1;
   arguments.group_size = p.group_size();
+  arguments.flags = flags;
   arguments.q_quads = is_quad_aligned(p.q, p.head_dim, sizeof(T));
   arguments.k_quads = is_quad_aligned(p.k, p.head_dim, sizeof(T));
   arguments.v_quads = is_quad_aligned(p.v, p.head_dim_v, sizeof(T));
@@ -226,13 +229,13 @@ void launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
 }  // namespace
 
 template <typename T>
-void launch_forward(const ForwardParams& p, cudaStream_t stream) {
-  if (p.cache.exists()) return launch_forward_kernel<T, 64, true, true>(p, stream);
-  const bool extended = is_extended(p);
+void launch_forward(const ForwardParams& p, const int* flags, cudaStream_t stream) {
+  if (p.cache.exists()) return launch_forward_kernel<T, 64, true, true>(p, flags, stream);
+  const auto launch = [&](auto* plain, auto* extended) { (is_extended(p) ? extended : plain)(p, flags, stream); };
   switch (forward_bucket(p)) {
-    case 16: return launch_forward_kernel<T, 16, false>(p, stream);
-    case 64: return (extended ? launch_forward_kernel<T, 64, true> : launch_forward_kernel<T, 64, false>)(p, stream);
-    default: return (extended ? launch_forward_kernel<T, 128, true> : launch_forward_kernel<T, 128, false>)(p, stream);
+    case 16: return launch_forward_kernel<T, 16, false>(p, flags, stream);
+    case 64: return launch(launch_forward_kernel<T, 64, false>, launch_forward_kernel<T, 64, true>);
+    default: return launch(launch_forward_kernel<T, 128, false>, launch_forward_kernel<T, 128, true>);
   }
 }
 

@@ -7,9 +7,10 @@
 
 namespace flash_attn::cuda::universal {
 
-/// T: double, float, __nv_bfloat16, __half. Instantiated in forward_*.cu.
+/// T: double, float, __nv_bfloat16, __half. Instantiated in forward_*.cu. `flags` (batch, KV heads): only those heads
+/// whose number is not 0 are computed; null: all.
 template <typename T>
-void launch_forward(const ForwardParams& params, cudaStream_t stream);
+void launch_forward(const ForwardParams& params, const int* flags, cudaStream_t stream);
 
 /// Columns of the output that a block holds.
 inline int forward_bucket(const ForwardParams& p) {

@@ -150,6 +150,19 @@ void fill_lse(const ForwardParams& p, cudaStream_t stream) {
        -__builtin_huge_val(), stream);
 }
 
+void fill_gradients(const BackwardParams& params, cudaStream_t stream) {
+  const ForwardParams& p = params.forward;
+  const auto fill = [&](const TensorView& view, bool packed, bool used, int64_t total, int64_t seqlen, int64_t heads,
+                        int64_t columns) {
+    if (view.data == nullptr || !(packed || used)) return;
+    fill_rows(view, p.dtype, packed ? 1 : p.batch, packed ? total : seqlen, heads, columns, stream);
+  };
+  const bool used_q = p.seqused_q != nullptr, used_k = p.seqused_k != nullptr;
+  fill(params.dq, p.is_varlen_q(), used_q, p.total_q, p.seqlen_q, p.num_heads, p.head_dim);
+  fill(params.dk, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim);
+  fill(params.dv, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim_v);
+}
+
 void prepare_rows(const BackwardParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.forward;
   const RowArguments arguments{params, RowWorkspace::in(params), 0, p.num_heads * p.total_q};

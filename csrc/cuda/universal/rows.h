@@ -23,6 +23,9 @@ void fill_rows(const TensorView& view, DType dtype, int64_t batch, int64_t rows,
 /// All of lse becomes -inf.
 void fill_lse(const ForwardParams& params, cudaStream_t stream);
 
+/// Rows of dq, dk, dv that may belong to no sequence become 0: the kernels write those that take part alone.
+void fill_gradients(const BackwardParams& params, cudaStream_t stream);
+
 /// Fills RowWorkspace's lse and delta.
 void prepare_rows(const BackwardParams& params, cudaStream_t stream);
 /// dsinks and dslopes from what stands in RowWorkspace, if wanted.

@@ -1,12 +1,16 @@
 // The family's backward entry: what it takes, its plan, its launch.
 #include <algorithm>
 
+#include "../fp32/backward/plan.h"
+#include "../fp32/forward/plan.h"
 #include "../refusals.h"
 #include "../sm80.h"
 #include "plan.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {
+
+constexpr const char* kNoKernel = "no kernel of this head dimension does what is asked for";
 
 const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
@@ -17,18 +21,22 @@ const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   }
   const double heads = double(p.batch) * double(p.num_heads);
   if (heads * (double(std::max(p.seqlen_q, p.seqlen_k)) / 32 + 2) >= kMaxTiles) return "there are over 2^30 tiles";
-  if (plan_backward(params, device).variant == nullptr) {
-    return "no kernel of this head dimension does what is asked for";
+  if (p.dtype == DType::kFloat32) {
+    if (const char* reason = fp32::refuses(p, device)) return reason;
+    return fp32::plan_backward(params, device).of_queries == nullptr ? kNoKernel : nullptr;
   }
+  if (plan_backward(params, device).variant == nullptr) return kNoKernel;
   return nullptr;
 }
 
 Plan plan(const BackwardParams& params, const DeviceInfo& device) {
+  if (params.forward.dtype == DType::kFloat32) return fp32::describe(fp32::plan_backward(params, device));
   const BackwardPlan chosen = plan_backward(params, device);
   return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
+  if (params.forward.dtype == DType::kFloat32) return fp32::launch_backward(params, device, stream);
   launch_backward(plan_backward(params, device), params, static_cast<cudaStream_t>(stream));
 }
 

@@ -1,4 +1,5 @@
 // The family's entries: what it refuses, and what it plans.
+#include "../fp32/forward/plan.h"
 #include "../refusals.h"
 #include "../sm80.h"
 #include "launch.h"
@@ -7,16 +8,23 @@
 namespace flash_attn::cuda::sm80 {
 namespace {
 
+constexpr const char* kNoKernel = "no kernel of this head dimension fits into shared memory";
+
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_problem(p, device, FLASH_ATTN_SM80_ARCHS)) return reason;
   if (double(p.batch) * double(p.num_heads) * (double(p.seqlen_q) / 64 + 1) >= kMaxTiles) {
     return "there are over 2^30 tiles";
   }
-  if (plan_forward(p, device).variant == nullptr) return "no kernel of this head dimension fits into shared memory";
+  if (p.dtype == DType::kFloat32) {
+    if (const char* reason = fp32::refuses(p, device)) return reason;
+    return fp32::plan_forward(p, device).variant == nullptr ? kNoKernel : nullptr;
+  }
+  if (plan_forward(p, device).variant == nullptr) return kNoKernel;
   return nullptr;
 }
 
 Plan plan(const ForwardParams& p, const DeviceInfo& device) {
+  if (p.dtype == DType::kFloat32) return fp32::describe(fp32::plan_forward(p, device));
   const ForwardPlan chosen = plan_forward(p, device);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
@@ -26,8 +34,12 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   return plan;
 }
 
+void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
+  (p.dtype == DType::kFloat32 ? fp32::launch_forward : launch_forward)(p, device, stream);
+}
+
 }  // namespace
 
-extern const ForwardKernel kForward = {"sm80", refuses, plan, launch_forward};
+extern const ForwardKernel kForward = {"sm80", refuses, plan, launch};
 
 }  // namespace flash_attn::cuda::sm80

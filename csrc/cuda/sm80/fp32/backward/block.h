@@ -1,0 +1,285 @@
+// A block of a backward kernel for float32: what it holds, and the loop over tiles of the other rows. See kernel.h.
+#pragma once
+
+#include "../../softmax.h"
+#include "../products.h"
+#include "../tiles.h"
+#include "config.h"
+#include "tile.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+
+template <typename Config>
+struct BackwardBlock {
+  using Tile = SharedTile<2 * Config::kHeadDim>;
+  static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kStages = Config::kStages;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr bool kOfKeys = Config::kOfKeys;
+  using Scores = float[kMTiles][kNTiles][4];
+  using Pairs = PairFragment[kNTiles / 2][kMTiles];
+  using Gradient = float[kMTiles][Config::kHeadDim / 8][4];
+
+  const BackwardKernelParams& params;
+  const BackwardTile& tile;
+  const ForwardParams& p;
+  const uint32_t shared;
+  int head, block, step = 0;                 // of others, and how many came before
+  int next_head, next_block;                 // that are loaded next
+  float x_unit, y_unit;                      // of this warp's rows
+  float lse[kMTiles][2], delta[kMTiles][2];  // of own query rows
+  Gradient dx, dy;                           // dK and dV; or dQ, and nothing
+
+  SM80_DEVICE BackwardBlock(const BackwardKernelParams& kernel_params, const BackwardTile& t, uint32_t shared_memory)
+      : params(kernel_params),
+        tile(t),
+        p(kernel_params.problem.forward),
+        shared(shared_memory),
+        head(t.head_begin),
+        block(t.block_begin),
+        next_head(t.head_begin),
+        next_block(t.block_begin) {
+    const int row = tile.own_begin + min(warp() * Config::kWarpRows, tile.own_rows - 1);
+    x_unit = tile.x.units[row / kTileRows];
+    y_unit = tile.y.units[row / kTileRows];
+    clear(dx);
+    clear(dy);
+    if constexpr (!kOfKeys) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int at = min(own_row(m, r), tile.own_rows - 1);
+          lse[m][r] = statistics_of(tile.head_begin, params.rows.lse)[tile.own_begin + at];
+          delta[m][r] = statistics_of(tile.head_begin, params.rows.delta)[tile.own_begin + at];
+        }
+      }
+    }
+  }
+
+  // Of this thread; see fresh_thread().
+  SM80_DEVICE int lane() const { return int(fresh_thread(step) % 32); }
+  SM80_DEVICE int warp() const { return int(fresh_thread(step) / 32); }
+  /// Of the block's rows.
+  SM80_DEVICE int own_row(int m, int half) const { return warp() * Config::kWarpRows + 16 * m + 8 * half + lane() / 4; }
+
+  /// Of the sequence's query rows.
+  SM80_DEVICE const float* statistics_of(int of_head, const void* rows) const {
+    return static_cast<const float*>(rows) + int64_t{of_head} * p.total_q +
+           (p.cu_seqlens_q != nullptr ? tile.sequence.q_row : tile.batch * p.seqlen_q);
+  }
+
+  // -- loading
+
+  SM80_DEVICE uint32_t stage(int number) const {
+    return shared + Config::kStreamed + number % kStages * Config::kStageBytes;
+  }
+
+  SM80_DEVICE void load_own(uint32_t to, const PlaneRows& rows) const {
+    constexpr int kColumns = 2 * Config::kHeadDim;
+    const int end = tile.own_rows;
+    load_rows<kBlockM, kColumns, Config::kThreads>(to, rows.data + int64_t{tile.own_begin} * kColumns, int(threadIdx.x),
+                                                   end >= kBlockM, [end](int row) { return row < end; });
+  }
+
+  SM80_DEVICE void load_other(uint32_t to, bool of_y) const {
+    constexpr int kColumns = 2 * Config::kHeadDim;
+    const PlaneRows rows = other_rows<kOfKeys>(params, tile, next_head, of_y);
+    const int first = next_block * kBlockN, begin = tile.other_begin - first, end = tile.other_end - first;
+    load_rows<kBlockN, kColumns, Config::kThreads>(to, rows.data + int64_t{first} * kColumns, int(fresh_thread(step)),
+                                                   begin <= 0 && end >= kBlockN,
+                                                   [=](int row) { return row >= begin && row < end; });
+  }
+
+  /// The next tile, if there is one; in any case a group of copies, so that groups can be counted.
+  SM80_DEVICE void load_next(int number) {
+    if (next_head < tile.head_end) {
+      const uint32_t to = stage(number);
+      load_other(to, false);
+      load_other(to + Config::kTileBytes, true);
+      if constexpr (kOfKeys) load_statistics(to + Config::kStatistics);
+      advance(next_head, next_block);
+    }
+    cp_async_commit();
+  }
+
+  /// lse, then delta, of the query rows of a tile; of those that do not exist 0.
+  SM80_DEVICE void load_statistics(uint32_t to) const {
+    const int i = int(threadIdx.x);
+    if (i >= 2 * kBlockN) return;
+    const int row = next_block * kBlockN + i % kBlockN;
+    const bool exists = row < tile.others;
+    const float* const from = statistics_of(next_head, i < kBlockN ? params.rows.lse : params.rows.delta);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + 4 * i), "l"(from + (exists ? row : 0)),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
+  }
+
+  SM80_DEVICE void advance(int& of_head, int& of_block) const {
+    if (++of_block < tile.block_end) return;
+    of_block = tile.block_begin;
+    ++of_head;
+  }
+
+  // -- P and dS
+
+  SM80_DEVICE static float2 statistic(uint32_t from, int n, int at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from + 32 * n + at % 4 * 8));
+    return x;
+  }
+
+  /// s = q.k in units of `unit` / softmax_scale becomes P.
+  SM80_DEVICE void take_exponentials(Scores& s, float unit, uint32_t statistics, int at) const {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      float2 of_column{0.f, 0.f};
+      if constexpr (kOfKeys) of_column = statistic(statistics, n, at);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float row_lse = kOfKeys ? (i % 2 == 0 ? of_column.x : of_column.y) : lse[m][i / 2];
+          // Above 0 by rounding alone; P is at most 1, for fp16's sake.
+          s[m][n][i] = fast_exp2(fminf(fmaf(s[m][n][i], unit, -row_lse), 0.f) * kLog2E);
+        }
+    }
+    if (is_partial()) hide(s, block * kBlockN, at);
+  }
+
+  SM80_DEVICE bool is_partial() const {
+    const int first = block * kBlockN;
+    return first < tile.full_begin || first + kBlockN > tile.full_end;
+  }
+
+  /// 0 where own and other row have nothing to do with each other.
+  SM80_DEVICE void hide(Scores& s, int first, int at) const {
+    const int column = first + at % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = tile.own_begin + own_row(m, r);
+        const int low = row + tile.low - column, high = min(row + tile.high, tile.others - 1) - column;
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            if (8 * n + c < low || 8 * n + c > high) s[m][n][2 * r + c] = 0.f;
+          }
+        }
+      }
+    }
+  }
+
+  /// dp in units of `unit` becomes dS.
+  SM80_DEVICE void find_gradients(Scores& dp, const Scores& probabilities, float unit, uint32_t statistics,
+                                  int at) const {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      float2 of_column{0.f, 0.f};
+      if constexpr (kOfKeys) of_column = statistic(statistics + 4 * kBlockN, n, at);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float row_delta = kOfKeys ? (i % 2 == 0 ? of_column.x : of_column.y) : delta[m][i / 2];
+          dp[m][n][i] = probabilities[m][n][i] * fmaf(dp[m][n][i], unit, -row_delta);
+        }
+    }
+  }
+
+  /// A power of two for each row that brings its largest dS to at least 2^14, if that is no larger than 2^100.
+  SM80_DEVICE static void find_row_exponents(const Scores& ds, int (&exponent)[kMTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float largest = 0.f;
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          largest = fmaxf(largest, fmaxf(fabsf(ds[m][n][2 * r]), fabsf(ds[m][n][2 * r + 1])));
+        }
+        largest = quad_max(largest);
+        exponent[m][r] = min(14 + 127 - int(__float_as_uint(largest) >> 23), 100);
+      }
+    }
+  }
+
+  SM80_DEVICE static float power_of_2(int exponent) { return __uint_as_float(uint32_t(127 + exponent) << 23); }
+  // -- the loop over tiles
+
+  SM80_DEVICE void process() {
+    const int at = lane(), own = warp() * Config::kWarpRows;
+    const uint32_t x = stage(step), y = x + Config::kTileBytes, statistics = x + Config::kStatistics;
+    const int unit_at = block * kBlockN / kTileRows;
+    const float other_x_unit = __ldg(other_rows<kOfKeys>(params, tile, head, false).units + unit_at);
+    const float other_y_unit = __ldg(other_rows<kOfKeys>(params, tile, head, true).units + unit_at);
+    Scores s, dp;
+    multiply_rows<Config::kHeadDim, Config::kSumSteps>(s, address_by_rows<Tile>(shared + Config::kX, own, at),
+                                                       address_by_columns<Tile>(x, 0, at));
+    take_exponentials(s, x_unit * other_x_unit * float(p.softmax_scale), statistics, at);
+    Pairs pairs;
+    if constexpr (kOfKeys) {
+      split_fragments(s, pairs, [](int, int) { return kPScale; });
+      const float unit = other_y_unit / kPScale;
+      add_product<Config::kHeadDim>(dy, pairs, address_by_rows<Tile>(y, 0, at), [=](int, int) { return unit; });
+    }
+    multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
+                                                       address_by_columns<Tile>(y, 0, at));
+    find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
+    int exponent[kMTiles][2];
+    find_row_exponents(dp, exponent);
+    split_fragments(dp, pairs, [&](int m, int half) { return power_of_2(exponent[m][half]); });
+    add_product<Config::kHeadDim>(dx, pairs, address_by_rows<Tile>(x, 0, at), [&](int m, int half) {
+      return fminf(power_of_2(-exponent[m][half]) * other_x_unit, 0x1p127f);  // not infinity times 0
+    });
+  }
+
+  SM80_DEVICE void run() {
+    if (tile.block_begin < tile.block_end) {
+      load_own(shared + Config::kX, tile.x);
+      load_own(shared + Config::kY, tile.y);
+      for (int i = 0; i < kStages - 1; ++i) load_next(i);
+#pragma unroll 1
+      while (head < tile.head_end) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // this tile is there for all warps, who all are done with the one before
+        load_next(step + kStages - 1);
+        process();
+        advance(head, block);
+        ++step;
+      }
+    }
+    cp_async_wait<0>();
+    if constexpr (kOfKeys) {
+      store(params.problem.dk, dx, p.head_dim, float(p.softmax_scale), params.pairs_k);
+      store(params.problem.dv, dy, p.head_dim_v, 1.f, params.pairs_v);
+    } else {
+      store(params.problem.dq, dx, p.head_dim, float(p.softmax_scale), params.pairs_q);
+    }
+  }
+
+  SM80_DEVICE void store(const TensorView& view, const Gradient& gradient, int64_t columns, float scale,
+                         bool pairs) const {
+    if (view.data == nullptr) return;
+    const bool packed = (kOfKeys ? p.cu_seqlens_k : p.cu_seqlens_q) != nullptr;
+    const int64_t first = (kOfKeys ? tile.sequence.k_row : tile.sequence.q_row) + tile.own_begin;
+    float* const to = static_cast<float*>(view.data) + (packed ? 0 : tile.batch * view.batch) + first * view.row +
+                      (kOfKeys ? tile.kv_head : tile.head_begin) * view.head;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = own_row(m, r), column = lane() % 4 * 2;
+        if (row >= tile.own_rows) continue;
+#pragma unroll
+        for (int d = 0; d < Config::kHeadDim / 8; ++d) {
+          store_two(to + row * view.row + 8 * d + column, gradient[m][d][2 * r] * scale,
+                    gradient[m][d][2 * r + 1] * scale, int(columns) - 8 * d - column, pairs);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash_attn::cuda::sm80::fp32

@@ -1,0 +1,61 @@
+#include "../../../common/launch.h"
+
+#include "../../../universal/backward_launch.h"
+#include "../split.h"
+#include "plan.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+namespace {
+
+bool has_pairs(const TensorView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 8 == 0 && view.batch % 2 == 0 && view.row % 2 == 0 &&
+         view.head % 2 == 0;
+}
+
+void launch(const BackwardVariant& variant, BackwardKernelParams& params, cudaStream_t stream) {
+  const ForwardParams& p = params.problem.forward;
+  params.blocks =
+      variant.of_keys ? SequenceBlocks::of_keys(p, variant.block_m) : SequenceBlocks::of_queries(p, variant.block_m);
+  cuda::launch_blocks(variant.kernel, params, params.blocks.count() * (variant.of_keys ? p.num_heads_k : p.num_heads),
+                      variant.threads, variant.shared_bytes, stream, variant.name);
+}
+
+}  // namespace
+
+void launch_backward(const BackwardParams& problem, const DeviceInfo& device, void* stream_pointer) {
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const ForwardParams& p = problem.forward;
+  const BackwardPlan plan = plan_backward(problem, device);
+  universal::fill_gradients(problem, stream);
+  universal::prepare_rows(problem, stream);
+  char* const workspace = static_cast<char*>(p.workspace);
+  int* const flags = reinterpret_cast<int*>(workspace + plan.flags);
+  const auto place = [&](Planes planes, int64_t data, int64_t units) {
+    planes.data = reinterpret_cast<__half*>(workspace + data);
+    planes.units = reinterpret_cast<float*>(workspace + units);
+    return planes;
+  };
+  BackwardKernelParams params{};
+  params.problem = problem;
+  params.rows = universal::RowWorkspace::in(problem);
+  params.q = place(plan.q, plan.q_data, plan.q_units);
+  params.k = place(plan.k, plan.k_data, plan.k_units);
+  params.v = place(plan.v, plan.v_data, plan.v_units);
+  params.dout = place(plan.dout, plan.dout_data, plan.dout_units);
+  params.flags = flags;
+  params.group_size = int(p.group_size());
+  params.pairs_q = has_pairs(problem.dq);
+  params.pairs_k = has_pairs(problem.dk);
+  params.pairs_v = has_pairs(problem.dv);
+  const SplitSource sources[] = {{p.q, params.q, int(p.head_dim), true, false},
+                                 {problem.dout, params.dout, int(p.head_dim_v), true, false},
+                                 {p.k, params.k, int(p.head_dim), false, true},
+                                 {p.v, params.v, int(p.head_dim_v), false, true}};
+  split(p, sources, 4, flags, stream);
+  if (problem.dk.data != nullptr || problem.dv.data != nullptr) launch(*plan.of_keys, params, stream);
+  if (problem.dq.data != nullptr) launch(*plan.of_queries, params, stream);
+  universal::launch_backward<float>(problem, flags, stream);
+  universal::reduce_rows(problem, stream);
+}
+
+}  // namespace flash_attn::cuda::sm80::fp32

@@ -1,0 +1,74 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace flash_attn::cuda::sm80::fp32 {
+namespace {
+
+constexpr int kStaticBytes = 256;  // of shared memory, beside the tiles
+constexpr int64_t kAlignment = 256;
+
+const BackwardVariants& variants_for(const ForwardParams& p) {
+  const BackwardVariants* const all[] = {&kBackwardD16, &kBackwardD32, &kBackwardD64, &kBackwardD128};
+  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
+  for (const BackwardVariants* variants : all) {
+    if (columns <= variants->begin()->head_dim) return *variants;
+  }
+  return kBackwardD128;
+}
+
+/// The first that fits.
+const BackwardVariant* choose_variant(const ForwardParams& p, const DeviceInfo& device, bool of_keys) {
+  for (const BackwardVariant& variant : variants_for(p)) {
+    if (variant.of_keys == of_keys && variant.shared_bytes + kStaticBytes <= device.shared_memory_per_block) {
+      return &variant;
+    }
+  }
+  return nullptr;
+}
+
+void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t start = end;
+    end += ceil_div(bytes, kAlignment) * kAlignment;
+    return start;
+  };
+  take(universal::RowWorkspace::bytes(params));
+  plan.flags = take(p.batch * p.num_heads_k * int64_t{sizeof(int)});
+  const int columns = plan.of_keys->head_dim;
+  plan.q = plan.dout =
+      Planes::of(p.batch, p.is_varlen_q() ? p.total_q : p.seqlen_q, p.num_heads, columns, p.is_varlen_q());
+  plan.k = plan.v =
+      Planes::of(p.batch, p.is_varlen_k() ? p.total_k : p.seqlen_k, p.num_heads_k, columns, p.is_varlen_k());
+  const int64_t q_batches = p.is_varlen_q() ? 1 : p.batch, k_batches = p.is_varlen_k() ? 1 : p.batch;
+  plan.q_data = take(plan.q.data_bytes(q_batches));
+  plan.dout_data = take(plan.q.data_bytes(q_batches));
+  plan.k_data = take(plan.k.data_bytes(k_batches));
+  plan.v_data = take(plan.v.data_bytes(k_batches));
+  plan.q_units = take(plan.q.unit_bytes(q_batches));
+  plan.dout_units = take(plan.q.unit_bytes(q_batches));
+  plan.k_units = take(plan.k.unit_bytes(k_batches));
+  plan.v_units = take(plan.v.unit_bytes(k_batches));
+  plan.workspace_bytes = end;
+}
+
+}  // namespace
+
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+  BackwardPlan plan;
+  plan.of_keys = choose_variant(params.forward, device, true);
+  plan.of_queries = choose_variant(params.forward, device, false);
+  if (plan.of_keys != nullptr && plan.of_queries != nullptr) lay_out_workspace(plan, params);
+  return plan;
+}
+
+Plan describe(const BackwardPlan& chosen) {
+  Plan plan{chosen.of_keys->name, chosen.of_keys->block_n, chosen.of_keys->block_m, chosen.workspace_bytes};
+  plan.decide("products", "of pairs of fp16");
+  plan.decide("dq", chosen.of_queries->name);
+  return plan;
+}
+
+}  // namespace flash_attn::cuda::sm80::fp32

@@ -1,0 +1,26 @@
+// Which kernels a float32 backward problem gets, and what they need.
+#pragma once
+
+#include "../../../../kernel.h"
+#include "variant.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+
+struct BackwardPlan {
+  const BackwardVariant *of_keys = nullptr, *of_queries = nullptr;
+
+  Planes q, k, v, dout;  // without addresses
+  // Of the workspace, in bytes from its start, where universal::RowWorkspace is.
+  int64_t flags = 0;
+  int64_t q_data = 0, k_data = 0, v_data = 0, dout_data = 0, q_units = 0, k_units = 0, v_units = 0, dout_units = 0;
+  int64_t workspace_bytes = 0;
+};
+
+/// Without variants where none fits.
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
+
+Plan describe(const BackwardPlan& plan);
+
+void launch_backward(const BackwardParams& params, const DeviceInfo& device, void* stream);
+
+}  // namespace flash_attn::cuda::sm80::fp32

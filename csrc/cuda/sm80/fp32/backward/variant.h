@@ -1,0 +1,27 @@
+// The backward kernels for float32 that exist. A head dimension's are listed in its file of instances/, the preferred
+// ones first.
+#pragma once
+
+#include "params.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+
+struct BackwardVariant {
+  const char* name;
+  int head_dim;                   // the largest that it takes, of q and of v
+  int block_m, block_n, threads;  // rows that a block owns, that a tile of others has
+  bool of_keys;                   // owns keys, for dk and dv; or query rows, for dq
+  int shared_bytes;
+  void (*kernel)(const BackwardKernelParams);
+};
+
+struct BackwardVariants {
+  const BackwardVariant* first;
+  int count;
+  const BackwardVariant* begin() const { return first; }
+  const BackwardVariant* end() const { return first + count; }
+};
+
+extern const BackwardVariants kBackwardD16, kBackwardD32, kBackwardD64, kBackwardD128;
+
+}  // namespace flash_attn::cuda::sm80::fp32

@@ -1,0 +1,14 @@
+// What a forward kernel for float32 is given.
+#pragma once
+
+#include "../../forward/params.h"
+#include "../planes.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+
+struct ForwardKernelParams : sm80::ForwardKernelParams {
+  Planes q, k, v;
+  const int* flags;  // (batch, KV heads): not 0 is left to the universal kernels
+};
+
+}  // namespace flash_attn::cuda::sm80::fp32

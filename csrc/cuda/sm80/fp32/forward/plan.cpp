@@ -1,0 +1,129 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "../code.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+namespace {
+
+constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
+constexpr int kStaticBytes = 256;     // of it, by the kernel
+constexpr int kMinSlots = 2, kMaxSlots = 4;
+constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kAlignment = 256;
+
+const ForwardVariants& variants_for(const ForwardParams& p) {
+  const ForwardVariants* const all[] = {&kForwardD16, &kForwardD32, &kForwardD64, &kForwardD128};
+  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
+  for (const ForwardVariants* variants : all) {
+    if (columns <= variants->begin()->head_dim) return *variants;
+  }
+  return kForwardD128;
+}
+
+/// How many blocks of the variant an SM holds, and with how many slots each; false: none.
+bool fit(const ForwardVariant& variant, const DeviceInfo& device, ForwardPlan& plan) {
+  const int bytes_per_sm = device.shared_memory_per_block + kReservedBytes;
+  for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
+    const int bytes = bytes_per_sm / blocks - kReservedBytes - kStaticBytes - variant.query_bytes;
+    const int slots = std::min(kMaxSlots, bytes / variant.slot_bytes);
+    if (slots < kMinSlots) continue;
+    plan.slots = slots;
+    plan.blocks_per_sm = blocks;
+    return true;
+  }
+  return false;
+}
+
+/// Heads whose K and V together take about half of L2: their tiles follow each other.
+int heads_per_group(const ForwardParams& p, int columns, int64_t l2_bytes) {
+  const int64_t bytes_per_head = 8 * p.seqlen_k * columns;
+  const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, bytes_per_head));
+  return int(std::min(kv_heads * p.group_size(), p.batch * p.num_heads));
+}
+
+bool is_forced() {
+  const char* const family = std::getenv("FLASH_ATTN_FORCE");
+  return family != nullptr && std::string(family) == "sm80";
+}
+
+void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t start = end;
+    end += ceil_div(bytes, kAlignment) * kAlignment;
+    return start;
+  };
+  take(p.batch * p.num_heads_k * int64_t{sizeof(int)});
+  const int columns = plan.variant->head_dim;
+  plan.q = Planes::of(p.batch, p.is_varlen_q() ? p.total_q : p.seqlen_q, p.num_heads, columns, p.is_varlen_q());
+  plan.k = plan.v =
+      Planes::of(p.batch, p.is_varlen_k() ? p.total_k : p.seqlen_k, p.num_heads_k, columns, p.is_varlen_k());
+  const int64_t q_batches = p.is_varlen_q() ? 1 : p.batch, k_batches = p.is_varlen_k() ? 1 : p.batch;
+  plan.q_data = take(plan.q.data_bytes(q_batches));
+  plan.k_data = take(plan.k.data_bytes(k_batches));
+  plan.v_data = take(plan.v.data_bytes(k_batches));
+  plan.q_units = take(plan.q.unit_bytes(q_batches));
+  plan.k_units = take(plan.k.unit_bytes(k_batches));
+  plan.v_units = take(plan.v.unit_bytes(k_batches));
+  plan.workspace_bytes = end;
+}
+
+}  // namespace
+
+const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
+  if (!is_forced()) return "float32 is computed by pairs of fp16 where FLASH_ATTN_FORCE=sm80 asks for it";
+  if (p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) return "in float32 head_dim is over 128";
+  if (!has_code(10 * device.compute_capability, variants_for(p).begin()->head_dim)) {
+    return "its kernels for float32 are for compute capability 8 and 9, with a head_dim over 64 for 9.0 alone";
+  }
+  // The kernels look for the largest q.k before they scale it, which a factor below 0 makes the smallest.
+  if (!(p.softmax_scale > 0.0)) return "in float32 its kernels want a softmax_scale above 0";
+  if (p.mask.data != nullptr) return "in float32 its kernels take no attn_mask";
+  if (p.alibi_slopes != nullptr) return "in float32 its kernels take no alibi_slopes";
+  if (p.softcap > 0.0) return "in float32 its kernels take no softcap";
+  if (p.dropout_p > 0.0) return "in float32 its kernels take no dropout";
+  return nullptr;
+}
+
+ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
+  const char* forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
+  // Names of other kernels are not meant for these.
+  if (forced != nullptr && std::string(forced).rfind("mma fp32 ", 0) != 0) forced = nullptr;
+  ForwardPlan plan;
+  for (const ForwardVariant& variant : variants_for(p)) {
+    if (forced != nullptr && std::string(forced) != variant.name) continue;
+    if (!fit(variant, device, plan)) continue;
+    plan.variant = &variant;
+    break;
+  }
+  if (plan.variant == nullptr && forced == nullptr) return plan;
+  if (plan.variant == nullptr) {
+    std::string names;
+    for (const ForwardVariant& variant : variants_for(p))
+      names += std::string(names.empty() ? "" : ", ") + variant.name;
+    throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
+                             " does not take this problem; the kernels of its head dimension are: " + names);
+  }
+  const int64_t block_m = plan.variant->block_m, m_blocks = ceil_div(p.seqlen_q, block_m);
+  plan.num_m_blocks = p.is_varlen_q() ? std::min(p.total_q / block_m + p.batch, p.batch * m_blocks) : m_blocks;
+  plan.num_tiles = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
+  plan.longest_first = p.window_right >= 0 && p.window_left < 0;
+  plan.heads_per_group = plan.longest_first ? heads_per_group(p, plan.variant->head_dim, device.l2_bytes) : 1;
+  lay_out_workspace(plan, p);
+  return plan;
+}
+
+Plan describe(const ForwardPlan& chosen) {
+  Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
+  plan.decide("products", "of pairs of fp16");
+  plan.decide("blocks_per_sm", chosen.blocks_per_sm);
+  plan.decide("slots", chosen.slots);
+  return plan;
+}
+
+}  // namespace flash_attn::cuda::sm80::fp32

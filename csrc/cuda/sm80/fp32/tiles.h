@@ -1,0 +1,51 @@
+// Tiles of pairs on their way to shared memory, and float32 results on theirs to global memory.
+#pragma once
+
+#include "../shared_tile.h"
+
+namespace flash_attn::cuda::sm80::fp32 {
+
+/// Rows [0, kRows) of a tile from planes, whose rows follow each other; those for which `exists` is false become zeros.
+/// The caller commits and waits. A thread has one chunk of each group of chunks, and every kStep-th row.
+template <int kRows, int kColumns, int kThreads, typename Exists>
+SM80_DEVICE void load_rows(uint32_t tile, const __half* source, int thread, bool all_exist, const Exists& exists) {
+  using Tile = SharedTile<kColumns>;
+  constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
+  constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
+  constexpr int kStep = kThreads / kGroup;
+  static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+  const int row = thread / kGroup, chunk = thread % kGroup;
+  const uint32_t to = tile + Tile::offset(row, chunk);
+  const __half* const from = source + row * kColumns + 8 * chunk;
+  if (all_exist) {
+#pragma unroll
+    for (int step = 0; step < kRows; step += kStep) {
+#pragma unroll
+      for (int group = 0; group < Tile::kChunks; group += kGroup) {
+        cp_async_16(to + step * Tile::kRowBytes + group * 16, from + step * kColumns + 8 * group);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int step = 0; step < kRows; step += kStep) {
+    const bool inside = exists(row + step);
+#pragma unroll 1
+    for (int group = 0; group < Tile::kChunks; group += kGroup) {
+      cp_async_16_or_zeros(to + step * Tile::kRowBytes + group * 16,
+                           inside ? from + step * kColumns + 8 * group : source, inside);
+    }
+  }
+}
+
+/// Two neighbours in global memory, of which `columns` exist.
+SM80_DEVICE void store_two(float* to, float x, float y, int columns, bool pairs) {
+  if (pairs && columns > 1) {
+    *reinterpret_cast<float2*>(to) = {x, y};
+    return;
+  }
+  if (columns > 0) to[0] = x;
+  if (columns > 1) to[1] = y;
+}
+
+}  // namespace flash_attn::cuda::sm80::fp32

@@ -1,0 +1,294 @@
+"""float32 on tensor cores, as pairs of fp16: no less exact than float32 multiply-adds, which the universal kernels use.
+
+Errors are against float64, over eight inputs of a kind together. Each rule of the method has an input that fails
+without it: sums inside of the tensor core shrink ("V mean 1"), numbers of 1e-6 are subnormal in fp16, as P of a few
+thousand keys are and as dS is where dout's columns are of different size ("columns 2"); a part left out costs 300 times
+the error on any input.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn.torch_op import attention as ops
+from introspection import _C, needs_kernels
+from test_plan import A100, H200, plan
+
+FORCED = os.environ.get("FLASH_ATTN_FORCE")
+SEEDS = 8
+PAIRS = "of pairs of fp16"
+
+gpu = [
+    pytest.mark.gpu,
+    needs_kernels("sm80"),
+    pytest.mark.skipif(FORCED not in (None, "sm80"), reason="another family is forced"),
+]
+
+
+def _spread(decades: float, *shape: int) -> Tensor:
+    return 10 ** torch.empty(shape, dtype=torch.float64, device="cuda").uniform_(-decades, decades)
+
+
+def _scaled(q: float, k: float, v: float, dout: float) -> Callable[..., None]:
+    def apply(*tensors: Tensor) -> None:
+        for x, factor in zip(tensors, (q, k, v, dout), strict=True):
+            x *= factor
+
+    return apply
+
+
+def _outliers(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    k.scatter_(-1, torch.randint(k.shape[-1], k.shape[:-1], device="cuda")[..., None], 30.0)
+
+
+def _growing(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    k *= torch.logspace(-3, 1, k.shape[-2], dtype=k.dtype, device="cuda")[:, None]
+
+
+def _one_large_value(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    v[..., v.shape[-2] // 3, 5] = 1e4
+
+
+def _columns(decades: float) -> Callable[..., None]:
+    def apply(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+        a, b = _spread(decades, q.shape[-1]), _spread(decades, v.shape[-1])
+        q *= a
+        k /= a
+        v *= b
+        dout /= b
+
+    return apply
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    v *= _spread(2, *v.shape[:-1], 1)
+    dout *= _spread(4, *dout.shape[:-1], 1)
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    v *= _spread(6, *v.shape)
+    dout *= _spread(6, *dout.shape)
+
+
+def _mean_of_values(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    v *= 0.1
+    v += 1
+
+
+# What changes standard normal inputs; those of the second list are left to the universal kernels.
+KINDS: dict[str, Callable[..., None]] = {
+    "normal": _scaled(1, 1, 1, 1),
+    "x30": _scaled(30, 30, 30, 30),
+    "one entry of each key 30": _outliers,
+    "keys grow": _growing,
+    "one entry of V 1e4": _one_large_value,
+    "tiny": _scaled(1e-6, 1e-6, 1e-6, 1e-6),
+    "huge": _scaled(1e6, 1e-6, 1e6, 1e6),
+    "columns 2": _columns(2),
+    "rows": _rows,
+    "V mean 1": _mean_of_values,
+}
+FLAGGED: dict[str, Callable[..., None]] = {"columns 4": _columns(4), "every entry": _wide}
+# lse is as exact as S, whose sums the tensor core rounds toward zero: it leans low. Logits in the thousands make all
+# errors those of a few rows, which eight inputs do not average.
+LSE_BOUND, LARGE_LOGITS_BOUND = 2.5, 1.3
+
+
+def _inputs(kind: str, shape: tuple[int, int, int, int]) -> list[Tensor]:
+    """q, k, v, dout of (batch, heads, seqlen, head_dim)."""
+    tensors = [torch.randn(shape, dtype=torch.float64, device="cuda") for _ in range(4)]
+    (KINDS | FLAGGED)[kind](*tensors)
+    return [x.float() for x in tensors]
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> dict[str, Tensor]:
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    scale = q.shape[-1] ** -0.5
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse[..., None]).exp()
+    dp = dout @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    return {"out": p @ v, "lse": lse, "dq": ds @ k * scale, "dk": ds.mT @ q * scale, "dv": p.mT @ dout}
+
+
+def _found(family: str, inputs: list[Tensor], causal: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    monkeypatch.setenv("FLASH_ATTN_FORCE", family)
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out, lse = ops.attention(q, k, v, heads_first=True, causal=ops.TOP_LEFT if causal else ops.NONE)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs[3])
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def _check(kind: str, seqlen: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs(kind, (SEEDS, 1, seqlen, head_dim))
+    want = _exact(*inputs, causal)
+    pairs, universal = (_found(family, inputs, causal, monkeypatch) for family in ("sm80", "universal"))
+    for name, exact in want.items():
+        mine, yardstick = ((x[name].double() - exact) for x in (pairs, universal))
+        rms = float(mine.square().mean().sqrt() / yardstick.square().mean().sqrt())
+        bound = LSE_BOUND if name == "lse" else LARGE_LOGITS_BOUND if kind == "x30" else 1.05
+        assert rms <= bound, f"{name}: RMS {rms:.2f} times that of float32 multiply-adds, at most {bound}"
+        ulp = 2**-23 * float(exact.abs().max())
+        largest, allowed = float(mine.abs().max()), 2 * float(yardstick.abs().max()) + ulp
+        assert largest <= allowed or name == "lse", f"{name}: largest error {largest:.2e}, at most {allowed:.2e}"
+        if kind in FLAGGED:
+            assert torch.equal(pairs[name], universal[name])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", [*KINDS, *FLAGGED])
+class TestExactness:
+    pytestmark = gpu
+
+    def test_errors_are_at_most_those_of_float32(
+        self, kind: str, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _check(kind, 1024, head_dim, causal, monkeypatch)
+
+
+class TestSizes:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+    @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 61, 64, 80, 128])
+    @pytest.mark.parametrize("seqlen", [1, 64, 100, 256])
+    def test_short_sequences(self, seqlen: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if seqlen == 1:
+            inputs = _inputs("normal", (SEEDS, 1, 1, head_dim))
+            found = _found("sm80", inputs, causal, monkeypatch)
+            torch.testing.assert_close(found["out"], inputs[2], rtol=2**-22, atol=0)
+            return
+        _check("normal", seqlen, head_dim, causal, monkeypatch)
+
+    def test_long_sums_do_not_shrink(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A sum that stayed in the tensor core would be 70 times as far off, and each row by as much toward zero."""
+        q, k, v, dout = _inputs("V mean 1", (1, 1, 16384, 128))
+        want = _exact(q[:, :, :64], k, v, dout[:, :, :64], False)["out"]
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        error = ops.attention(q, k, v, heads_first=True)[0][:, :, :64].double() - want
+        assert float(error.square().mean().sqrt()) < 1e-6
+        assert abs(float((error * want.sign()).mean())) < 5e-7
+
+
+class TestFlags:
+    """Which (batch, KV head) are left to the universal kernels: their results are those, bit by bit."""
+
+    pytestmark = gpu
+
+    @staticmethod
+    def _flagged(inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
+        same = [(pairs[name] == universal[name]).flatten(2).all(2) for name in ("out", "dq", "dk", "dv")]
+        for other in same[1:]:
+            assert torch.equal(same[0], other)
+        return same[0]
+
+    @pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
+    @pytest.mark.parametrize("exponent, flagged", [(13, False), (18, True)])
+    @pytest.mark.parametrize("dim", [-2, -1], ids=["row", "column"])
+    def test_the_range_of_a_tile(
+        self, dim: int, exponent: int, flagged: bool, which: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs = _inputs("normal", (2, 3, 200, 64))
+        for x in inputs:
+            x.sign_()
+        inputs[which][1, 2].select(dim, 20).mul_(2.0**-exponent)
+        expected = torch.zeros(2, 3, dtype=torch.bool, device="cuda")
+        expected[1, 2] = flagged
+        assert torch.equal(self._flagged(inputs, monkeypatch), expected)
+
+    @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dout"])
+    @pytest.mark.parametrize("value", [1e25, 1e-30])
+    def test_what_no_power_of_two_brings_into_range(
+        self, value: float, which: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs = _inputs("normal", (1, 2, 100, 32))
+        for x in inputs[:3]:
+            x *= 1e-3
+        inputs[which][0, 1] *= value
+        found = self._flagged(inputs, monkeypatch) if which < 3 else None
+        if found is not None:
+            assert found.tolist() == [[False, True]]
+        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
+        for name in pairs:
+            atol = 1e-4 * float(universal[name].abs().max())
+            torch.testing.assert_close(pairs[name], universal[name], rtol=1e-3, atol=atol, equal_nan=True)
+
+    @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dout"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_not_finite_goes_where_universal_lets_it_go(
+        self, value: float, which: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs = _inputs("normal", (2, 2, 150, 64))
+        inputs[which][1, 0, 70, 3] = value
+        pairs, universal = (_found(family, inputs, True, monkeypatch) for family in ("sm80", "universal"))
+        for name, mine in pairs.items():
+            assert torch.equal(mine.isnan(), universal[name].isnan()), name
+            assert torch.equal(mine.isinf(), universal[name].isinf()), name
+
+    def test_a_flagged_head_leaves_the_others_as_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = _inputs("normal", (2, 3, 200, 64))
+        before = _found("sm80", inputs, False, monkeypatch)
+        inputs[1][1, 2, 7] *= 2.0**-30
+        after = _found("sm80", inputs, False, monkeypatch)
+        for name, mine in after.items():
+            same = (mine == before[name]).flatten(2).all(2)
+            assert int(same.sum()) == 5 and not same[1, 2], name
+
+
+@needs_kernels("sm80")
+@pytest.mark.skipif(FORCED is not None, reason="a family is forced")
+class TestPlan:
+    @pytest.mark.parametrize(
+        "device, head_dims", [(A100, (8, 24, 64)), (H200, (8, 24, 64, 100, 128))], ids=["A100", "H200"]
+    )
+    def test_pairs_where_they_are_asked_for(
+        self, head_dims: tuple[int, ...], device: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if str(device[0]) not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        for head_dim in head_dims:
+            monkeypatch.delenv("FLASH_ATTN_FORCE", raising=False)
+            for choice in plan(head_dim=head_dim, dtype="float32", device=device).values():
+                assert choice["family"] == "universal"
+                assert any("pairs of fp16" in reason for family, reason in choice["rejected"] if family == "sm80")
+            monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+            for choice in plan(head_dim=head_dim, dtype="float32", device=device).values():
+                assert (choice["family"], choice["decisions"]["products"]) == ("sm80", PAIRS)
+
+    @pytest.mark.parametrize(
+        "changes, reason",
+        [
+            ({"head_dim": 136}, "head_dim is over 128"),
+            ({"softmax_scale": -1.0}, "softmax_scale"),
+            ({"softcap": 3.0}, "softcap"),
+            ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes"),
+            ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
+        ],
+    )
+    def test_what_they_do_not_take(self, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if "90" not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        with pytest.raises(RuntimeError, match=reason):
+            plan(**{"head_dim": 64, **changes}, dtype="float32")
+
+    def test_memory_is_that_of_the_inputs_once_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if "90" not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        tensor = 4 * 16 * 4096 * 64 * 4
+        plans = plan(head_dim=64, dtype="float32")
+        assert 3 * tensor <= plans["forward"]["workspace_bytes"] < 3.1 * tensor
+        assert 4 * tensor <= plans["backward"]["workspace_bytes"] < 4.2 * tensor
