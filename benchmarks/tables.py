@@ -53,6 +53,7 @@ TOPICS = (
     "Hopper backward, steps of a tile",
     "Hopper backward in a fixed order",
     "Kernels since Ampere",
+    "Few query rows",
     "Universal CUDA kernels",
     "CPU",
     "Host",
