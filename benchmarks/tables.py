@@ -51,6 +51,7 @@ TOPICS = (
     "Hopper backward, how dQ is added up",
     "Hopper backward, grouped heads and few tiles",
     "Hopper backward, steps of a tile",
+    "Hopper backward, masks and scores",
     "Hopper backward in a fixed order",
     "Kernels since Ampere",
     "Few query rows",
