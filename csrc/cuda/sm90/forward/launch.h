@@ -55,9 +55,19 @@ void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t 
 template <typename Shape, bool kMasked>
 constexpr Variant make_variant(const char* name, double efficiency, double tile_clocks) {
   using Config = KernelConfig<__nv_bfloat16, Shape, kMasked>;
-  return {name,       Config::kHeadDim,   Config::kHeadDimV,     kMasked,
-          false,      Config::kOutBuffer, Config::kBlockM,       Config::kBlockN,
-          efficiency, tile_clocks,        launch_kernel<Config>, launch_kernel<KernelConfig<__half, Shape, kMasked>>};
+  return {name,
+          Config::kHeadDim,
+          Config::kHeadDimV,
+          kMasked,
+          /* biased */ false,
+          /* rules */ false,
+          Config::kOutBuffer,
+          Config::kBlockM,
+          Config::kBlockN,
+          efficiency,
+          tile_clocks,
+          launch_kernel<Config>,
+          launch_kernel<KernelConfig<__half, Shape, kMasked>>};
 }
 
 template <int kCount>
