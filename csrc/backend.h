@@ -14,6 +14,8 @@ struct Backend {
   std::vector<const ForwardKernel*> forward;
   std::vector<const BackwardKernel*> backward;
   void (*copy_rows)(const RowCopies&, void* stream);
+  /// Packs attn_mask into packed_bytes() at `data`, see packed_mask.h.
+  void (*pack_mask)(const MaskView& mask, void* data, void* stream);
   DeviceInfo (*device_info)(int device_index);
   /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
   void* (*enter)(int device_index, int* previous_device);

@@ -16,6 +16,8 @@ from .packed import (
     flash_attn_varlen_qkvpacked_func,
 )
 from .portions import FOLDERS
+from .prepare_mask import prepare_mask
+from .prepared_mask import PreparedMask
 from .replacement import replace_sdpa
 from .sdpa import scaled_dot_product_attention
 
@@ -27,6 +29,7 @@ __all__ = [
     "Explanation",
     "FlashMHA",
     "KVCache",
+    "PreparedMask",
     "__version__",
     "explain",
     "flash_attn_func",
@@ -36,6 +39,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "prepare_mask",
     "replace_sdpa",
     "scaled_dot_product_attention",
 ]

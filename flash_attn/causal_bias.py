@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
 
 
-def is_causal_bias(mask: Tensor | None) -> TypeGuard[CausalBias]:
+def is_causal_bias(mask: object) -> TypeGuard[CausalBias]:
     if mask is None or type(mask) is Tensor:
         return False
     module = sys.modules.get("torch.nn.attention.bias")  # nobody has one who has not loaded it

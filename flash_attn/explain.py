@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from .prepared_mask import TileShares, shares_of
 from .sdpa import scaled_dot_product_attention
+from .torch_op import packed_mask
 from .torch_op.arguments import NUM_DIFFERENTIABLE, BackwardArguments, Options, Tensors
 from .torch_op.cache import Attend
 from .torch_op.library import empty_outputs
@@ -51,6 +53,28 @@ class KernelChoice:
 
 
 @dataclass(frozen=True)
+class MaskUse:
+    """What attn_mask costs and saves.
+
+    Attributes:
+        shares: of its scores, by the class of the 128 x 128 tile that they lie in: skip, full, partial, biased.
+        prepared: by `prepare_mask`.
+        read_bytes: that a pass which classes the mask reads for it; 0 if prepared.
+        packed_bytes: bits and classes: scratch of such a pass, or what the prepared mask holds.
+    """
+
+    shares: TileShares
+    prepared: bool
+    read_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.shares._asdict().items())
+        cost = "prepared: nothing is read to class it" if self.prepared else f"classing reads {_bytes(self.read_bytes)}"
+        return f"{shares} of its 128 x 128 tiles; {cost}, bits and classes take {_bytes(self.packed_bytes)}"
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of the attention op.
 
@@ -61,6 +85,7 @@ class Call:
         output_bytes: out and lse.
         saved_bytes: what autograd keeps beside the inputs; 0 if nothing requires grad.
         copies: inputs that are copied first, and why.
+        mask: what attn_mask costs and saves; None without one, or if it has no data.
     """
 
     problem: str
@@ -69,6 +94,7 @@ class Call:
     output_bytes: int
     saved_bytes: int
     copies: list[str] = field(default_factory=list)
+    mask: MaskUse | None = None
 
     def __str__(self) -> str:
         lines = [self.problem, f"  forward  {self.forward}"]
@@ -77,6 +103,8 @@ class Call:
         lines.append(
             f"  memory   {_bytes(self.output_bytes)} for out and lse, {_bytes(self.saved_bytes)} kept for backward"
         )
+        if self.mask is not None:
+            lines.append(f"  mask     {self.mask}")
         lines += [f"  copy     {text}" for text in self.copies]
         return "\n".join(lines)
 
@@ -185,6 +213,7 @@ class _Seen:
             given["q"].to("meta"), given["v"].to("meta"), options.heads_first, "cu_seqlens_q" in given
         )
         self._output_bytes = sum(x.numel() * x.element_size() for x in outputs)
+        self._mask = _mask_use(tensors)
         self.had_backward = False
         self.explanation = self._explain([False] * NUM_DIFFERENTIABLE)
 
@@ -206,6 +235,7 @@ class _Seen:
             output_bytes=self._output_bytes,
             saved_bytes=self._output_bytes if trains else 0,
             copies=self._copies,
+            mask=self._mask,
         )
 
 
@@ -235,10 +265,29 @@ class _SeenCache:
         )
 
 
+def _mask_use(tensors: Tensors) -> MaskUse | None:
+    mask, packed = tensors.attn_mask, tensors.packed_mask
+    if mask is None or not _has_storage(mask):
+        return None
+    prepared = packed is not None
+    if packed is None:
+        mask = packed_mask.own(mask.detach())
+        packed = packed_mask.pack(mask)
+    return MaskUse(
+        shares=shares_of(packed, mask.shape),
+        prepared=prepared,
+        read_bytes=0 if prepared else mask.numel() * mask.element_size(),
+        packed_bytes=packed.numel() * packed.element_size(),
+    )
+
+
+def _has_storage(x: Tensor) -> bool:
+    return type(x) in (Tensor, Parameter) and not x.is_meta
+
+
 def _describe(x: Tensor) -> tuple[int, str, int, list[int], list[int]]:
     """As csrc/bindings.cpp takes it. Tensors without storage, meta and fake ones, count as well aligned."""
-    has_storage = type(x) in (Tensor, Parameter) and not x.is_meta
-    address = x.data_ptr() if has_storage else 0
+    address = x.data_ptr() if _has_storage(x) else 0
     device = x.get_device() if x.is_cuda else -1
     return (address or 1 << 20, str(x.dtype).removeprefix("torch."), device, list(x.shape), list(x.stride()))
 

@@ -54,7 +54,7 @@ def _arguments(
     repeat = always if deterministic is None else checks.flag("deterministic", deterministic) or always
     bounds = lengths.max_seqlen_q, lengths.max_seqlen_k
     options = Options(*bounds, softmax_scale, mask, left, right, softcap, dropout_p, False, repeat)
-    return Tensors(q, k, v, None, slopes, None, *lengths[:4], rng_state), checks.plain_options(options)
+    return Tensors(q, k, v, None, slopes, None, None, *lengths[:4], rng_state), checks.plain_options(options)
 
 
 def _forward(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,8 @@ from .interface_arguments import (
     distributed_attention,
 )
 from .kvcache import attention_of_pages, one_of
-from .other_versions import MISSING_WITHOUT_CACHE, Extras, VarlenExtras, check_hints, refuse
+from .other_versions import MISSING_WITHOUT_CACHE, MaskExtras, VarlenExtras, check_hints, refuse
+from .prepared_mask import PreparedMask
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +40,7 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = ...,
     *,
     return_lse: Literal[False] = ...,
-    **extras: Unpack[Extras],
+    **extras: Unpack[MaskExtras],
 ) -> Tensor: ...
 
 
@@ -58,7 +59,7 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = ...,
     *,
     return_lse: Literal[True],
-    **extras: Unpack[Extras],
+    **extras: Unpack[MaskExtras],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -77,7 +78,7 @@ def flash_attn_func(
     *,
     return_attn_probs: Literal[True],
     return_lse: bool = ...,
-    **extras: Unpack[Extras],
+    **extras: Unpack[MaskExtras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -96,7 +97,7 @@ def flash_attn_func(
     return_attn_probs: Literal[True],
     *,
     return_lse: bool = ...,
-    **extras: Unpack[Extras],
+    **extras: Unpack[MaskExtras],
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
@@ -115,7 +116,7 @@ def flash_attn_func(
     return_attn_probs: bool = ...,
     *,
     return_lse: bool = ...,
-    **extras: Unpack[Extras],
+    **extras: Unpack[MaskExtras],
 ) -> Outputs: ...
 
 
@@ -137,6 +138,7 @@ def flash_attn_func(
     s_aux: Tensor | None = None,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
+    attn_mask: Tensor | PreparedMask | None = None,
     **others: Any,
 ) -> Outputs:
     """Attention of a batch of sequences of one length (Dao 2023, arXiv:2307.08691).
@@ -162,6 +164,9 @@ def flash_attn_func(
         s_aux: another name for `learnable_sink`.
         num_splits: a hint, >= 0, which changes no result.
         pack_gqa: a hint, which changes no result.
+        attn_mask: broadcasts to (batch, num_heads, seqlen_q, seqlen_k): bool (True takes part), or q's dtype or
+            float32 (added to the scores, and trainable); or what :func:`flash_attn.prepare_mask` made of one. With
+            causal or a window both hold.
         others: what else FlashAttention 3 and 4 take, turned off (None, or 0): it is not supported.
 
     Returns:
@@ -176,7 +181,8 @@ def flash_attn_func(
         NotImplementedError: float8 or complex inputs, nested tensors, DTensors sharded otherwise than over batch and
             heads, or an argument of FlashAttention 3 or 4 that is not supported.
 
-    Under autocast q, k and v are cast as for torch's own attention. DTensors are taken without slopes, sinks and lse.
+    Under autocast q, k and v are cast as for torch's own attention. DTensors are taken without slopes, sinks, masks and
+    lse.
     """
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
@@ -193,6 +199,7 @@ def flash_attn_func(
         return_lse,
         learnable_sink,
         s_aux,
+        attn_mask,
     )
     if type(q) is not Tensor and tensor_subclasses.is_dtensor(q, k, v):
         return distributed_attention(q, k, v, options)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import tensor_subclasses
 from .autocast import autocast
+from .prepared_mask import PreparedMask, to_op
 from .torch_op import attention as ops
 from .torch_op import checks, plain
 from .torch_op.arguments import plain_options
@@ -32,6 +33,7 @@ class Options(NamedTuple):
     return_lse: bool
     learnable_sink: Tensor | None
     s_aux: Tensor | None
+    attn_mask: Tensor | PreparedMask | None = None
 
 
 class Lengths(NamedTuple):
@@ -56,7 +58,7 @@ _PLAIN = {
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths = ONE_LENGTH) -> Outputs:
     """What :func:`flash_attn.flash_attn_func` returns, of plain tensors."""
-    dropout_p, scale, causal, window, softcap, slopes, deterministic, with_probs, with_lse, sink, s_aux = options
+    dropout_p, scale, causal, window, softcap, slopes, deterministic, with_probs, with_lse, sink, s_aux, mask = options
     if not (type(q) is type(k) is type(v) is Tensor):
         q, k, v = (checks.plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     if not (type(causal) is type(deterministic) is type(with_probs) is type(with_lse) is bool):
@@ -71,20 +73,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     )
     try:
         if (
-            slopes is sink is None
+            slopes is sink is mask is None
             and not (with_lse or with_probs)
             and lengths is ONE_LENGTH
             and _is_plain(options, left, right)
             and plain.takes(q, k, v)
         ):
             return plain.attend(q, k, v, scale, _PLAIN[causal, deterministic])
+        values, packed = (None, None) if mask is None else _mask(mask, q, k)
         out, lse = ops.attention(
             q,
             k,
             v,
-            None,
+            values,
             None if slopes is None else statistics("alibi_slopes", slopes, q),
             None if sink is None else statistics("learnable_sink" if s_aux is None else "s_aux", sink, q),
+            packed,
             starts_q,
             starts_k,
             used_q,
@@ -111,6 +115,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     return (out, lse) if with_lse else out
 
 
+def _mask(mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(mask, PreparedMask):
+        checks.plain("attn_mask", mask)
+        if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+            (mask,) = autocast(mask)
+    if q.dim() != 4 or k.dim() != 4:
+        raise RuntimeError(
+            f"q and k must be (batch, seqlen, heads, head_dim), but have shapes {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    return to_op(mask, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+
+
 def _is_plain(options: Options, left: int, right: int) -> bool:
     """Whether `plain.attend` has all that is given besides tensors."""
     dropout_p, scale, softcap = options.dropout_p, options.softmax_scale, options.softcap
@@ -127,6 +143,7 @@ def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
     """:func:`attention` of DTensors that are sharded over batch and heads."""
     whole = {"return_lse": options.return_lse, "return_attn_probs": options.return_attn_probs}
     whole |= {name: getattr(options, name) is not None for name in ("alibi_slopes", "learnable_sink", "s_aux")}
+    whole["attn_mask"] = options.attn_mask is not None
     for name, given in whole.items():
         if given:
             raise NotImplementedError(

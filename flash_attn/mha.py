@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 from .kvcache import KVCache, flash_attn_with_kvcache
+from .prepared_mask import PreparedMask
 from .sdpa import scaled_dot_product_attention
 from .shapes import check_mask_shape
 from .torch_op import checks
@@ -76,7 +77,7 @@ class FlashMHA(nn.Module):
         query: Tensor,
         key: Tensor | None = None,
         value: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | PreparedMask | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
@@ -89,7 +90,8 @@ class FlashMHA(nn.Module):
             value: (batch, seq_k, d_model). Default: key.
             attn_mask: as in `scaled_dot_product_attention`: bool (True takes part) or floating (added to the scores),
                 broadcasts to (batch, num_heads, seq, seq_k), so that a mask for each batch entry is
-                (batch, 1, seq, seq_k). With `causal` both hold.
+                (batch, 1, seq, seq_k). With `causal` both hold. Or what `flash_attn.prepare_mask` made of such a mask,
+                which then is read once for all layers.
             key_padding_mask: (batch, seq_k) bool, **True keeps a key, False ignores it**: a tokenizer's attention mask,
                 and the opposite of `nn.MultiheadAttention`'s. A query left with no key gets zeros (before W_o).
             cache: for causal self-attention without masks and gradients: keys and values of `query` are written behind
@@ -101,8 +103,9 @@ class FlashMHA(nn.Module):
 
         Raises:
             ValueError: an input that is not (batch, seq, d_model), a key_padding_mask of another shape, or a
-                `torch.nn.attention.bias.CausalBias` for attn_mask with `causal`; or a cache with a key, a value or a
-                mask, or where attention is not causal or drops scores.
+                `torch.nn.attention.bias.CausalBias` for attn_mask with `causal`, or a prepared mask with
+                key_padding_mask; or a cache with a key, a value or a mask, or where attention is not causal or drops
+                scores.
             TypeError: key_padding_mask is not bool, or an input is no tensor.
             RuntimeError: attn_mask does not fit, or a mask is on another device.
 
@@ -118,6 +121,11 @@ class FlashMHA(nn.Module):
                     f"{name} must be (batch, seq, d_model = {self.d_model}), but has shape {tuple(x.shape)}"
                 )
         if key_padding_mask is not None:
+            if isinstance(attn_mask, PreparedMask):
+                raise ValueError(
+                    "key_padding_mask must be None when attn_mask is prepared: prepare both as one, "
+                    "prepare_mask(attn_mask & key_padding_mask[:, None, None, :])"
+                )
             if is_causal_bias(attn_mask):
                 attn_mask = self._plain_mask(attn_mask, query.shape[1], key)
             attn_mask = self._merge_masks(attn_mask, key_padding_mask, query, key)
@@ -183,7 +191,7 @@ class FlashMHA(nn.Module):
         if attn_mask is None:
             return keep
         checks.tensor("attn_mask", attn_mask)
-        check_mask_shape(attn_mask, (query.shape[0], self.num_heads, query.shape[1], key.shape[1]))
+        check_mask_shape(attn_mask.shape, (query.shape[0], self.num_heads, query.shape[1], key.shape[1]))
         if attn_mask.dtype == torch.bool:
             return attn_mask & keep
         if not attn_mask.is_floating_point():

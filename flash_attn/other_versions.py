@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from .prepared_mask import PreparedMask
 from .torch_op import checks
 
 
@@ -24,6 +25,12 @@ class Extras(TypedDict, total=False):
     pack_gqa: bool | None
 
 
+class MaskExtras(Extras, total=False):
+    """Those of `flash_attn_func`, which takes a mask too."""
+
+    attn_mask: Tensor | PreparedMask | None
+
+
 class VarlenExtras(Extras, total=False):
     """Those that `flash_attn_varlen_func` takes."""
 
@@ -33,7 +40,7 @@ class VarlenExtras(Extras, total=False):
 
 
 _FUNCTIONS = (
-    "a bias or a mask as a tensor is attn_mask of flash_attn.scaled_dot_product_attention, and functions are for "
+    "a bias or a mask as a tensor is attn_mask of flash_attn_func, and functions are for "
     "torch.nn.attention.flex_attention"
 )
 _SCALES = "there are no float8 kernels: convert, and multiply with the scale before"

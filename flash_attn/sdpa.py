@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import context_parallel, shapes, tensor_subclasses
 from .autocast import autocast
 from .causal_bias import is_causal_bias, is_top_left, to_mask
+from .prepared_mask import PreparedMask, to_op
 from .sdpa_arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .torch_op import attention as ops
 from .torch_op import checks, plain
@@ -29,7 +30,7 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | PreparedMask | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
@@ -46,8 +47,9 @@ def scaled_dot_product_attention(
         key: (..., S, E), dtype and device as query. Leading dimensions broadcast.
         value: (..., S, Ev).
         attn_mask: at least 1-D, broadcasts to (..., L, S). bool (True takes part), or query's dtype or float32 (added
-            to the scores; its gradient is summed over broadcast dimensions); or a
-            `torch.nn.attention.bias.CausalBias`. With `is_causal` too both hold. A row that sees nothing gives zeros.
+            to the scores; its gradient is summed over broadcast dimensions); or what :func:`flash_attn.prepare_mask`
+            made of one; or a `torch.nn.attention.bias.CausalBias`. With `is_causal` too both hold. A row that sees
+            nothing gives zeros.
         dropout_p: probability, in [0, 1], of dropping a score; whatever the training mode.
         is_causal: row i sees columns 0 .. i.
         scale: default 1 / sqrt(E).
@@ -61,8 +63,8 @@ def scaled_dot_product_attention(
         TypeError: an argument is of another type, such as an int for is_causal, or a scale that requires grad.
         IndexError: attn_mask has no dimensions, or enable_gqa with 2-D inputs.
         ValueError: a CausalBias together with is_causal, or a mask for nested tensors.
-        NotImplementedError: complex or float8 inputs, a DTensor sharded otherwise than over batch and heads, or torch's
-            `context_parallel` is active.
+        NotImplementedError: complex or float8 inputs, a DTensor sharded otherwise than over batch and heads or with a
+            prepared mask, or torch's `context_parallel` is active.
 
     Tensors on other devices, and nested tensors that are not jagged, go to torch's own function.
     """
@@ -78,7 +80,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
+    attn_mask: Tensor | PreparedMask | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -143,6 +145,8 @@ def call_torch(given: Arguments) -> Tensor:
             given = given._replace(attn_mask=None, is_causal=True)
         else:
             given = given._replace(attn_mask=to_mask(bias, given.query.device))
+    if isinstance(given.attn_mask, PreparedMask):
+        given = given._replace(attn_mask=given.attn_mask.to_dense())
     return torch_sdpa(*given[:6], scale=given.scale, enable_gqa=given.enable_gqa)
 
 
@@ -185,7 +189,7 @@ def _alignment(bias: CausalBias, given: Arguments) -> int:
 
 
 def _cast(given: Arguments) -> Arguments:
-    if given.attn_mask is None:
+    if given.attn_mask is None or isinstance(given.attn_mask, PreparedMask):
         query, key, value = autocast(*given[:3])
         return given._replace(query=query, key=key, value=value)
     query, key, value, attn_mask = autocast(*given[:3], given.attn_mask)
@@ -196,6 +200,8 @@ def _attention(given: Arguments, causal: int) -> Tensor:
     given = _cast(given)
     query, key, value, attn_mask = given[:4]
     if type(query) is not Tensor and tensor_subclasses.is_dtensor(query, key, value):
+        if isinstance(attn_mask, PreparedMask):
+            raise NotImplementedError("attn_mask must be a tensor with DTensors, but is a PreparedMask")
 
         def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
             return _attention(given._replace(query=query, key=key, value=value, attn_mask=attn_mask), causal)
@@ -210,13 +216,22 @@ def _attention(given: Arguments, causal: int) -> Tensor:
         if zeros is not None:
             return zeros
         q, k, v, lead = (shapes.group if given.enable_gqa else shapes.broadcast)(query, key, value)
+    mask = packed = None
     if attn_mask is not None:
         scores = (*(query.shape[:2] if lead is None else lead), query.shape[-2], key.shape[-2])
-        attn_mask = shapes.mask_to_four_dims(attn_mask, query, scores)
-    if attn_mask is None and plain.takes(q, k, v) and given.dropout_p == 0.0:
+        mask, packed = to_op(attn_mask, query, scores)
+    if mask is None and plain.takes(q, k, v) and given.dropout_p == 0.0:
         out = plain.attend(q, k, v, given.scale, _PLAIN[causal])
     else:
         out, _ = ops.attention(
-            q, k, v, attn_mask, softmax_scale=given.scale, causal=causal, dropout_p=given.dropout_p, heads_first=True
+            q,
+            k,
+            v,
+            mask,
+            packed_mask=packed,
+            softmax_scale=given.scale,
+            causal=causal,
+            dropout_p=given.dropout_p,
+            heads_first=True,
         )
     return out if lead is None else shapes.unflatten(out, lead, query)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .prepared_mask import PreparedMask
 from .torch_op import checks
 
 
@@ -15,7 +16,7 @@ class Arguments(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    attn_mask: Tensor | None
+    attn_mask: Tensor | PreparedMask | None
     dropout_p: float
     is_causal: bool
     scale: float | None
@@ -30,7 +31,7 @@ def with_types_checked(given: Arguments) -> Arguments:
     """
     for name in ("query", "key", "value"):
         checks.tensor(name, getattr(given, name))
-    if given.attn_mask is not None:
+    if given.attn_mask is not None and not isinstance(given.attn_mask, PreparedMask):
         checks.tensor("attn_mask", given.attn_mask)
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(getattr(given, name), bool):

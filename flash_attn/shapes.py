@@ -121,17 +121,17 @@ def memory_order(x: Tensor) -> list[int]:
     return [*order, x.dim() - 1]
 
 
-def check_mask_shape(mask: Tensor, scores: Sequence[int]) -> None:
-    """Raises unless `mask` broadcasts to `scores`, which is (..., L, S)."""
-    if mask.dim() < 1:
-        raise IndexError(f"attn_mask must have at least 1 dimension, but has shape {tuple(mask.shape)}")
-    fits = mask.dim() <= len(scores) and all(
-        n in (1, m) for n, m in zip(mask.shape, scores[len(scores) - mask.dim() :], strict=True)
+def check_mask_shape(shape: Sequence[int], scores: Sequence[int]) -> None:
+    """Raises unless a mask of that shape broadcasts to `scores`, which is (..., L, S)."""
+    if len(shape) < 1:
+        raise IndexError(f"attn_mask must have at least 1 dimension, but has shape {tuple(shape)}")
+    fits = len(shape) <= len(scores) and all(
+        n in (1, m) for n, m in zip(shape, scores[len(scores) - len(shape) :], strict=True)
     )
     if not fits:
-        padding = mask.dim() == 2 and len(scores) == 4 and tuple(mask.shape) == (scores[0], scores[-1])
+        padding = len(shape) == 2 and len(scores) == 4 and tuple(shape) == (scores[0], scores[-1])
         remedy = "; a padding mask (batch, S) is given as attn_mask[:, None, None, :]" if padding else ""
-        raise RuntimeError(f"attn_mask must broadcast to {tuple(scores)}, but has shape {tuple(mask.shape)}{remedy}")
+        raise RuntimeError(f"attn_mask must broadcast to {tuple(scores)}, but has shape {tuple(shape)}{remedy}")
 
 
 def mask_to_four_dims(mask: Tensor, query: Tensor, scores: Sequence[int]) -> Tensor:
@@ -142,7 +142,7 @@ def mask_to_four_dims(mask: Tensor, query: Tensor, scores: Sequence[int]) -> Ten
         )
     if mask.device != query.device:
         raise RuntimeError(f"attn_mask must be on query's device ({query.device}), but is on {mask.device}")
-    check_mask_shape(mask, scores)
+    check_mask_shape(mask.shape, scores)
     shape = (1,) * (len(scores) - mask.dim()) + tuple(mask.shape)
     if len(shape) <= 4:
         return mask if mask.dim() == 4 else mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))

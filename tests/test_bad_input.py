@@ -197,7 +197,7 @@ def test_gradients_of_what_has_none_are_refused(device: str) -> None:
     def backward(
         mask: Any = None, out: torch.Tensor = out, needs: tuple[bool, ...] = (True,) * 3 + (False,) * 3
     ) -> None:
-        tensors = (*inputs.values(), mask, *(None,) * 7)
+        tensors = (*inputs.values(), mask, *(None,) * 8)
         torch.ops.flash_attn.backward(torch.ones_like(out), None, *tensors, out, lse, needs=list(needs), **options)
 
     backward()

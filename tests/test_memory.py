@@ -66,7 +66,7 @@ def test_scratch_that_cannot_be_had_says_so_in_torchs_words() -> None:
     needs = [False, False, True, False, False, False]
     options = Options(rows, 1, None, 0, -1, -1, 0.0, 0.0, False, False)
     with pytest.raises(RuntimeError, match=f"DefaultCPUAllocator: can't allocate memory.* {4 * rows} bytes") as error:
-        backward_op(q, None, q, k, v, *(None,) * 8, q, lse, needs, *options)
+        backward_op(q, None, q, k, v, *(None,) * 9, q, lse, needs, *options)
     assert type(error.value) is RuntimeError
 
 

@@ -51,7 +51,7 @@ def _full_arguments(varlen: bool) -> tuple[list[Any], dict[str, Any]]:
         lengths = [None, None, torch.tensor([11, 12], dtype=torch.int32), None]
     mask = torch.randn(1, 4, 12, 12, requires_grad=True)
     slopes, sinks = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
-    tensors = [q, k, v, mask, slopes, sinks, *lengths, torch.tensor([1, 2])]
+    tensors = [q, k, v, mask, slopes, sinks, None, *lengths, torch.tensor([1, 2])]
     options = {**OPTIONS, "max_seqlen_q": 12, "max_seqlen_k": 12, "dropout_p": 0.2, "heads_first": not varlen}
     return tensors, options
 

@@ -33,7 +33,7 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n = q.shape[2]
     out: Tensor = torch.ops.flash_attn.forward(
-        q, k, v, *(None,) * 8, n, n, None, ops.TOP_LEFT, -1, -1, 0.0, 0.0, True, False
+        q, k, v, *(None,) * 9, n, n, None, ops.TOP_LEFT, -1, -1, 0.0, 0.0, True, False
     )[0]
     return out
 

@@ -5,7 +5,14 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import flash_attn
-from flash_attn import FlashMHA, flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
+from flash_attn import (
+    FlashMHA,
+    PreparedMask,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    prepare_mask,
+    scaled_dot_product_attention,
+)
 from flash_attn.flash_attn_interface import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -31,6 +38,19 @@ def batched(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, train: bool) -> Ten
     result = flash_attn_func(q, k, v, return_attn_probs=train)
     assert_type(result, Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None])
     return (out + lse.sum()).flatten(2) + (result if isinstance(result, Tensor) else result[0]).flatten(2)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, layer: FlashMHA) -> Tensor:
+    mask = prepare_mask(keep)
+    assert_type(mask, PreparedMask)
+    assert_type(prepare_mask(lengths=[3, 4]), PreparedMask)
+    assert_type(prepare_mask(lengths=[[3, 4], [7]], device="cpu").visited, float)
+    assert_type(mask.to_dense(), Tensor)
+    out, _ = flash_attn_func(q, k, v, attn_mask=mask, return_lse=True)
+    assert_type(flash_attn_func(q, k, v, attn_mask=keep), Tensor)
+    out = out + scaled_dot_product_attention(q, k, v, mask) + scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    result: Tensor = layer(out.flatten(2), attn_mask=mask)
+    return result
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: Tensor, train: bool) -> Tensor:

@@ -10,6 +10,7 @@ const Backend& cpu_backend() {
       {&cpu::kForward},
       {&cpu::kBackward},
       cpu::copy_rows,
+      cpu::pack_mask,
       [](int) { return DeviceInfo{}; },
       [](int, int*) -> void* { return nullptr; },
       [](int, int) {},

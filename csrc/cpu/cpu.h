@@ -8,6 +8,8 @@ namespace flash_attn::cpu {
 
 extern const ForwardKernel kForward;
 extern const BackwardKernel kBackward;
+/// See Backend::pack_mask.
+void pack_mask(const MaskView& mask, void* data, void* stream);
 
 void copy_rows(const RowCopies& copies, void* stream);
 

@@ -3,6 +3,7 @@
 // vectors.
 #pragma once
 
+#include "../packed_mask.h"
 #include "../sequence.h"
 #include "tile.h"
 
@@ -32,11 +33,20 @@ struct ScoreRules {
   /// Scores are kept in units of q.k when nothing but masks follows, so that scaling is part of the exponential;
   /// otherwise `extended` scores are complete.
   bool extended;
-  T exponent_scale;  // exp(score) = 2^(exponent_scale * kept score)
-  const char* mask;  // of this batch and head
+  T exponent_scale;         // exp(score) = 2^(exponent_scale * kept score)
+  const char* mask;         // of this batch and head
+  mask::PackedMask packed;  // if it was read before
+  int64_t b, h;
 
   ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int64_t b, int64_t h)
-      : p(p), sequence(sequence), batch_head(b * p.num_heads + h), scale(T(p.softmax_scale)), softcap(T(p.softcap)) {
+      : p(p),
+        sequence(sequence),
+        batch_head(b * p.num_heads + h),
+        scale(T(p.softmax_scale)),
+        softcap(T(p.softcap)),
+        b(b),
+        h(h) {
+    if (p.mask.packed != nullptr) packed = mask::place_packed(p.mask, p.mask.packed);
     has_slope = p.alibi_slopes != nullptr;
     slope =
         has_slope ? static_cast<const T*>(p.alibi_slopes)[b * p.alibi_batch_stride + h * p.alibi_head_stride] : T(0);
@@ -149,9 +159,28 @@ inline void scan_bool(const uint8_t* data, int64_t outer, int64_t outer_stride, 
   }
 }
 
+/// The same by the classes of a packed mask's cells, which may lie in the tile by a part: it is none the worse off.
+template <typename T>
+MaskEffect look_up_classes(const ScoreRules<T>& rules, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  const mask::PackedMask& packed = rules.packed;
+  const int64_t row_cells = packed.row_step == 0 ? 1 : (m_end - 1) / mask::kCellRows + 1;
+  const int64_t col_cells = packed.col_step == 0 ? 1 : (n_end - 1) / mask::kCellCols + 1;
+  uint32_t classes = 0;
+  for (int64_t r = packed.row_step == 0 ? 0 : m_begin / mask::kCellRows; r < row_cells; ++r) {
+    for (int64_t c = packed.col_step == 0 ? 0 : n_begin / mask::kCellCols; c < col_cells; ++c) {
+      classes |= uint32_t(packed.class_word(rules.b, rules.h, int(r / 8), int(c)) >> (r % 8 * 8));
+    }
+  }
+  MaskEffect effect;
+  effect.some_stay = (classes & mask::kSeen) != 0;
+  effect.some_go = (classes & (mask::kHidden | mask::kBiased)) != 0;  // or are added to
+  return effect;
+}
+
 /// Rows [m_begin, m_end) and columns [n_begin, n_end) of the mask.
 template <typename T>
 MaskEffect scan_mask(const ScoreRules<T>& rules, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  if (rules.packed.seen != nullptr) return look_up_classes<T>(rules, m_begin, m_end, n_begin, n_end);
   const MaskView& mask = rules.p.mask;
   int64_t outer = mask.row == 0 ? 1 : m_end - m_begin, outer_stride = mask.row;
   int64_t inner = mask.col == 0 ? 1 : n_end - n_begin, inner_stride = mask.col;
@@ -229,10 +258,22 @@ void read_bias(const ScoreRules<T>& rules, const Tile& tile, const Storage*, T* 
   }
 }
 
+/// read_visible() of a packed mask.
+template <typename T>
+void read_packed(const ScoreRules<T>& rules, const Tile& tile, uint8_t* visible, int64_t stride) {
+  for (int64_t n = 0; n < tile.columns; ++n) {
+    uint8_t* const to = visible + n * stride;
+    for (int64_t i = tile.lane_begin; i < round_up(tile.lane_end, kByteRows); ++i) {
+      to[i] = i < tile.rows && rules.packed.sees(rules.b, rules.h, tile.m_begin + i, tile.n_begin + n) ? 1 : 0;
+    }
+  }
+}
+
 /// A bool attn_mask's tile as bytes: visible (columns, byte_stride(ld)), rows as lanes. Lanes beyond the rows are
 /// visible to nobody.
 template <typename T>
 void read_visible(const ScoreRules<T>& rules, const Tile& tile, uint8_t* visible, int64_t stride) {
+  if (rules.packed.seen != nullptr) return read_packed<T>(rules, tile, visible, stride);
   const MaskView& mask = rules.p.mask;
   const auto* origin = reinterpret_cast<const uint8_t*>(rules.mask_at(tile.m_begin, tile.n_begin));
   for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kByteRows) {

@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/copy_rows.h"
+#include "mask/packed_mask.h"
 #include "universal/universal.h"
 #ifdef FLASH_ATTN_WITH_DECODE
 #include "decode/decode.h"
@@ -98,6 +99,9 @@ const Backend& cuda_backend() {
           &cuda::universal::kBackward,
       },
       cuda::copy_rows,
+      [](const MaskView& mask, void* data, void* stream) {
+        cuda::mask::pack(mask, data, static_cast<cudaStream_t>(stream));
+      },
       device_info,
       enter,
       leave,

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "../packed_mask.h"
 #include "checks.h"
 #include "refuse.h"
 
@@ -113,9 +114,22 @@ void fill_mask(const Arguments& a, ForwardParams& p) {
            full[2], ", ", full[3], "), but has shape ", shape_string(mask));
   }
   check_device("attn_mask", mask, a.q);
-  const auto stride = [&](int i) { return mask.size[i] == 1 ? 0 : mask.stride[i]; };
-  p.mask = {mask.data, mask.dtype,   stride(0),    stride(1),    stride(2),
-            stride(3), mask.size[0], mask.size[1], mask.size[2], mask.size[3]};
+  p.mask = mask_view(mask);
+  if (mask.dtype == DType::kBool && !a.packed_mask) {
+    // One that was expanded is as small as what it was expanded from. (A gradient would have the expanded shape.)
+    int64_t* const sizes[4] = {&p.mask.batch_size, &p.mask.head_size, &p.mask.row_size, &p.mask.col_size};
+    for (int i = 0; i < 4; ++i) {
+      if (mask.stride[i] == 0) *sizes[i] = 1;
+    }
+  }
+}
+
+void fill_packed_mask(const Arguments& a, ForwardParams& p) {
+  if (!a.packed_mask) return;
+  if (!a.attn_mask) refuse("attn_mask must be given with packed_mask, but is None");
+  check_vector("packed_mask", *a.packed_mask, DType::kInt64, mask::packed_bytes(p.mask) / 8,
+               "words that pack_mask makes of attn_mask", a.q);
+  p.mask.packed = a.packed_mask->data;
 }
 
 void fill_slopes_and_sinks(const Arguments& a, ForwardParams& p) {
@@ -249,9 +263,20 @@ ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
   p.head_dim_v = v.columns;
   fill_lengths(a, p, read_lengths);
   fill_mask(a, p);
+  fill_packed_mask(a, p);
   fill_options(a, p);
   fill_slopes_and_sinks(a, p);
   return p;
+}
+
+MaskView mask_view(const TensorInfo& mask) {
+  const auto stride = [&](int i) { return mask.size[i] == 1 ? 0 : mask.stride[i]; };
+  MaskView view;
+  view.data = mask.data, view.dtype = mask.dtype;
+  view.batch = stride(0), view.head = stride(1), view.row = stride(2), view.col = stride(3);
+  view.batch_size = mask.size[0], view.head_size = mask.size[1];
+  view.row_size = mask.size[2], view.col_size = mask.size[3];
+  return view;
 }
 
 void check_saved(const Arguments& arguments, const ForwardParams& params, const Saved& saved) {

@@ -22,6 +22,7 @@ struct Arguments {
   std::optional<TensorInfo> attn_mask;                   // (batch | 1, num_heads | 1, seqlen_q | 1, seqlen_k | 1)
   std::optional<TensorInfo> alibi_slopes;                // (num_heads) or (batch, num_heads)
   std::optional<TensorInfo> sinks;                       // (num_heads)
+  std::optional<TensorInfo> packed_mask;                 // attn_mask, read before by pack_mask
   std::optional<TensorInfo> cu_seqlens_q, cu_seqlens_k;  // (batch + 1)
   std::optional<TensorInfo> seqused_q, seqused_k;        // (batch)
   std::optional<TensorInfo> rng_state;                   // (2)
@@ -41,6 +42,7 @@ struct Arguments {
     visit("attn_mask", attn_mask);
     visit("alibi_slopes", alibi_slopes);
     visit("sinks", sinks);
+    visit("packed_mask", packed_mask);
     visit("cu_seqlens_q", cu_seqlens_q);
     visit("cu_seqlens_k", cu_seqlens_k);
     visit("seqused_q", seqused_q);
@@ -75,6 +77,9 @@ struct PlainOptions {
   explicit constexpr PlainOptions(int64_t number)
       : causal(number & 3), heads_first((number & 4) != 0), deterministic((number & 8) != 0) {}
 };
+
+/// A mask (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1) as it lies.
+MaskView mask_view(const TensorInfo& mask);
 
 /// Checks everything and fills all but out, lse and workspace. Small tensors of one dimension are taken as contiguous.
 /// Lengths in cu_seqlens and seqused are checked too when they are in host memory and `read_lengths` is true.

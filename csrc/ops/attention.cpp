@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "../packed_mask.h"
+#include "refuse.h"
 #include "run.h"
 #include "stack.h"
 
@@ -92,6 +94,23 @@ Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor
   return gradients;
 }
 
+Tensor packed(const TensorInfo& mask) {
+  if (mask.ndim != 4) {
+    refuse("mask must be (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1), but has shape ", shape_string(mask));
+  }
+  if (mask.dtype == DType::kInt32 || mask.dtype == DType::kInt64 || mask.dtype == DType::kOther) {
+    refuse("mask must be bool, float64, float32, bfloat16 or float16, but is ", dtype_name(mask.dtype));
+  }
+  const MaskView view = mask_view(mask);
+  const int64_t words = mask::packed_bytes(view) / 8;
+  Tensor result = empty_contiguous(1, &words, DType::kInt64, mask, "the packed mask");
+  if (words == 0) return result;
+  const Backend& backend = backend_of(mask.device);
+  const DeviceScope scope(backend, mask.device_index);
+  backend.pack_mask(view, result.data_ptr(), scope.stream());
+  return result;
+}
+
 }  // namespace
 
 void forward(StableIValue* values, uint64_t, uint64_t) {
@@ -115,6 +134,11 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
 
   const Results results = attend(inputs);
   put_results(values, results.out, results.lse);
+}
+
+void pack_mask(StableIValue* values, uint64_t, uint64_t) {
+  const Tensor mask = Stack(values).take<Tensor>();
+  put_results(values, packed(info_of(mask, "mask")));
 }
 
 void backward(StableIValue* values, uint64_t, uint64_t) {

@@ -12,4 +12,7 @@ void backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results)
 void plain_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void plain_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
+/// Reads a mask once, see packed_mask.h.
+void pack_mask(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
 }  // namespace flash_attn

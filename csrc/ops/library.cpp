@@ -65,6 +65,10 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   const std::string rotary_options = options_schema<RotaryArguments>();
   m.def(("rotary(" + tensors_schema<RotaryArguments>() + rotary_options + ") -> Tensor").c_str());
   m.def(("rotary_(" + tensors_schema<RotaryArguments>(1) + rotary_options + ") -> ()").c_str());
+  // A mask read once: what forward and backward take as packed_mask.
+  m.def("pack_mask(Tensor mask) -> Tensor");
+  // A copy of `packed`, once `mask` was found to be of that version when the op runs.
+  m.def("unchanged_mask(Tensor packed, Tensor mask, SymInt version) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
@@ -76,6 +80,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
   m.impl("append_and_attend", flash_attn::append_and_attend);
   m.impl("rotary", flash_attn::rotary);
   m.impl("rotary_", flash_attn::rotary_in_place);
+  m.impl("pack_mask", flash_attn::pack_mask);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
@@ -87,4 +92,5 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("append_and_attend", flash_attn::append_and_attend);
   m.impl("rotary", flash_attn::rotary);
   m.impl("rotary_", flash_attn::rotary_in_place);
+  m.impl("pack_mask", flash_attn::pack_mask);
 }

@@ -21,6 +21,7 @@ class Tensors(NamedTuple):
     attn_mask: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    packed_mask: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None

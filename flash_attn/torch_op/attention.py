@@ -38,6 +38,7 @@ def attention(
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    packed_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
@@ -69,6 +70,8 @@ def attention(
         attn_mask: (batch | 1, num_heads | 1, seqlen_q | 1, seqlen_k | 1), bool (True takes part), q's dtype or float32.
         alibi_slopes: (num_heads) or (batch, num_heads), float32 (float64 for float64 q).
         sinks: (num_heads), dtype as ``alibi_slopes``: exp(sink) joins each row's sum of exponentials.
+        packed_mask: what `packed_mask.pack` made of ``attn_mask``, which is not read again then; of a boolean one
+            nothing is but its shape.
         cu_seqlens_q: (batch + 1) int32, where each sequence starts in q, the first at 0, and the end. Rows behind it
             get zeros.
         cu_seqlens_k: as ``cu_seqlens_q``, for k and v.
@@ -120,7 +123,18 @@ def attention(
             raise RuntimeError(f"dropout_p must be in [0, 1], but is {options.dropout_p}")
         rng_state = make_rng_state(q.device)
     tensors = Tensors(
-        q, k, v, attn_mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state
+        q,
+        k,
+        v,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        packed_mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        rng_state,
     )
     if torch.compiler.is_compiling() or jit_is_tracing():
         out, lse, _ = forward_op(*tensors, *options)

@@ -35,6 +35,8 @@ _load()
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default
+pack_mask_op = torch.ops.flash_attn.pack_mask.default
+unchanged_mask_op = torch.ops.flash_attn.unchanged_mask.default
 plain_forward_op = torch.ops.flash_attn.plain_forward.default
 plain_backward_op = torch.ops.flash_attn.plain_backward.default
 

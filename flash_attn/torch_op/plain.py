@@ -1,5 +1,5 @@
 """The plain case: q, k and v alone, in eager mode. Small calls are mostly this, and cost what their arguments cost, so
-they go to ops of five and eight arguments in place of 21 and 27.
+they go to ops of five and eight arguments in place of 22 and 28.
 
 Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, subclasses) sees `flash_attn::forward` and
 `flash_attn::backward` alone: callers ask before.

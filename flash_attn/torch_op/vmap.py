@@ -4,7 +4,7 @@ and otherwise (packed sequences, dropout, gradients shared by the batch) the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,19 @@ from .library import backward_op, forward_op, registrations
 
 Dims = Sequence[int | None]
 
-_ATTN_MASK, _ALIBI_SLOPES, _SINKS, _SEQUSED_Q, _SEQUSED_K = map(
-    Tensors._fields.index, ("attn_mask", "alibi_slopes", "sinks", "seqused_q", "seqused_k")
+_ATTN_MASK, _ALIBI_SLOPES, _SINKS, _PACKED_MASK, _SEQUSED_Q, _SEQUSED_K = map(
+    Tensors._fields.index, ("attn_mask", "alibi_slopes", "sinks", "packed_mask", "seqused_q", "seqused_k")
 )
 
 
 def _foldable(tensors: Sequence[Tensor | None], dims: Dims, options: Options) -> bool:
     given = Tensors(*tensors)  # type: ignore[arg-type]
     packed = given.cu_seqlens_q is not None or given.cu_seqlens_k is not None
-    return not packed and dims[_SINKS] is None and options.dropout_p == 0.0
+    # A packed mask can't be folded: it has to be the same for all.
+    shared = given.packed_mask is None or (
+        dims[_ATTN_MASK] is None and dims[_PACKED_MASK] is None and cast(Tensor, given.attn_mask).shape[0] == 1
+    )
+    return not packed and dims[_SINKS] is None and options.dropout_p == 0.0 and shared
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -33,7 +37,7 @@ def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _fold_all(tensors: Sequence[Tensor | None], dims: Dims, size: int) -> list[Tensor | None]:
-    """Forward's eleven tensors with the mapped dimension in the batch."""
+    """Forward's twelve tensors with the mapped dimension in the batch."""
     folded = list(tensors)
     q, q_dim = tensors[0], dims[0]
     assert q is not None
