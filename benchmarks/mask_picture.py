@@ -27,13 +27,13 @@ def masks() -> dict[str, PreparedMask]:
         "causal documents": prepare_mask((document[:, None] == document) & (col <= row)),
         "prefix": prepare_mask(prefix),
         "window of 384 and 64 sinks": prepare_mask((col <= row) & ((row - col < 384) | (col < 64))),
-        "additive: -inf above, a bias on the first keys": prepare_mask(slopes),
+        "causal, and a bias on 256 keys": prepare_mask(slopes),
     }
 
 
 def main() -> None:
     torch.manual_seed(0)
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 4), layout="constrained")
     for ax, (title, mask) in zip(axes, masks().items(), strict=True):
         mask.plot(ax=ax)
         ax.set_title(title, fontsize=10)

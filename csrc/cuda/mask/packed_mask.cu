@@ -190,6 +190,11 @@ void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream)
 
 PackedMask pack(const MaskView& view, void* data, cudaStream_t stream) {
   const PackedMask packed = place_packed(view, data);
+  if (view.packed != nullptr) {
+    check(cudaMemcpyAsync(data, view.packed, size_t(packed_bytes(view)), cudaMemcpyDeviceToDevice, stream),
+          "copy of a packed mask");
+    return packed;
+  }
   switch (view.dtype) {
     case DType::kBool: launch<uint8_t>(view, packed, stream); break;
     case DType::kFloat64: launch<double>(view, packed, stream); break;

@@ -9,7 +9,8 @@ namespace flash_attn::cuda::mask {
 
 using namespace flash_attn::mask;
 
-/// Reads the mask once and packs it into `data`, packed_bytes(view) of them. Waits for nothing on the host.
+/// Reads the mask once and packs it into `data`, packed_bytes(view) of them; if it was packed before, copies that.
+/// Waits for nothing on the host.
 PackedMask pack(const MaskView& view, void* data, cudaStream_t stream);
 
 /// The mask as it was packed before, or packs it into packing_workspace(view) bytes at `workspace`.
