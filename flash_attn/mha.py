@@ -140,7 +140,7 @@ class FlashMHA(nn.Module):
         )
         return self.W_o(out.transpose(1, 2).flatten(2))
 
-    def _cached(self, query: Tensor, cache: KVCache, *others: Tensor | None) -> Tensor:
+    def _cached(self, query: Tensor, cache: KVCache, *others: object) -> Tensor:
         if any(x is not None for x in others):
             raise ValueError("key, value and masks must be None with a cache, which is for self-attention")
         if not self.causal or (self.training and self.dropout > 0.0):

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../mask/unpacked_mask.h"
 #include "backward_launch.h"
 #include "forward_launch.h"
 #include "rows.h"
@@ -27,16 +28,23 @@ const char* variant(DType dtype, int bucket) {
 int block_size(DType dtype) { return dtype == DType::kFloat64 ? 32 : 64; }
 
 Plan plan_forward(const ForwardParams& p, const DeviceInfo&) {
-  return {variant(p.dtype, forward_bucket(p)), block_size(p.dtype), block_size(p.dtype), 0};
+  return {variant(p.dtype, forward_bucket(p)), block_size(p.dtype), block_size(p.dtype), mask::unpacked_bytes(p.mask)};
 }
+
+/// Where in the workspace of backward a mask is unpacked.
+int64_t unpacked_mask_place(const BackwardParams& params) { return mask::aligned_part(RowWorkspace::bytes(params)); }
 
 Plan plan_backward(const BackwardParams& params, const DeviceInfo&) {
   const ForwardParams& p = params.forward;
-  return {variant(p.dtype, backward_bucket(p)), block_size(p.dtype), block_size(p.dtype), RowWorkspace::bytes(params)};
+  const int64_t mask = mask::unpacked_bytes(p.mask);
+  return {variant(p.dtype, backward_bucket(p)), block_size(p.dtype), block_size(p.dtype),
+          mask > 0 ? unpacked_mask_place(params) + mask : RowWorkspace::bytes(params)};
 }
 
-void forward(const ForwardParams& p, const DeviceInfo&, void* stream_pointer) {
+void forward(const ForwardParams& given, const DeviceInfo&, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  ForwardParams p = given;
+  p.mask = mask::unpack(p.mask, p.workspace, stream);
   const bool packed = p.is_varlen_q();
   if (packed || p.seqused_q != nullptr) {
     // Rows of no sequence: the kernel writes those that take part alone.
@@ -57,9 +65,12 @@ void launch_tiles(const BackwardParams& params, cudaStream_t stream) {
   if (params.dmask != nullptr) launch_mask_gradient<T>(params, stream);
 }
 
-void backward(const BackwardParams& params, const DeviceInfo&, void* stream_pointer) {
-  const ForwardParams& p = params.forward;
+void backward(const BackwardParams& given, const DeviceInfo&, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  BackwardParams params = given;
+  const ForwardParams& p = params.forward;
+  void* const place = static_cast<char*>(p.workspace) + unpacked_mask_place(given);
+  params.forward.mask = mask::unpack(p.mask, place, stream);
   fill_gradients(params, stream);
   prepare_rows(params, stream);
   switch (p.dtype) {

@@ -5,7 +5,6 @@
 
 #include <type_traits>
 
-#include "../../packed_mask.h"
 #include "../../philox.h"
 #include "../../sequence.h"
 #include "tile.h"
@@ -111,46 +110,28 @@ __device__ __forceinline__ Acc bias_of(Storage x) {
   }
 }
 
-/// attn_mask of a tile's scores, as it lies.
-template <typename Acc, typename Storage>
-struct MaskValues {
-  static constexpr bool kPacked = false;
-  const Storage* data;
-  int64_t row, col;
-  __device__ __forceinline__ MaskValues(const MaskView& mask, int64_t b, int64_t h, const ScoreTile& t)
-      : data(static_cast<const Storage*>(mask.data) + b * mask.batch + h * mask.head + t.m_begin * mask.row +
-             t.n_begin * mask.col),
-        row(mask.row),
-        col(mask.col) {}
-  __device__ __forceinline__ Acc operator()(int i, int j) const { return bias_of<Acc>(data[i * row + j * col]); }
-};
-
-/// A boolean one by its bits.
-template <typename Acc>
-struct MaskBits {
-  static constexpr bool kPacked = true;
-  const MaskView& view;
-  const ScoreTile& tile;
-  int b, h;
-  __device__ __forceinline__ MaskBits(const MaskView& mask, int64_t of_batch, int64_t of_head, const ScoreTile& t)
-      : view(mask), tile(t), b(int(of_batch)), h(int(of_head)) {}
-  __device__ __forceinline__ Acc operator()(int i, int j) const {
-    const mask::PackedMask packed = mask::place_packed(view, view.packed);
-    return packed.sees(b, h, tile.m_begin + i, tile.n_begin + j) ? Acc(0) : minus_infinity<Acc>();
+template <typename C, typename Storage>
+__device__ __forceinline__ bool sees_any_as(const MaskView& mask, int64_t origin, const ScoreTile& t) {
+  using Acc = typename C::Acc;
+  const Storage* data = static_cast<const Storage*>(mask.data) + origin;
+  bool any = false;
+#pragma unroll 2
+  for (int n = int(threadIdx.x); n < C::kBlock * C::kBlock; n += kThreads) {
+    const int i = n / C::kBlock, j = n % C::kBlock;
+    any = any || (t.sees(i, j) && bias_of<Acc>(data[i * mask.row + j * mask.col]) != minus_infinity<Acc>());
   }
-};
+  return any;
+}
 
-/// Calls f with what attn_mask is to a tile.
-template <typename Acc, typename F>
-__device__ __forceinline__ auto with_mask(const MaskView& mask, int64_t b, int64_t h, const ScoreTile& t, const F& f) {
-  switch (mask.dtype) {
-    case DType::kBool:
-      if (mask.packed != nullptr) return f(MaskBits<Acc>(mask, b, h, t));
-      return f(MaskValues<Acc, uint8_t>(mask, b, h, t));
-    case DType::kFloat64: return f(MaskValues<Acc, double>(mask, b, h, t));
-    case DType::kFloat32: return f(MaskValues<Acc, float>(mask, b, h, t));
-    case DType::kBFloat16: return f(MaskValues<Acc, __nv_bfloat16>(mask, b, h, t));
-    default: return f(MaskValues<Acc, __half>(mask, b, h, t));
+/// Calls f with a null pointer to the mask's type.
+template <typename F>
+__device__ __forceinline__ auto with_mask_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBool: return f(static_cast<const uint8_t*>(nullptr));
+    case DType::kFloat64: return f(static_cast<const double*>(nullptr));
+    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<const __nv_bfloat16*>(nullptr));
+    default: return f(static_cast<const __half*>(nullptr));
   }
 }
 
@@ -159,24 +140,27 @@ __device__ __forceinline__ auto with_mask(const MaskView& mask, int64_t b, int64
 template <typename C>
 __device__ __forceinline__ bool is_masked_out(const ForwardParams& p, int64_t b, int64_t h, const ScoreTile& t) {
   if constexpr (C::kExtended) {
-    using Acc = typename C::Acc;
-    if (p.mask.data == nullptr) return false;
-    if (p.mask.packed != nullptr) {
-      const mask::PackedMask packed = mask::place_packed(p.mask, p.mask.packed);
-      return (packed.tile_classes<C::kBlock, C::kBlock>(b, h, int(t.m_begin), int(t.n_begin)) & mask::kSeen) == 0;
-    }
-    const bool any = with_mask<Acc>(p.mask, b, h, t, [&](const auto& value) {
-      bool some = false;
-#pragma unroll 2
-      for (int n = int(threadIdx.x); n < C::kBlock * C::kBlock; n += kThreads) {
-        const int i = n / C::kBlock, j = n % C::kBlock;
-        some = some || (t.sees(i, j) && value(i, j) != minus_infinity<Acc>());
-      }
-      return some;
+    const MaskView& mask = p.mask;
+    if (mask.data == nullptr) return false;
+    const int64_t origin = b * mask.batch + h * mask.head + t.m_begin * mask.row + t.n_begin * mask.col;
+    const bool any = with_mask_type(mask.dtype, [&](auto* type) {
+      return sees_any_as<C, std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(mask, origin, t);
     });
     return __syncthreads_or(any) == 0;
   }
   return false;
+}
+
+template <typename C, bool kTransposed, int kUnroll, typename Storage>
+__device__ __forceinline__ void load_mask_as(const MaskView& mask, int64_t origin, const ScoreTile& t,
+                                             typename C::Acc* bias) {
+  const Storage* data = static_cast<const Storage*>(mask.data) + origin;
+#pragma unroll(kUnroll)
+  for (int n = int(threadIdx.x); n < C::kBlock * C::kBlock; n += kThreads) {
+    const int i = n / C::kBlock, j = n % C::kBlock;
+    bias[kTransposed ? j * C::kLdP + i : i * C::kLdP + j] =
+        t.sees(i, j) ? bias_of<typename C::Acc>(data[i * mask.row + j * mask.col]) : minus_infinity<typename C::Acc>();
+  }
 }
 
 /// bias (kBlock, kBlock): attn_mask of the tile; a bool becomes 0 or -inf, and so does a score that does not exist.
@@ -186,15 +170,11 @@ template <typename C, bool kTransposed, int kUnroll = 1>
 __device__ __forceinline__ void load_mask(const MaskView& mask, int64_t b, int64_t h, const ScoreTile& t,
                                           SharedStorage<C>& shared) {
   using Acc = typename C::Acc;
+  const int64_t origin = b * mask.batch + h * mask.head + t.m_begin * mask.row + t.n_begin * mask.col;
   __syncthreads();  // the last readers of shared.scores and shared.alive are done
-  with_mask<Acc>(mask, b, h, t, [&](const auto& value) {
-    constexpr int kAtOnce = std::decay_t<decltype(value)>::kPacked ? 1 : kUnroll;  // more would spill
-#pragma unroll(kAtOnce)
-    for (int n = int(threadIdx.x); n < C::kBlock * C::kBlock; n += kThreads) {
-      const int i = n / C::kBlock, j = n % C::kBlock;
-      shared.scores[kTransposed ? j * C::kLdP + i : i * C::kLdP + j] =
-          t.sees(i, j) ? value(i, j) : minus_infinity<Acc>();
-    }
+  with_mask_type(mask.dtype, [&](auto* type) {
+    using Storage = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    load_mask_as<C, kTransposed, kUnroll, Storage>(mask, origin, t, shared.scores);
   });
   __syncthreads();  // the tile is there
   if (threadIdx.x < 2 * C::kBlock) {
