@@ -1,4 +1,4 @@
-"""Plans of the mma.sync family's backward pass for GPUs that need not be there: no kernel runs."""
+"""Plans of the mma.sync family for GPUs that need not be there: no kernel runs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,66 @@ def test_a_gpu_of_turing_gets_the_universal_kernels() -> None:
     assert ("sm80", "the device is older than compute capability 8.0") in choice["rejected"]
 
 
-def test_head_dims_over_256_are_refused_with_their_reason() -> None:
-    choice = plan(head_dim=264, device=A100)["backward"]
-    assert ("sm80", "head_dim is over 256") in choice["rejected"]
+def test_head_dims_over_512_are_refused_with_their_reason() -> None:
+    choice = plan(head_dim=520, device=A100)
+    for of_pass in (choice["forward"], choice["backward"]):
+        assert ("sm80", "head_dim is over 512") in of_pass["rejected"]
+
+
+# By shared memory of a block: the plain forward kernel of each head dimension, and how many blocks an SM holds.
+FORWARD_KERNELS = {
+    101376: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64 rows", 512: "32x32"},
+    166912: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x32"},
+    232448: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x64"},
+}
+FORWARD_BLOCKS = {
+    101376: {64: 1, 96: 1, 128: 1, 192: 1, 256: 1, 512: 1},
+    166912: {64: 2, 96: 2, 128: 2, 192: 2, 256: 1, 512: 1},
+    232448: {64: 2, 96: 2, 128: 2, 192: 2, 256: 2, 512: 1},
+}
+
+
+@pytest.mark.parametrize("device", [A100, RTX_3090, RTX_4090, B200, RTX_5090], ids=lambda device: f"sm_{device[0]}")
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256, 512))
+def test_forward_kernels_and_how_many_of_their_blocks_fit(head_dim: int, device: tuple[int, int, int, int]) -> None:
+    choice = plan(head_dim=head_dim, device=device)["forward"]
+    assert (choice["family"], choice["kernel"]) == ("sm80", f"mma d{head_dim} {FORWARD_KERNELS[device[2]][head_dim]}")
+    assert choice["decisions"]["blocks_per_sm"] == FORWARD_BLOCKS[device[2]][head_dim]
+
+
+@pytest.mark.parametrize(
+    "device", [A100, RTX_3090, RTX_4090, H200, B200, RTX_5090], ids=lambda device: f"sm_{device[0]}"
+)
+@pytest.mark.parametrize("head_dim", (8, 20, 61, 96, 100, 160, 256))
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"dropout_p": 0.1}, {}], ids=str)
+def test_no_forward_feature_falls_to_the_universal_kernels(
+    options: dict[str, float], head_dim: int, device: tuple[int, int, int, int]
+) -> None:
+    tensors = {"rng_state": (1 << 20, "int64", 0, [2], [1])} if "dropout_p" in options else {}
+    masked = tensors | {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
+    for given in (tensors, masked):
+        choice = plan(head_dim=head_dim, device=device, tensors=given, **options)["forward"]
+        assert choice["family"] in ("sm80", "sm90")
+        if device[0] != 90:
+            assert choice["family"] == "sm80"
+
+
+@pytest.mark.parametrize("head_dim", (61, 100))
+def test_explains_that_rows_are_read_element_by_element(head_dim: int) -> None:
+    choice = plan(head_dim=head_dim, device=A100)
+    for of_pass in (choice["forward"], choice["backward"]):
+        assert of_pass["decisions"]["loads"] == "by element"
+
+
+def test_keys_of_few_tiles_are_shared_out() -> None:
+    assert plan(1, 1, 16384, device=A100)["forward"]["decisions"]["splits"] >= 2
+    assert "splits" not in plan(4, 16, 4096, device=A100)["forward"]["decisions"]
+    assert "splits" not in plan(1, 1, 128, seqlen_k=64, device=A100)["forward"]["decisions"]
+
+
+@pytest.mark.parametrize("device", [H200, B200], ids=lambda device: f"sm_{device[0]}")
+def test_gradients_of_head_dims_to_512_where_shared_memory_holds_them(device: tuple[int, int, int, int]) -> None:
+    assert plan(head_dim=512, device=device)["backward"]["kernel"] == "mma d512 64x32 w8 s1"
+    choice = plan(head_dim=512, device=A100)["backward"]
+    assert choice["family"] == "universal"
+    assert ("sm80", "no kernel of this head dimension does what is asked for") in choice["rejected"]

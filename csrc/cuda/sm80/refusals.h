@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../kernel.h"
-#include "code_for_device.h"
+#include "code.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -17,7 +17,7 @@ inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& dev
     return "this build has no code of the family for the device's compute capability";
   }
   if (p.dtype == DType::kFloat64) return "the dtype is float64";
-  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (p.head_dim > 512 || p.head_dim_v > 512) return "head_dim is over 512";
   if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
   return nullptr;
 }

@@ -30,6 +30,21 @@ struct SharedTile {
   }
 };
 
+/// threadIdx.x, as if it changed with each turn of a loop: what the compiler computes from it ahead of the loop costs
+/// more, by the registers that hold it, than computing it again.
+SM80_DEVICE uint32_t fresh_thread(int turn) {
+  uint32_t thread;
+  asm volatile(
+      "{\n"
+      ".reg .u32 x;\n"
+      "mad.lo.u32 x, %1, 1024, %2;\n"
+      "and.b32 %0, x, 1023;\n"
+      "}"
+      : "=r"(thread)
+      : "r"(turn), "r"(threadIdx.x));
+  return thread;
+}
+
 /// A piece of 16 bytes from anywhere: `columns` elements of it, and zeros.
 template <typename Element>
 SM80_DEVICE void store_unaligned_piece(uint32_t address, const Element* piece, int columns) {
@@ -45,30 +60,48 @@ SM80_DEVICE void store_unaligned_piece(uint32_t address, const Element* piece, i
                : "memory");
 }
 
+/// How kThreads threads share out the 16-byte pieces of a tile of kRows rows: each has one chunk of each group of
+/// chunks, and every kStep-th row.
+template <int kRows, int kColumns, int kThreads>
+struct TileCopy {
+  using Tile = SharedTile<kColumns>;
+  static constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
+  static constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
+  static constexpr int kStep = kThreads / kGroup;
+  static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+
+  /// A thread's first piece.
+  SM80_DEVICE static int row(uint32_t thread) { return int(thread) / kGroup; }
+  SM80_DEVICE static int chunk(uint32_t thread) { return int(thread) % kGroup; }
+  SM80_DEVICE static uint32_t offset(uint32_t thread) { return Tile::offset(row(thread), chunk(thread)); }
+
+  /// All of a tile. `to` and `from` are those of the thread's first piece, `step` the bytes from one of its rows to the
+  /// next. Asynchronous: the caller commits and waits.
+  SM80_DEVICE static void copy(uint32_t to, const char* from, int64_t step) {
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i, from += step) {
+#pragma unroll
+      for (int group = 0; group < Tile::kChunks; group += kGroup) {
+        cp_async_16(to + i * kStep * Tile::kRowBytes + group * 16, from + group * 16);
+      }
+    }
+  }
+};
+
 /// Rows [0, kRows) of a tile from `source`, its row 0. Rows for which `exists` is false are not read and become zeros,
 /// as columns from `columns` on do; `all_exist` spares asking. Asynchronous where 16-byte pieces are aligned
 /// (`aligned`): the caller commits and waits. Else with ordinary loads and stores, seen after the next barrier.
-///
-/// A thread has one chunk of each group of chunks, and every kStep-th row.
 template <int kRows, int kColumns, int kThreads, bool kMayBeUnaligned, typename Element, typename Exists>
-SM80_DEVICE void load_tile(uint32_t tile, const Element* source, int64_t row_stride, int columns, bool aligned,
-                           bool all_exist, const Exists& exists) {
+SM80_DEVICE void load_tile(uint32_t thread, uint32_t tile, const Element* source, int64_t row_stride, int columns,
+                           bool aligned, bool all_exist, const Exists& exists) {
   using Tile = SharedTile<kColumns>;
-  constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
-  constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
-  constexpr int kStep = kThreads / kGroup;
-  static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
-  const int row = int(threadIdx.x) / kGroup, chunk = int(threadIdx.x) % kGroup;
-  const uint32_t to = tile + Tile::offset(row, chunk);
+  using Copy = TileCopy<kRows, kColumns, kThreads>;
+  constexpr int kGroup = Copy::kGroup, kStep = Copy::kStep;
+  const int row = Copy::row(thread), chunk = Copy::chunk(thread);
+  const uint32_t to = tile + Copy::offset(thread);
   const Element* from = source + row * row_stride + 8 * chunk;
   if (all_exist && columns == kColumns && (!kMayBeUnaligned || aligned)) {  // nearly always
-#pragma unroll
-    for (int step = 0; step < kRows; step += kStep, from += kStep * row_stride) {
-#pragma unroll
-      for (int group = 0; group < Tile::kChunks; group += kGroup) {
-        cp_async_16(to + step * Tile::kRowBytes + group * 16, from + 8 * group);
-      }
-    }
+    Copy::copy(to, reinterpret_cast<const char*>(from), kStep * row_stride * int(sizeof(Element)));
     return;
   }
 #pragma unroll 1

@@ -43,11 +43,10 @@ struct OnlineSoftmax {
     }
   }
 
-  /// `rescale_out(m, half, factor)` is called for every row of this lane when some row of the warp has grown.
-  template <typename RescaleOut>
-  SM80_DEVICE void rescale(const float (&s)[kMTiles][kNTiles][4], const RescaleOut& rescale_out) {
-    float largest[kMTiles][2];
-    bool grown = false;
+  using RowValues = float[kMTiles][2];
+
+  /// This lane's part of the rows' maxima, times scale.
+  SM80_DEVICE void find_largest(const float (&s)[kMTiles][kNTiles][4], RowValues& largest) const {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -56,8 +55,18 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int n = 1; n < kNTiles; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
         largest[m][r] = x * scale;
-        grown = grown || largest[m][r] > row_max[m][r] + kGrowth;
       }
+    }
+  }
+
+  /// `rescale_out(m, half, factor)` is called for every row of this lane when some row of the warp has grown.
+  template <typename RescaleOut>
+  SM80_DEVICE void rescale(const RowValues& largest, const RescaleOut& rescale_out) {
+    bool grown = false;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) grown = grown || largest[m][r] > row_max[m][r] + kGrowth;
     }
     if (!__any_sync(~0u, grown)) return;
 #pragma unroll
@@ -88,10 +97,14 @@ struct OnlineSoftmax {
     }
   }
 
-  /// Of one row, after the last block: what O is to be multiplied by, and lse. `sink` joins the sum; -inf is none.
-  SM80_DEVICE float finish(int m, int r, float sink, float& lse) const {
+  /// A row's reference, as a power of 2.
+  SM80_DEVICE float max_log2(int m, int r) const { return row_max[m][r] * (kNatural ? kLog2E : 1.f); }
+
+  /// Of one row, after the last block, whose P sum up to `sum`: what O is to be multiplied by, and lse. `sink` joins
+  /// the sum; -inf is none.
+  SM80_DEVICE float finish(int m, int r, float sum, float sink, float& lse) const {
     const float unit = kNatural ? 1.f : kLn2;
-    float sum = quad_sum(row_sum[m][r]), high = row_max[m][r] * unit, correction = 1.f;
+    float high = row_max[m][r] * unit, correction = 1.f;
     if (sink != -INFINITY) {
       const float top = fmaxf(high, sink);
       correction = high == -INFINITY ? 0.f : exponential_natural(high - top);

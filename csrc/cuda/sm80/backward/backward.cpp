@@ -32,7 +32,11 @@ const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
 Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   if (params.forward.dtype == DType::kFloat32) return fp32::describe(fp32::plan_backward(params, device));
   const BackwardPlan chosen = plan_backward(params, device);
-  return {chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
+  Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
+  if (chosen.ordered) plan.decide("dq", "added in a fixed order");
+  if (chosen.packs_mask) plan.decide("mask", params.forward.mask.packed != nullptr ? "prepared" : "packed first");
+  if (!chosen.aligned) plan.decide("loads", "by element");
+  return plan;
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {

@@ -12,8 +12,8 @@
 // every fragment has to serve two products. Hence 32 keys a warp where registers allow.
 #pragma once
 
+#include "../code.h"
 #include "../shared_tile.h"
-#include "code.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -26,7 +26,10 @@ struct BackwardConfig {
   static constexpr int kKeyTiles = kKeyTiles_, kWarpKeys = 16 * kKeyTiles;
   static constexpr int kWarpsN = kBlockN / kWarpKeys, kWarpsQ = kWarpsQ_, kWarps = kWarpsN * kWarpsQ;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStages = kStages_;            // of Q and dO
+  static constexpr int kStages = kStages_;  // of Q and dO
+  // Q and dO of a step have one barrier [320 instead of 313 TFLOP/s at head dim 128, H200]; with one stage each is
+  // loaded anew as soon as it has been used.
+  static constexpr bool kTogether = kStages > 1 && !kExtended_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that registers are bounded for
   static constexpr bool kExtended = kExtended_;       // softcap, ALiBi, masks, dropout, unaligned tensors
 

@@ -48,7 +48,7 @@ struct BackwardBlock : BackwardLoader<Config> {
 
   /// Instead of compute_scores() where no query of the warp sees a key of it.
   SM80_DEVICE void clear_scores(int stage) {
-    barrier_wait(full(kDo, stage), phase());
+    if constexpr (!Config::kTogether) barrier_wait(full(kDo, stage), phase());
     barrier_wait(full(kQ, stage), phase());
 #pragma unroll
     for (int k = 0; k < kQuerySteps; ++k)
@@ -75,7 +75,7 @@ struct BackwardBlock : BackwardLoader<Config> {
           [](int) { return float2{0.f, 0.f}; });
     };
     const auto multiply_dp = [&] {
-      barrier_wait(full(kDo, stage), phase());
+      if constexpr (!Config::kTogether) barrier_wait(full(kDo, stage), phase());
       const uint32_t minus_delta = shared + Config::kDelta + stage * Config::kStatisticBytes + 4 * query;
       multiply_rows<Element, Config::kHeadDim>(
           dp, address_by_rows<Tile>(shared + Config::kV, key, at),
@@ -175,11 +175,17 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
   }
 
-  SM80_DEVICE void add_dq(const DqAccumulators& dq, int pass) const {
+  /// Asks before the products of dQ how many have added to its rows: the answer takes as long as they do.
+  SM80_DEVICE int ask_turn() const {
+    if (Config::kExtended || params.turns == nullptr || lane() != 0) return 0;  // extended: no register is free
+    return count_turns(params.turns + accum_block(head, m_block) * Config::kWarps + warp());
+  }
+
+  SM80_DEVICE void add_dq(const DqAccumulators& dq, int pass, int turns) const {
     const int at = lane(), dq_warp = warp(), dq_m = dq_warp / Config::kDqWarpsD, dq_d = dq_warp % Config::kDqWarpsD;
     const int64_t block = accum_block(head, m_block);
     if (params.turns != nullptr && pass == 0) {
-      await_turn(params.turns + block * Config::kWarps + dq_warp, turn_of(tile, m_block * kBlockM, kBlockN));
+      await_turn(params.turns + block * Config::kWarps + dq_warp, turn_of(params, tile, m_block), turns);
     }
     const int first = dq_m * Config::kDqRowTiles * (Config::kHeadDim / 8) + 2 * dq_d;
     float* const to = params.dq_accum + block * (kBlockM * Config::kHeadDim) + first * 128 + dq_place(at, 0);
@@ -247,10 +253,11 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     barrier_wait(scores_written(), uint32_t(step) & 1);
     add_other_queries(dv, Config::kP, Config::kDo, stage);
-    barrier_arrive_warp(empty(kDo, stage));
+    if constexpr (!Config::kTogether) barrier_arrive_warp(empty(kDo, stage));
     add_other_queries(dk, Config::kDs, Config::kQ, stage);
     barrier_arrive_warp(empty(kQ, stage));
     if constexpr (kStages == 1) this->template load_next<kDo>();
+    const int turns = ask_turn();
     DqAccumulators dq;
 #pragma unroll
     for (int pass = 0; pass < Config::kDqPasses; ++pass) {
@@ -259,7 +266,7 @@ struct BackwardBlock : BackwardLoader<Config> {
       if constexpr (kStages == 1) {
         if (pass == 0) this->template load_next<kQ>();
       }
-      if (params.problem.dq.data != nullptr) add_dq(dq, pass);
+      if (params.problem.dq.data != nullptr) add_dq(dq, pass, turns);
     }
   }
 
@@ -273,7 +280,9 @@ struct BackwardBlock : BackwardLoader<Config> {
     if (more) {
       this->load_keys();  // arrive with the first dO
       this->load_queries(kDo, head, m_block, 0);
+      if constexpr (!Config::kTogether) this->arrive_loaded(kDo, 0);
       this->load_queries(kQ, head, m_block, 0);
+      this->arrive_loaded(kQ, 0);
     }
 #pragma unroll 1
     while (more) {

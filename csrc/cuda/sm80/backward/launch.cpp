@@ -23,7 +23,8 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   params.lse_factor = variant.extended ? 1.f : float(kLog2E);
   params.scale_over_softcap = p.softcap > 0.0 ? float(p.softmax_scale / p.softcap) : 0.f;
   params.inverse_softcap = p.softcap > 0.0 ? float(1.0 / p.softcap) : 0.f;
-  params.descends = plan.ordered;
+  params.falls = plan.ordered && plan.spread == 0;
+  params.spread = plan.spread;
   params.aligned = plan.aligned;
   params.dq_accum = reinterpret_cast<float*>(workspace);
   params.minus_lse = reinterpret_cast<float*>(workspace + plan.minus_lse);

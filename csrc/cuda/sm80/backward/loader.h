@@ -25,7 +25,8 @@ struct BackwardLoader : BackwardWalk<Config> {
         static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
     const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
     load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
-        shared + to, source, view.row, int(columns), params.aligned, begin <= first && end - first >= kRows, exists);
+        threadIdx.x, shared + to, source, view.row, int(columns), params.aligned,
+        begin <= first && end - first >= kRows, exists);
   }
 
   SM80_DEVICE void load_keys() const {
@@ -96,6 +97,9 @@ struct BackwardLoader : BackwardWalk<Config> {
                       16 * int(threadIdx.x),
                   from + 4 * int(threadIdx.x));
     }
+  }
+
+  SM80_DEVICE void arrive_loaded(Side side, int stage) const {
     if constexpr (Config::kExtended) barrier_arrive(full(side, stage));  // what was not copied asynchronously is there
     barrier_arrive_after_copies(full(side, stage));
   }
@@ -107,8 +111,11 @@ struct BackwardLoader : BackwardWalk<Config> {
     if (!advance(next_head, next_block)) return;
     const int stage = (step + 1) % kStages;
     const auto load_side = [&](Side side) {
-      if (step + 1 >= kStages) barrier_wait(empty(side, stage), uint32_t((step + 1) / kStages - 1) & 1);
+      if (step + 1 >= kStages && !(Config::kTogether && side == kQ)) {
+        barrier_wait(empty(side, stage), uint32_t((step + 1) / kStages - 1) & 1);
+      }
       load_queries(side, next_head, next_block, stage);
+      if (!(Config::kTogether && side == kDo)) arrive_loaded(side, stage);
     };
     (load_side(kSides), ...);
   }

@@ -3,9 +3,9 @@
 // no buffer of the size of the scores is needed. Several blocks of an SM hide each other's loads.
 #pragma once
 
+#include "../products.h"
 #include "config.h"
 #include "gradients.h"
-#include "products.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -50,8 +50,8 @@ struct MaskGradientBlock {
     int64_t row_stride = view.row;
     asm volatile("" : "+l"(row_stride));  // its multiples are not worth registers across the walk
     const int rows = int(end) - first;
-    load_tile<kRows, Config::kHeadDim, Config::kThreads, true>(shared + to, source, row_stride, int(columns),
-                                                               params.aligned, rows >= kRows,
+    load_tile<kRows, Config::kHeadDim, Config::kThreads, true>(threadIdx.x, shared + to, source, row_stride,
+                                                               int(columns), params.aligned, rows >= kRows,
                                                                [=](int row) { return row < rows; });
   }
 

@@ -1,7 +1,7 @@
 // What the backward kernels are given, and where things lie in the workspace.
 //
-// Query rows of a sequence are cut into blocks of block_m; all sequences' blocks are numbered together. Sequence b of
-// packed ones begins with block cu_seqlens_q[b] / block_m + b, so that no two share one; likewise blocks of keys.
+// Query rows of a sequence are cut into blocks of block_m; all sequences' blocks are numbered together, those of packed
+// ones as common/tiles/sequence_blocks.h says; likewise blocks of keys.
 #pragma once
 
 #include "../../../sequence.h"
@@ -19,8 +19,11 @@ struct BackwardKernelParams {
   float lse_factor;                           // 1 / ln 2 if P is taken as a power of 2, or 1
   float scale_over_softcap, inverse_softcap;  // 0: no softcap
   mask::PackedMask packed;                    // seen null: attn_mask, if any, is read where it lies
-  bool descends;                              // the last query rows come first
-  bool aligned;                               // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  // With turns, see turns.h: blocks of keys are numbered from the last; or so many neighbours begin with different
+  // query blocks.
+  bool falls;
+  int spread;
+  bool aligned;  // rows of all tensors consist of whole, aligned pieces of 16 bytes
   // Workspace. A query head's blocks lie together, those of (batch, head) by batch and then head.
   float* dq_accum;  // (heads, blocks, block_m x columns), a block in the order of accumulator fragments, see dq_place()
   float* minus_lse;    // (heads, blocks, block_m), times lse_factor; -inf: the row sees nothing, or does not exist

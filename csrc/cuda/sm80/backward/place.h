@@ -1,39 +1,17 @@
 // Where blocks of rows lie in packed sequences and in the workspace, see params.h.
 #pragma once
 
-#include "../mma.h"
+#include "../packed_block.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm80 {
-
-/// A block of packed or of dense sequences.
-struct BlockPlace {
-  int batch, block;  // block: in its sequence
-};
-
-/// Of the block with this number among packed sequences; before the first one's, a negative block. All lanes of a warp
-/// search together.
-SM80_DEVICE BlockPlace find_packed_block(const int32_t* cu_seqlens, int64_t total, int batch, int block_rows,
-                                         int number) {
-  const int lane = int(threadIdx.x) % 32;
-  const auto first_block = [&](int b) { return int(clamp<int64_t>(cu_seqlens[b], 0, total)) / block_rows + b; };
-  int low = 0, count = batch;  // the last sequence whose first block is not after `number`
-  while (count > 1) {
-    const int step = (count + 31) / 32;
-    const bool before = lane * step < count && first_block(low + lane * step) <= number;
-    const int at = 31 - __clz(int(__ballot_sync(~0u, before) | 1u));
-    low += at * step;
-    count = min(step, count - at * step);
-  }
-  return {low, number - first_block(low)};
-}
 
 /// Number of a query head's first block of a sequence, in dq_accum and the statistics.
 SM80_DEVICE int64_t first_m_block(const BackwardKernelParams& params, const SequenceInfo& sequence, int batch,
                                   int head) {
   const ForwardParams& p = params.problem.forward;
   if (p.cu_seqlens_q != nullptr) {
-    return int64_t{head} * params.num_m_blocks + sequence.q_row / params.block_m + batch;
+    return int64_t{head} * params.num_m_blocks + first_packed_block(sequence.q_row, batch, params.block_m);
   }
   return (int64_t{batch} * p.num_heads + head) * params.num_m_blocks;
 }
@@ -43,7 +21,7 @@ SM80_DEVICE int64_t first_n_block(const BackwardKernelParams& params, const Sequ
                                   int head) {
   const ForwardParams& p = params.problem.forward;
   if (p.cu_seqlens_k != nullptr) {
-    return int64_t{head} * params.num_n_blocks + sequence.k_row / params.block_n + batch;
+    return int64_t{head} * params.num_n_blocks + first_packed_block(sequence.k_row, batch, params.block_n);
   }
   return (int64_t{batch} * p.num_heads + head) * params.num_n_blocks;
 }

@@ -6,21 +6,23 @@
 #include <string>
 
 #include "../../../sequence.h"
-#include "code.h"
+#include "../code.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {
 
 constexpr int kStaticSharedBytes = 128;  // of a block, beside the tiles
+constexpr int kReservedBytes = 1024;     // of shared memory, a block, by the system
 constexpr int64_t kAlignment = 256;
 
 const BackwardVariants& variants_for(const ForwardParams& p) {
-  const BackwardVariants* const all[] = {&kBackwardD64, &kBackwardD96, &kBackwardD128, &kBackwardD192, &kBackwardD256};
+  const BackwardVariants* const all[] = {&kBackwardD64,  &kBackwardD96,  &kBackwardD128,
+                                         &kBackwardD192, &kBackwardD256, &kBackwardD512};
   const int64_t columns = std::max(p.head_dim, p.head_dim_v);
   for (const BackwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;
   }
-  return kBackwardD256;
+  return kBackwardD512;
 }
 
 bool is_extended(const ForwardParams& p) {
@@ -50,6 +52,12 @@ const BackwardVariant* choose_variant(const ForwardParams& p, bool extended, con
     if (forced == nullptr || *forced == '\0' || std::string(forced) == variant.name) return &variant;
   }
   return nullptr;
+}
+
+/// Blocks that an SM holds.
+int blocks_per_sm(const BackwardVariant& variant, const DeviceInfo& device) {
+  return std::min(variant.blocks_per_sm, (device.shared_memory_per_block + kReservedBytes) /
+                                             (variant.shared_bytes + kStaticSharedBytes + kReservedBytes));
 }
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
@@ -99,6 +107,11 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * (p.is_varlen_k() ? 1 : p.batch);
   plan.ordered = p.deterministic && params.dq.data != nullptr;
+  if (plan.ordered && p.is_dense() && !p.has_window()) {
+    // Those of a group wait for each other and have to run at a time: half of what the GPU holds, whatever else runs.
+    const int64_t at_a_time = std::max(1, device.num_sms * blocks_per_sm(*plan.variant, device) / 2);
+    plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, at_a_time)));
+  }
   plan.packs_mask = packs_mask(p);
   lay_out_workspace(plan, params);
   return plan;

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   }
   const bool packed = p.cu_seqlens_q != nullptr;
   const int lane = int(threadIdx.x) % kLanes, columns = int(p.head_dim_v) - 8 * lane;
+  constexpr int kTogether = 8 * kLanes;  // columns of a row that its lanes take at a time
   const Element* const out = static_cast<const Element*>(p.out.data) +
                              row_offset(p.out, packed, at.batch, s.q_row + at.row, at.head) + 8 * lane;
   const Element* const dout = static_cast<const Element*>(problem.dout.data) +
@@ -67,7 +68,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
 #pragma unroll 4
   for (int row = int(threadIdx.x) / kLanes; row < params.block_m; row += kThreads / kLanes) {
     const bool exists = at.row + row < s.seqlen_q;
-    float sum = exists ? dot8(out + row * p.out.row, dout + row * problem.dout.row, columns, params.aligned) : 0.f;
+    float sum = 0.f;
+    for (int c = 0; exists && c < columns; c += kTogether) {
+      sum += dot8(out + row * p.out.row + c, dout + row * problem.dout.row + c, columns - c, params.aligned);
+    }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
     if (lane != 0) continue;

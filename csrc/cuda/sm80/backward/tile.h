@@ -14,6 +14,7 @@ struct BackwardTile {
   int keys, stored_keys;      // that take part; that belong to the sequence
   int row_begin, row_end;     // query rows that see some of the keys
   int m_begin, num_m_blocks;  // their blocks
+  int m_start;                // the first to be worked on
   int head_begin, head_end;   // query heads that read the keys
   int64_t first_m_block;      // of head_begin, in dq_accum and the statistics
   int64_t key_block;          // this one's number for head_begin, see first_n_block()
@@ -46,13 +47,38 @@ SM80_DEVICE void set_dropout(const ForwardParams& p, BackwardTile& tile) {
   }
 }
 
+/// Which key head, and which of its blocks of keys, comes at a place in the order.
+SM80_DEVICE void place_index(const BackwardKernelParams& params, uint32_t index, uint32_t& head, uint32_t& number) {
+  const uint32_t blocks = uint32_t(params.num_n_blocks);
+  if (params.spread > 0) {  // the first `spread` blocks of all heads, then the next ones of all heads
+    const uint32_t spread = uint32_t(params.spread),
+                   heads = uint32_t(params.problem.forward.batch * params.problem.forward.num_heads_k);
+    const uint32_t group = min(index / (heads * spread), (blocks - 1) / spread);
+    const uint32_t in_group = index - group * heads * spread, size = min(spread, blocks - group * spread);
+    head = in_group / size;
+    number = group * spread + in_group - head * size;
+    return;
+  }
+  head = index / blocks;
+  number = index - head * blocks;
+  if (params.falls) number = blocks - 1 - number;
+}
+
+/// Where blocks of keys share out the query blocks that they begin with: this one's.
+SM80_DEVICE int first_step(const BackwardKernelParams& params, int n_block) {
+  if (params.spread == 0) return 0;
+  const int in_group = n_block % params.spread, left = params.num_n_blocks - (n_block - in_group);
+  return in_group * params.num_m_blocks / min(params.spread, left);
+}
+
 /// False: there is nothing to do.
 template <typename Config>
 SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& tile) {
   constexpr int kBlockN = Config::kBlockN, kBlockM = Config::kBlockM;
   const ForwardParams& p = params.problem.forward;
   const uint32_t index = tile_index(params), heads = uint32_t(p.num_heads_k);
-  const uint32_t outer = index / uint32_t(params.num_n_blocks), number = index - outer * uint32_t(params.num_n_blocks);
+  uint32_t outer, number;
+  place_index(params, index, outer, number);
   BlockPlace place{int(outer / heads), int(number)};
   if (p.cu_seqlens_k != nullptr) {
     place = find_packed_block(p.cu_seqlens_k, p.total_k, int(p.batch), kBlockN, int(number));
@@ -71,6 +97,7 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
   tile.row_end = int(rows.end > tile.row_begin ? rows.end : tile.row_begin);
   tile.m_begin = tile.row_begin / kBlockM;
   tile.num_m_blocks = tile.row_end > tile.row_begin ? (tile.row_end + kBlockM - 1) / kBlockM - tile.m_begin : 0;
+  tile.m_start = tile.m_begin + first_step(params, tile.n_block);
   const int group = int(p.num_heads) / int(p.num_heads_k);
   tile.head_begin = tile.head_k * group;
   tile.head_end = tile.head_begin + group;
@@ -86,7 +113,7 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
 /// Whether attn_mask hides all of a block of keys from a block of query rows.
 template <typename Config>
 SM80_DEVICE bool is_hidden(const BackwardKernelParams& params, const BackwardTile& tile, int head, int m_block) {
-  if (params.packed.seen == nullptr) return false;
+  if (params.packed.seen == nullptr || params.turns != nullptr) return false;  // each block has to take its turn
   return (params.packed.tile_classes<Config::kBlockM, Config::kBlockN>(tile.batch, head, m_block * Config::kBlockM,
                                                                        tile.n_begin) &
           mask::kSeen) == 0;

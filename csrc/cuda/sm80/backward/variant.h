@@ -30,6 +30,6 @@ struct BackwardVariants {
   const BackwardVariant* end() const { return first + count; }
 };
 
-extern const BackwardVariants kBackwardD64, kBackwardD96, kBackwardD128, kBackwardD192, kBackwardD256;
+extern const BackwardVariants kBackwardD64, kBackwardD96, kBackwardD128, kBackwardD192, kBackwardD256, kBackwardD512;
 
 }  // namespace flash_attn::cuda::sm80

@@ -2,9 +2,9 @@
 // they wait for each other.
 #pragma once
 
+#include "../products.h"
 #include "barrier.h"
 #include "config.h"
-#include "products.h"
 #include "tile.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -25,7 +25,7 @@ struct BackwardWalk {
         tile(t),
         shared(shared_memory),
         head(t.head_begin),
-        m_block(first_block()) {}
+        m_block(t.m_start) {}
 
   // Of this thread; see fresh_thread().
   SM80_DEVICE int lane() const { return int(fresh_thread(step) % 32); }
@@ -37,7 +37,9 @@ struct BackwardWalk {
 
   /// Q or dO of a stage, with a row's statistics: there; and no longer needed.
   enum Side { kQ = 0, kDo = 1 };
-  SM80_DEVICE uint32_t full(Side side, int stage) const { return shared + Config::kBarriers + 16 * stage + 8 * side; }
+  SM80_DEVICE uint32_t full(Side side, int stage) const {
+    return shared + Config::kBarriers + 16 * stage + (Config::kTogether ? 0 : 8 * side);
+  }
   SM80_DEVICE uint32_t empty(Side side, int stage) const { return full(side, stage) + 16 * kStages; }
   SM80_DEVICE uint32_t scores_written() const { return full(kQ, 0) + 32 * kStages; }
   SM80_DEVICE uint32_t scores_read() const { return scores_written() + 8; }
@@ -57,16 +59,11 @@ struct BackwardWalk {
 
   // -- steps
 
-  SM80_DEVICE int first_block() const { return params.descends ? tile.m_begin + tile.num_m_blocks - 1 : tile.m_begin; }
-
   /// To the next step. False: there is none.
   SM80_DEVICE bool advance(int& of_head, int& block) const {
     do {
-      block += params.descends ? -1 : 1;
-      if (uint32_t(block - tile.m_begin) >= uint32_t(tile.num_m_blocks)) {
-        block = first_block();
-        if (++of_head >= tile.head_end) return false;
-      }
+      if (++block == tile.m_begin + tile.num_m_blocks) block = tile.m_begin;
+      if (block == tile.m_start && ++of_head >= tile.head_end) return false;
     } while (Config::kExtended && is_hidden<Config>(params, tile, of_head, block));
     return true;
   }

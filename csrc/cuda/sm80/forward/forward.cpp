@@ -8,7 +8,7 @@
 namespace flash_attn::cuda::sm80 {
 namespace {
 
-constexpr const char* kNoKernel = "no kernel of this head dimension fits into shared memory";
+constexpr const char* kNoKernel = "no kernel of this head dimension does what is asked for";
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_problem(p, device, FLASH_ATTN_SM80_ARCHS)) return reason;
@@ -28,7 +28,7 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   const ForwardPlan chosen = plan_forward(p, device);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
-  plan.decide("slots", chosen.slots);
+  if (chosen.is_split()) plan.decide("splits", chosen.schedule.num_splits);
   if (chosen.packs_mask) plan.decide("mask", p.mask.packed != nullptr ? "prepared" : "packed first");
   if (!chosen.aligned) plan.decide("loads", "by element");
   return plan;

@@ -6,10 +6,13 @@
 
 namespace flash_attn::cuda::sm80 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSubN, int kBlocksPerSm, bool kExtended>
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSubN, int kBlocksPerSm, int kSlots, bool kExtended,
+          int kWarpsD = 1>
 ForwardVariant forward_variant(const char* name) {
-  using Bf16 = ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kExtended>;
-  using Fp16 = ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kExtended>;
+  using Bf16 =
+      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
+  using Fp16 =
+      ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
   return {name,
           kHeadDim,
           Bf16::kBlockM,
@@ -17,9 +20,8 @@ ForwardVariant forward_variant(const char* name) {
           Bf16::kThreads,
           kBlocksPerSm,
           kExtended,
-          kBlockN == kSubN ? 2 : 3,
-          Bf16::kQueryBytes,
-          Bf16::kSlotBytes,
+          Bf16::kTileBytes,
+          ForwardBlock<Bf16>::KvCopy::kStep,
           {forward_kernel<Bf16>, forward_kernel<Fp16>}};
 }
 

@@ -9,13 +9,19 @@
 //   rescale by S0        S1 = Q K1^T under P0 = exp(S0)        wait for V       O += P0 V0
 //   rescale by S1        S0 = Q K0^T of the next tile under P1 = exp(S1)        O += P1 V1
 //
-// or, where registers hold S of a whole tile, one after the other. Each wait ends in a barrier, which also says that
+// or, where registers hold S of a whole tile, one after the other. Where they do not hold O of 16 rows, warps have rows
+// in common (kWarpsD): each has S of other keys and O of other columns, maxima and P go through shared memory:
+//
+//   maxima of all keys        P = exp(S) to shared memory   wait for V     O += P V, own columns
+//
+// Each wait ends in a barrier, which also says that
 // all warps are done with an earlier tile: its slot is filled anew.
 #pragma once
 
 #include "block.h"
 #include "epilogue.h"
 #include "loading.h"
+#include "rows_in_common.h"
 #include "unseen_values.h"
 #include "visited_tiles.h"
 

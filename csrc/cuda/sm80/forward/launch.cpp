@@ -1,6 +1,8 @@
 #include "launch.h"
 
+#include "../../common/combine.h"
 #include "../../common/launch.h"
+#include "../../common/tiles/visibility.h"
 #include "../../universal/rows.h"
 #include "plan.h"
 
@@ -28,18 +30,27 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
   }
   ForwardKernelParams params;
   params.problem = p;
-  params.num_m_blocks = int(plan.num_m_blocks);
-  params.group_size = int(p.group_size());
-  params.heads_per_group = plan.heads_per_group;
-  params.slots = plan.slots;
-  params.longest_first = plan.longest_first;
+  params.schedule = plan.schedule;
+  if (plan.is_split()) {
+    char* const partial = static_cast<char*>(p.workspace) + plan.partial_out;
+    params.schedule.partial_out = reinterpret_cast<float*>(partial);
+    params.schedule.partial_statistics = reinterpret_cast<float2*>(partial + plan.partial_out_bytes);
+  }
+  const ForwardVariant& variant = *plan.variant;
+  const auto bytes_of_rows = [](const TensorView& view, int rows) { return view.row * rows * 2; };
+  params.k_copy_step = bytes_of_rows(p.k, variant.copy_step),
+  params.v_copy_step = bytes_of_rows(p.v, variant.copy_step);
+  params.k_tile_step = bytes_of_rows(p.k, variant.block_n), params.v_tile_step = bytes_of_rows(p.v, variant.block_n);
+  params.falls = rows_see_prefixes(p);
   params.aligned = plan.aligned;
   if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, p.workspace, stream);
   params.seen_words = plan.seen_words;
   params.mask_pairs = has_mask_pairs(p.mask);
-  const ForwardVariant& variant = *plan.variant;
-  cuda::launch_blocks(variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_tiles, variant.threads,
+  cuda::launch_blocks(variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_blocks(), variant.threads,
                       plan.shared_bytes(), stream, variant.name);
+  if (plan.is_split()) {
+    launch_combine({p, params.schedule, variant.block_m, variant.head_dim}, stream);
+  }
 }
 
 }  // namespace flash_attn::cuda::sm80

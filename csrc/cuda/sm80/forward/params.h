@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../../params.h"
+#include "../../common/tiles/schedule.h"
 #include "../../mask/packed_mask.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -9,11 +10,10 @@ namespace flash_attn::cuda::sm80 {
 struct ForwardKernelParams {
   ForwardParams problem;
   int64_t first_block;
-  int num_m_blocks;         // of the longest sequence; with cu_seqlens_q, a bound for all sequences together
-  int group_size;           // query heads of a KV head
-  int heads_per_group;      // (batch, head) pairs whose keys and values stay in L2 together; dense problems alone
-  int slots;                // of shared memory for tiles of K and V
-  bool longest_first;       // the last query rows see the most keys
+  TileSchedule schedule;  // packed: num_m_blocks of all sequences together, and tiles head by head
+  // Bytes between rows of K and V that a thread copies one after the other, and between tiles.
+  int64_t k_copy_step, v_copy_step, k_tile_step, v_tile_step;
+  bool falls;               // packed: the last query rows come first
   bool aligned;             // q, k and v consist of whole 16-byte pieces
   mask::PackedMask packed;  // seen null: attn_mask, if any, is read where it lies
   int seen_words;           // of `packed` that a block keeps in shared memory, 64 columns each

@@ -1,40 +1,43 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "../../../sequence.h"
+#include "schedule.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
+constexpr int kStaticBytes = 384;     // of shared memory, a block, beside the tiles
 constexpr int kMaxSeenWords = 1024;   // 8 KB: of 65,536 columns
 
 const ForwardVariants& variants_for(const ForwardParams& p) {
-  const ForwardVariants* const all[] = {&kForwardD64, &kForwardD96, &kForwardD128, &kForwardD192, &kForwardD256};
+  const ForwardVariants* const all[] = {&kForwardD64,  &kForwardD96,  &kForwardD128,
+                                        &kForwardD192, &kForwardD256, &kForwardD512};
   const int64_t columns = std::max(p.head_dim, p.head_dim_v);
   for (const ForwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;
   }
-  return kForwardD256;
+  return kForwardD512;
 }
 
-/// How many blocks of the variant an SM holds, and with how many slots each; false: none.
-bool fit(const ForwardVariant& variant, const DeviceInfo& device, ForwardPlan& plan) {
-  const int bytes_per_sm = device.shared_memory_per_block + kReservedBytes;
-  for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
-    const int bytes = bytes_per_sm / blocks - kReservedBytes - variant.query_bytes -
-                      (variant.extended ? 128 + 8 * plan.seen_words : 0);
-    const int slots = std::min(variant.min_slots + 2, bytes / variant.slot_bytes);
-    if (slots < variant.min_slots) continue;
-    plan.slots = slots;
-    plan.blocks_per_sm = blocks;
-    return true;
+/// Whether an SM holds a block of the variant; with how much of the mask, and how many of them.
+bool fit(const ForwardVariant& variant, const ForwardParams& p, const DeviceInfo& device, ForwardPlan& plan) {
+  const int bytes = variant.tile_bytes + kStaticBytes;
+  if (bytes > device.shared_memory_per_block) return false;
+  if (plan.packs_mask) {
+    const int64_t words = std::min<int64_t>(kMaxSeenWords, ceil_div(p.seqlen_k, 64));
+    plan.seen_words = int(std::min<int64_t>(words, (device.shared_memory_per_block - bytes) / 8));
   }
-  return false;
+  plan.blocks_per_sm = std::min(variant.blocks_per_sm, (device.shared_memory_per_block + kReservedBytes) /
+                                                           (bytes + 8 * plan.seen_words + kReservedBytes));
+  return true;
 }
 
 /// Heads whose K and V together take about half of L2: their tiles follow each other.
@@ -50,6 +53,77 @@ bool packs_mask(const ForwardParams& p) {
   if (p.mask.data == nullptr) return false;
   const int64_t size = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
   return p.mask.packed != nullptr || p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
+}
+
+/// Blocks of keys that a tile visits, over a head: on average, and at most.
+struct TileLengths {
+  double mean = 0, longest = 1;
+};
+
+TileLengths tile_lengths(const ForwardParams& p, int64_t block_m, int64_t block_n) {
+  constexpr int64_t kSamples = 32;
+  const SequenceInfo info = sequence_info(p, 0);
+  const int64_t m_blocks = std::max<int64_t>(1, ceil_div(p.seqlen_q, block_m));
+  const int64_t step = std::max<int64_t>(1, m_blocks / kSamples);
+  TileLengths lengths;
+  int samples = 0;
+  for (int64_t m = m_blocks - 1; m >= 0; m -= step, ++samples) {
+    const Range cols =
+        visible_columns(p, info, m * block_m, std::max(m * block_m + 1, std::min((m + 1) * block_m, p.seqlen_q)));
+    const double blocks = double(std::max<int64_t>(
+        1, ceil_div(std::min(cols.end, p.seqlen_k), block_n) - std::max<int64_t>(cols.begin, 0) / block_n));
+    lengths.mean += blocks;
+    lengths.longest = std::max(lengths.longest, blocks);
+  }
+  lengths.mean /= samples;
+  return lengths;
+}
+
+// Clocks of an SM, for few tiles: benchmarks/experiments/083.
+constexpr double kProductsPerClock = 700;     // multiply-adds of an SM that has blocks enough
+constexpr double kAlone = 1.4;                // what a block that is alone takes longer than its share of that
+constexpr double kTileClocks = 6000;          // of a block beside its products
+constexpr double kCombineClocks = 9000;       // launching combine's kernel, and its latency
+constexpr double kCombineBytesPerClock = 16;  // an SM's share of L2's bandwidth, partial results written and read
+constexpr int kMaxSplits = 16;
+
+/// Into how many parts the keys of each tile are cut so that all of the GPU has something to do.
+int choose_splits(const ForwardParams& p, const DeviceInfo& device, const ForwardPlan& plan) {
+  const ForwardVariant& variant = *plan.variant;
+  const bool can = !p.is_varlen_q() && p.sinks == nullptr && !variant.extended;
+  const int64_t tiles = plan.schedule.num_tiles;
+  if (!can || tiles == 0 || tiles >= int64_t{2} * device.num_sms * plan.blocks_per_sm) return 1;
+  const TileLengths lengths = tile_lengths(mean_problem(p), variant.block_m, variant.block_n);
+  const double block_clocks = double(variant.block_m) * variant.block_n * 2 * variant.head_dim / kProductsPerClock;
+  double best = 0;
+  int splits = 1;
+  for (int n = 1; n <= kMaxSplits && n <= lengths.longest; ++n) {
+    const double per_sm = std::ceil(double(tiles) * n / device.num_sms);
+    const double waves = std::ceil(per_sm / plan.blocks_per_sm);
+    const double work = double(tiles) * n / device.num_sms * (lengths.mean / n) * block_clocks;
+    const double longest =
+        std::ceil(lengths.longest / n) * block_clocks * kAlone * (lengths.longest > lengths.mean ? 1 : waves);
+    double clocks = std::max(work, longest) + waves * kTileClocks;
+    if (n > 1) clocks += kCombineClocks + per_sm * 8.0 * variant.block_m * variant.head_dim / kCombineBytesPerClock;
+    if (n > 1 && clocks >= 0.95 * best) continue;
+    best = clocks;
+    splits = n;
+  }
+  return splits;
+}
+
+void lay_out_tiles(const ForwardParams& p, const DeviceInfo& device, ForwardPlan& plan) {
+  const ForwardVariant& variant = *plan.variant;
+  TileSchedule& schedule = plan.schedule;
+  schedule = make_schedule(p, variant.block_m, heads_per_group(p, device.l2_bytes));
+  schedule.num_splits = choose_splits(p, device, plan);
+  schedule.split_begin = plan.is_split() ? 0 : INT32_MAX;
+  if (plan.is_split()) {
+    const int64_t rows = plan.num_blocks() * variant.block_m;
+    plan.partial_out = ceil_div(plan.workspace_bytes, 256) * 256;
+    plan.partial_out_bytes = rows * variant.head_dim * 4;
+    plan.workspace_bytes = plan.partial_out + plan.partial_out_bytes + rows * 8;
+  }
 }
 
 }  // namespace
@@ -78,12 +152,11 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   plan.packs_mask = packs_mask(p);
   if (plan.packs_mask) {
     plan.workspace_bytes = mask::packing_workspace(p.mask);
-    plan.seen_words = int(std::min<int64_t>(kMaxSeenWords, ceil_div(p.seqlen_k, 64)));
   }
   for (const ForwardVariant& variant : variants_for(p)) {
     if (variant.extended != extended) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
-    if (!fit(variant, device, plan)) continue;
+    if (!fit(variant, p, device, plan)) continue;
     plan.variant = &variant;
     break;
   }
@@ -95,11 +168,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
     throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
                              " does not take this problem; the kernels of its head dimension are: " + names);
   }
-  const int64_t block_m = plan.variant->block_m, m_blocks = ceil_div(p.seqlen_q, block_m);
-  plan.num_m_blocks = p.is_varlen_q() ? std::min(p.total_q / block_m + p.batch, p.batch * m_blocks) : m_blocks;
-  plan.num_tiles = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
-  plan.longest_first = p.window_right >= 0 && p.window_left < 0;
-  plan.heads_per_group = plan.longest_first ? heads_per_group(p, device.l2_bytes) : 1;
+  lay_out_tiles(p, device, plan);
   return plan;
 }
 

@@ -3,25 +3,30 @@
 
 #include <cstdint>
 
+#include "../../common/tiles/schedule.h"
 #include "variant.h"
 
 namespace flash_attn::cuda::sm80 {
 
 struct ForwardPlan {
   const ForwardVariant* variant = nullptr;
-  int slots = 0;             // of the ring of K and V tiles
-  int blocks_per_sm = 0;     // that run at a time
-  int64_t num_m_blocks = 0;  // see ForwardKernelParams
-  int64_t num_tiles = 0;
-  int heads_per_group = 1;
-  bool longest_first = false;
+  int blocks_per_sm = 0;  // that run at a time
+  TileSchedule schedule;  // see ForwardKernelParams
+  // Of the workspace, from its start, where a tile's keys are shared out.
+  int64_t partial_out = 0, partial_out_bytes = 0;
   bool aligned = true;
 
   bool packs_mask = false;  // reads attn_mask once before, see mask/packed_mask.h
   int seen_words = 0;       // see ForwardKernelParams
   int64_t workspace_bytes = 0;
 
-  int shared_bytes() const { return variant->query_bytes + slots * variant->slot_bytes + seen_words * 8; }
+  bool is_split() const { return schedule.num_splits > 1; }
+  /// Of a launch.
+  int64_t num_blocks() const {
+    const int64_t split = is_split() ? schedule.num_tiles - schedule.split_begin : 0;
+    return schedule.num_tiles + split * (schedule.num_splits - 1);
+  }
+  int shared_bytes() const { return variant->tile_bytes + seen_words * 8; }
 };
 
 /// Whether q, k, v and out consist of whole, aligned 16-byte pieces.

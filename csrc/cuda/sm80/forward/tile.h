@@ -1,8 +1,8 @@
 // Which rows a block owns, and which blocks of keys they see.
 #pragma once
 
-#include "../../../sequence.h"
-#include "../mma.h"
+#include "../../common/tiles/order.h"
+#include "../packed_block.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -15,6 +15,8 @@ struct ForwardTile {
   int col_begin, col_end;    // keys that some row sees
   int full_begin, full_end;  // keys that all rows see
   int block_begin, block_end;
+  int whole_begin, whole_count;  // tiles of keys that exist in full
+  int part_row;                  // first row of the tile's partial results; -1: not split
 
   /// To the first row of this tile's batch entry; packed sequences are found by their rows alone.
   SM80_DEVICE int64_t batch_offset(const TensorView& view, bool packed) const {
@@ -22,57 +24,33 @@ struct ForwardTile {
   }
 };
 
-/// Number n among the tiles of packed sequences: the sequence and its m block. All lanes of a warp search together.
-SM80_DEVICE bool find_packed_tile(const ForwardParams& p, int block_m, int n, int& batch, int& m_block) {
-  const int lane = int(threadIdx.x) % 32;
-  for (int first = 0; first < int(p.batch); first += 32) {
-    const int b = first + lane;
-    int blocks = 0;
-    if (b < int(p.batch)) blocks = int((sequence_info(p, b).seqlen_q_padded + block_m - 1) / block_m);
-    int end = blocks;  // inclusive sum over the lanes
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(~0u, end, step);
-      if (lane >= step) end += before;
-    }
-    const int total = __shfl_sync(~0u, end, 31);
-    if (n < total) {
-      const int at = __ffs(int(__ballot_sync(~0u, n < end))) - 1;
-      batch = first + at;
-      m_block = n - __shfl_sync(~0u, end - blocks, at);
-      return true;
-    }
-    n -= total;
-  }
-  return false;
-}
-
-/// False: there is nothing to do. Blocks of one group of heads follow each other, so that its keys stay in L2; in a
-/// causal problem the longest come first (longest processing time first, Graham 1969).
+/// False: there is nothing to do. The order of tiles: common/tiles/order.h.
 template <int kBlockM, int kBlockN>
 SM80_DEVICE bool find_tile(const ForwardKernelParams& params, ForwardTile& tile) {
   const ForwardParams& p = params.problem;
-  const int64_t index = params.first_block + blockIdx.x;
-  int m_block;
-  if (p.cu_seqlens_q != nullptr) {
-    tile.head = int(index / params.num_m_blocks);
-    if (!find_packed_tile(p, kBlockM, int(index % params.num_m_blocks), tile.batch, m_block)) return false;
-  } else {
-    const int64_t group_tiles = int64_t{params.heads_per_group} * params.num_m_blocks;
-    const int64_t group = index / group_tiles;
-    const int in_group = int(index % group_tiles);
-    const int64_t first_head = group * params.heads_per_group;
-    const int64_t left = p.batch * p.num_heads - first_head;
-    const int heads = left < params.heads_per_group ? int(left) : params.heads_per_group;
-    const int64_t batch_head = first_head + in_group % heads;
-    m_block = in_group / heads;
-    if (params.longest_first) m_block = params.num_m_blocks - 1 - m_block;
-    tile.batch = int(batch_head / p.num_heads);
-    tile.head = int(batch_head % p.num_heads);
+  const TileSchedule& schedule = params.schedule;
+  int index = int(params.first_block + blockIdx.x), part = 0, m_block;
+  tile.part_row = -1;
+  if (index >= schedule.split_begin) {
+    const int split_tile = (index - schedule.split_begin) / schedule.num_splits;
+    part = index - schedule.split_begin - split_tile * schedule.num_splits;
+    index = schedule.split_begin + split_tile;
+    tile.part_row = (split_tile * schedule.num_splits + part) * kBlockM;
   }
-  tile.kv_head = tile.head / params.group_size;
+  if (p.cu_seqlens_q != nullptr) {
+    int number;
+    tile.head = schedule.num_m_blocks.divide(index, number);
+    if (params.falls) number = int(schedule.num_m_blocks.value) - 1 - number;
+    const BlockPlace at = find_packed_block(p.cu_seqlens_q, p.total_q, int(p.batch), kBlockM, number);
+    if (at.block < 0) return false;
+    tile.batch = at.batch, m_block = at.block;
+  } else {
+    const TilePlace at = tile_place(schedule, p, index);
+    tile.batch = at.batch, tile.head = at.head, m_block = at.m_block;
+  }
+  tile.kv_head = schedule.queries_per_head.divide(tile.head);
   tile.m_begin = m_block * kBlockM;
-  tile.sequence = sequence_info(p, tile.batch);
+  tile.sequence = schedule.alike ? schedule.sequence : sequence_info(p, tile.batch);
   const SequenceInfo& s = tile.sequence;
   if (tile.m_begin >= s.seqlen_q) return false;  // rows without a query are filled by another kernel
   const int64_t row_end = clamp<int64_t>(tile.m_begin + kBlockM, 0, s.seqlen_q);
@@ -83,6 +61,13 @@ SM80_DEVICE bool find_tile(const ForwardKernelParams& params, ForwardTile& tile)
   tile.full_end = int(clamp<int64_t>(visible_columns(p, s, tile.m_begin).end, 0, s.seqlen_k));
   tile.block_begin = tile.col_begin / kBlockN;
   tile.block_end = (tile.col_end + kBlockN - 1) / kBlockN;
+  if (tile.part_row >= 0) {
+    const int blocks = tile.block_end - tile.block_begin;
+    tile.block_end = tile.block_begin + blocks * (part + 1) / schedule.num_splits;
+    tile.block_begin += blocks * part / schedule.num_splits;
+  }
+  tile.whole_begin = (tile.col_begin + kBlockN - 1) / kBlockN;
+  tile.whole_count = max(0, tile.col_end / kBlockN - tile.whole_begin);
   return true;
 }
 

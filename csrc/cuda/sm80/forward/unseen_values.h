@@ -31,10 +31,11 @@ SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(const SeenColumns& columns
     x |= __shfl_xor_sync(~0u, x, 4);
     x |= __shfl_xor_sync(~0u, x, 8);
     x |= __shfl_xor_sync(~0u, x, 16);
-    if (lane < 4) atomicOr(words + 2 * lane + w, x);
+    if (lane < 4) atomicOr(words + 2 * lane + w, x << (warp_key() / 4));
   }
   __syncthreads();  // all warps have said what they see
-  for (int row = warp; row < kSubN; row += Config::kWarps) {
+  constexpr int kRows = kHalves ? kSubN : kBlockN;
+  for (int row = warp; row < kRows; row += Config::kWarps) {
     const int n = row / 8, t = row % 8 / 2;
     if ((words[2 * t + n / 16] >> (2 * (n % 16) + row % 2) & 1) != 0) continue;
     for (int chunk = lane; chunk < Tile::kChunks; chunk += 32) {

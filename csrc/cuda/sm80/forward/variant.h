@@ -14,8 +14,8 @@ struct ForwardVariant {
   int block_m, block_n, threads;
   int blocks_per_sm;  // that its registers allow
   bool extended;
-  int min_slots;                                 // of the ring: those that are read at a time, and one
-  int query_bytes, slot_bytes;                   // of shared memory
+  int tile_bytes;                                // of shared memory, for tiles of q, k and v
+  int copy_step;                                 // rows of K and V between those that one thread copies
   void (*kernel[2])(const ForwardKernelParams);  // for bfloat16, float16
 };
 
@@ -26,6 +26,6 @@ struct ForwardVariants {
   const ForwardVariant* end() const { return first + count; }
 };
 
-extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192, kForwardD256;
+extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192, kForwardD256, kForwardD512;
 
 }  // namespace flash_attn::cuda::sm80

@@ -2,7 +2,7 @@
 // long sum inside of it shrinks: sums begin anew, and what they come to is added up as ordinary floats.
 #pragma once
 
-#include "../backward/products.h"
+#include "../products.h"
 #include "pair.h"
 
 namespace flash_attn::cuda::sm80::fp32 {

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../../../sequence.h"
+#include "../../common/tiles/groups.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../common/tiles/visibility.h"
 
@@ -126,13 +127,6 @@ bool is_named(const Variant& variant, const std::string& name) {
 
 /// What changes scores or P beyond attn_mask.
 bool has_rules(const ForwardParams& p) { return p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0; }
-
-void set_groups(TileSchedule& schedule, int64_t heads_per_group, int64_t batch_heads) {
-  const int64_t num_m_blocks = schedule.num_m_blocks.value;
-  schedule.heads_per_group = Divisor(heads_per_group);
-  schedule.group_tiles = Divisor(heads_per_group * (num_m_blocks - num_m_blocks / 4));
-  schedule.batch_heads = Divisor(batch_heads);
-}
 
 }  // namespace
 

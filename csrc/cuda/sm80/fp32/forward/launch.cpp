@@ -1,5 +1,6 @@
 #include "../../../common/launch.h"
 
+#include "../../../common/tiles/visibility.h"
 #include "../../../universal/forward_launch.h"
 #include "../../../universal/rows.h"
 #include "../split.h"
@@ -34,11 +35,9 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
   };
   ForwardKernelParams params{};
   params.problem = p;
-  params.num_m_blocks = int(plan.num_m_blocks);
-  params.group_size = int(p.group_size());
-  params.heads_per_group = plan.heads_per_group;
+  params.schedule = plan.schedule;
+  params.falls = rows_see_prefixes(p);
   params.slots = plan.slots;
-  params.longest_first = plan.longest_first;
   params.aligned = has_pairs(p.out);
   params.q = place(plan.q, plan.q_data, plan.q_units);
   params.k = place(plan.k, plan.k_data, plan.k_units);
@@ -49,7 +48,7 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
                                  {p.v, params.v, int(p.head_dim_v), false, true}};
   split(p, sources, 3, flags, stream);
   const ForwardVariant& variant = *plan.variant;
-  cuda::launch_blocks(variant.kernel, params, plan.num_tiles, variant.threads, plan.shared_bytes(), stream,
+  cuda::launch_blocks(variant.kernel, params, plan.schedule.num_tiles, variant.threads, plan.shared_bytes(), stream,
                       variant.name);
   universal::launch_forward<float>(p, flags, stream);
 }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../../forward/schedule.h"
 #include "../code.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
@@ -109,11 +110,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
     throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
                              " does not take this problem; the kernels of its head dimension are: " + names);
   }
-  const int64_t block_m = plan.variant->block_m, m_blocks = ceil_div(p.seqlen_q, block_m);
-  plan.num_m_blocks = p.is_varlen_q() ? std::min(p.total_q / block_m + p.batch, p.batch * m_blocks) : m_blocks;
-  plan.num_tiles = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
-  plan.longest_first = p.window_right >= 0 && p.window_left < 0;
-  plan.heads_per_group = plan.longest_first ? heads_per_group(p, plan.variant->head_dim, device.l2_bytes) : 1;
+  plan.schedule = make_schedule(p, plan.variant->block_m, heads_per_group(p, plan.variant->head_dim, device.l2_bytes));
   lay_out_workspace(plan, p);
   return plan;
 }

@@ -4,18 +4,16 @@
 #include <cstdint>
 
 #include "../../../../kernel.h"
+#include "../../../common/tiles/schedule.h"
 #include "variant.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
 struct ForwardPlan {
   const ForwardVariant* variant = nullptr;
-  int slots = 0;             // of the ring of K and V tiles
-  int blocks_per_sm = 0;     // that run at a time
-  int64_t num_m_blocks = 0;  // see sm80::ForwardKernelParams
-  int64_t num_tiles = 0;
-  int heads_per_group = 1;
-  bool longest_first = false;
+  int slots = 0;          // of the ring of K and V tiles
+  int blocks_per_sm = 0;  // that run at a time
+  TileSchedule schedule;
 
   Planes q, k, v;  // without addresses
   // Of the workspace, in bytes from its start, where the flags are.

@@ -3,24 +3,9 @@
 // as they lie, and B operands that are transposed), or columns (for the others).
 #pragma once
 
-#include "../shared_tile.h"
+#include "shared_tile.h"
 
 namespace flash_attn::cuda::sm80 {
-
-/// threadIdx.x, as if it changed with each turn of a loop: what the compiler computes from it ahead of the loop costs
-/// more, by the registers that hold it, than computing it again.
-SM80_DEVICE uint32_t fresh_thread(int turn) {
-  uint32_t thread;
-  asm volatile(
-      "{\n"
-      ".reg .u32 x;\n"
-      "mad.lo.u32 x, %1, 1024, %2;\n"
-      "and.b32 %0, x, 1023;\n"
-      "}"
-      : "=r"(thread)
-      : "r"(turn), "r"(threadIdx.x));
-  return thread;
-}
 
 /// Matrices 0 to 3 are the upper left, lower left, upper right and lower right 8 x 8 elements.
 template <typename Tile>
@@ -45,9 +30,11 @@ SM80_DEVICE void clear(float (&acc)[kM][kN][4]) {
 }
 
 /// acc (16 kM, 8 kN) = first + a b^T over the columns of both tiles; a by rows, b by columns. `first(n)` gives what the
-/// lane's two columns of tile n begin with.
-template <typename Element, int kColumns, int kM, int kN, typename First>
-SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first) {
+/// lane's two columns of tile n begin with; `between(k)` is called after each of the kColumns / 16 steps, kUnroll of
+/// which the compiler sees at once.
+template <typename Element, int kColumns, int kUnroll = kColumns / 16, int kM, int kN, typename First, typename Between>
+SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first,
+                               const Between& between) {
   using Tile = SharedTile<kColumns>;
   static_assert(kN % 2 == 0);
 #pragma unroll
@@ -58,7 +45,7 @@ SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, 
       acc[m][n][0] = upper.x, acc[m][n][1] = upper.y, acc[m][n][2] = lower.x, acc[m][n][3] = lower.y;
     }
   }
-#pragma unroll
+#pragma unroll kUnroll
   for (int k = 0; k < kColumns / 16; ++k) {
     uint32_t x[kM][4];
 #pragma unroll
@@ -73,7 +60,12 @@ SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, 
         mma_m16n8k16<Element>(acc[m][n + 1], x[m], y[2], y[3]);
       }
     }
+    between(k);
   }
+}
+template <typename Element, int kColumns, int kM, int kN, typename First>
+SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first) {
+  multiply_rows<Element, kColumns>(acc, a, b, first, [](int) {});
 }
 
 /// acc (16 kM, 8 kN) += a b, of which a (16 kM, 16) is in registers and b lies by rows: 16 rows of a tile and every

@@ -1,0 +1,14 @@
+#include "../instance.h"
+
+namespace flash_attn::cuda::sm80 {
+namespace {
+
+const BackwardVariant kVariants[] = {
+    backward_variant<512, 32, 64, 1, 4, 1, 1, false>("mma d512 64x32 w8 s1"),
+};
+
+}  // namespace
+
+extern const BackwardVariants kBackwardD512 = {kVariants, sizeof(kVariants) / sizeof(kVariants[0]), {}};
+
+}  // namespace flash_attn::cuda::sm80
