@@ -2,7 +2,7 @@
 #include "decode.h"
 
 #include "../common/launch.h"
-#include "../sm80/code_for_device.h"
+#include "../sm80/code.h"
 #include "../universal/rows.h"
 #include "plan.h"
 
