@@ -36,6 +36,7 @@ def plan(
     device: tuple[int, int, int, int] = H200,
     address: int = 1 << 20,
     tensors: dict[str, Any] | None = None,
+    wants_dmask: bool = False,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Of (batch, seqlen, heads, head_dim) tensors, dense."""
@@ -50,7 +51,8 @@ def plan(
         "v": tensor(seqlen_k, heads_k, head_dim_v or head_dim),
     }
     defaults = Options(seqlen_q, seqlen_k, None, 0, -1, -1, 0.0, 0.0, False, False)
-    return _C.plan(values | (tensors or {}), defaults._replace(**options)._asdict(), [True] * 3 + [False] * 3, device)
+    needs = [True] * 3 + [wants_dmask, False, False]
+    return _C.plan(values | (tensors or {}), defaults._replace(**options)._asdict(), needs, device)
 
 
 def backward_decisions(*problem: int, **changes: Any) -> dict[str, int | str]:
@@ -185,6 +187,31 @@ def test_what_changes_scores_has_backward_kernels_of_its_own(
     assert (chosen["family"], chosen["kernel"]) == ("sm90", f"wgmma {kernel} extended")
     assert chosen["decisions"]["dq"] == "added to zeros"
     assert plan(head_dim=head_dim, deterministic=True, **changes)["backward"]["decisions"]["dq"] == "in a fixed order"
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "sizes, changes, how",
+    [
+        ((4, 16), {}, "stored by tiles"),
+        ((1, 16), {}, "added by tiles in turn"),
+        ((4, 1), {}, "by another launch"),  # 16 scores share a number: it is read ahead, for blocks to pass over
+        ((1, 16), {"deterministic": True}, "by another launch"),
+        ((4, 16), {"dropout_p": 0.1}, "by another launch"),
+        ((4, 16), {"head_dim": 64}, "by another launch"),
+    ],
+)
+def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(
+    sizes: tuple[int, int], changes: dict[str, Any], how: str
+) -> None:
+    shape, strides = [*sizes, 4096, 4096], [sizes[1] << 24, 1 << 24, 4096, 1]
+    tensors = {
+        "attn_mask": (1 << 20, "bfloat16", 0, shape, [0 if n == 1 else x for n, x in zip(shape, strides, strict=True)])
+    }
+    if "dropout_p" in changes:
+        tensors["rng_state"] = (1 << 20, "int64", 0, [2], [1])
+    chosen = plan(tensors=tensors, wants_dmask=True, **changes)["backward"]
+    assert chosen["family"] == "sm90" and chosen["decisions"]["dmask"] == how
 
 
 @needs_sm90

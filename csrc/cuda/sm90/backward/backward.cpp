@@ -80,6 +80,12 @@ const char* order_name(const Plan& plan) {
   return plan.order.falling ? "last columns first" : "first columns first";
 }
 
+/// How the gradient of attn_mask comes together, see ExtendedPlan.
+const char* dmask_name(const ExtendedPlan& extended) {
+  if (extended.computes_dmask) return "by another launch";
+  return extended.adds_dmask ? "added by tiles in turn" : "stored by tiles";
+}
+
 flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   const Plan chosen = choose_plan(params, device);
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
@@ -93,6 +99,7 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   plan.decide("one_cta", chosen.variant->dq_path == DqPath::kOneCta);
   plan.decide("dq_writing", chosen.dq.writing.enabled);
   plan.decide("preparation", chosen.preparation.ahead > 0);
+  if (params.dmask != nullptr) plan.decide("dmask", dmask_name(chosen.extended));
   return plan;
 }
 
