@@ -153,8 +153,8 @@ struct ForwardBlock {
   template <int kHalf, bool kExp>
   SM80_DEVICE void multiply_qk(Scores& scores, Scores& other) {
     constexpr int kSteps = Config::kHeadDim / 16, kFragments = kMTiles * kNTiles;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    constexpr int kUnroll = Config::kFewRegisters ? 2 : kSteps;  // ptxas would spill two registers
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+    constexpr int kUnroll = Config::kFewRegisters ? 2 : kSteps;  // ptxas would spill registers
 #else
     constexpr int kUnroll = kSteps;
 #endif

@@ -79,7 +79,7 @@ TileLengths tile_lengths(const ForwardParams& p, int64_t block_m, int64_t block_
   return lengths;
 }
 
-// Clocks of an SM, for few tiles: benchmarks/experiments/083.
+// Clocks of an SM, for few tiles: benchmarks/experiments/084.
 constexpr double kProductsPerClock = 700;     // multiply-adds of an SM that has blocks enough
 constexpr double kAlone = 1.4;                // what a block that is alone takes longer than its share of that
 constexpr double kTileClocks = 6000;          // of a block beside its products
