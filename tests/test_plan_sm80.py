@@ -77,7 +77,7 @@ def test_head_dims_over_512_are_refused_with_their_reason() -> None:
 # By shared memory of a block: the plain forward kernel of each head dimension, and how many blocks an SM holds.
 FORWARD_KERNELS = {
     101376: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64 rows", 512: "32x32"},
-    166912: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x32"},
+    166912: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64 s2", 256: "64x64", 512: "64x32"},
     232448: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x64"},
 }
 FORWARD_BLOCKS = {

@@ -27,9 +27,16 @@ struct BackwardConfig {
   static constexpr int kWarpsN = kBlockN / kWarpKeys, kWarpsQ = kWarpsQ_, kWarps = kWarpsN * kWarpsQ;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = kStages_;  // of Q and dO
+  // Where ptxas takes more registers: what can be computed again is.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+  static constexpr bool kFewRegisters = true;
+#else
+  static constexpr bool kFewRegisters = false;
+#endif
+  static constexpr bool kSpareRegister = !kFewRegisters && !kExtended_;
   // Q and dO of a step have one barrier [320 instead of 313 TFLOP/s at head dim 128, H200]; with one stage each is
   // loaded anew as soon as it has been used.
-  static constexpr bool kTogether = kStages > 1 && !kExtended_;
+  static constexpr bool kTogether = kStages > 1 && kSpareRegister;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that registers are bounded for
   static constexpr bool kExtended = kExtended_;       // softcap, ALiBi, masks, dropout, unaligned tensors
 

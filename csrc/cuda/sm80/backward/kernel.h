@@ -177,7 +177,7 @@ struct BackwardBlock : BackwardLoader<Config> {
 
   /// Asks before the products of dQ how many have added to its rows: the answer takes as long as they do.
   SM80_DEVICE int ask_turn() const {
-    if (Config::kExtended || params.turns == nullptr || lane() != 0) return 0;  // extended: no register is free
+    if (!Config::kSpareRegister || params.turns == nullptr || lane() != 0) return 0;
     return count_turns(params.turns + accum_block(head, m_block) * Config::kWarps + warp());
   }
 

@@ -25,8 +25,8 @@ struct BackwardLoader : BackwardWalk<Config> {
         static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
     const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
     load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
-        threadIdx.x, shared + to, source, view.row, int(columns), params.aligned,
-        begin <= first && end - first >= kRows, exists);
+        Config::kFewRegisters ? fresh_thread(step) : threadIdx.x, shared + to, source, view.row, int(columns),
+        params.aligned, begin <= first && end - first >= kRows, exists);
   }
 
   SM80_DEVICE void load_keys() const {

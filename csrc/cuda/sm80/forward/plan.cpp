@@ -156,9 +156,12 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   for (const ForwardVariant& variant : variants_for(p)) {
     if (variant.extended != extended) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
-    if (!fit(variant, p, device, plan)) continue;
+    ForwardPlan fitting = plan;
+    if (!fit(variant, p, device, fitting)) continue;
+    // The first, unless another has more blocks an SM.
+    if (plan.variant != nullptr && fitting.blocks_per_sm <= plan.blocks_per_sm) continue;
+    plan = fitting;
     plan.variant = &variant;
-    break;
   }
   if (plan.variant == nullptr && forced == nullptr) return plan;
   if (plan.variant == nullptr) {
