@@ -98,7 +98,8 @@ def test_the_smallest_kernel_that_holds_the_head_dims(
     "changes, reason, family",
     [
         ({"dtype": "float32"}, "dtype", "universal"),
-        ({"head_dim": 264}, "over 256", "universal"),
+        ({"head_dim": 264}, "over 256", "sm80"),
+        ({"head_dim": 520}, "over 256", "universal"),
         ({"head_dim": 20}, "multiple of 8", "sm80"),
         ({"address": (1 << 20) + 2}, "16 bytes", "sm80"),
     ],
