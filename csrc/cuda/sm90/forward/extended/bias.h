@@ -16,7 +16,7 @@ struct BiasValues {
   /// A hidden score becomes -inf whatever it was: a NaN that is masked out must go.
   FLASH_ATTN_DEVICE static float add_bias(float score, float bias) { return bias == -INFINITY ? bias : score + bias; }
 
-  /// `at` of the lane; `col_end`: columns from here on may not be read, and what stands for them does not matter.
+  /// `at` of the lane. Columns beyond the tile's are not read; what stands for them does not matter.
   FLASH_ATTN_DEVICE void load(const ExtendedParams& params, const ExtendedTile& tile, const FragmentPlace& at) {
     if (params.problem.mask.dtype == DType::kFloat32) {
       load_tiles<float, 0, kTilesN / 2>(params, tile, at);
