@@ -93,12 +93,15 @@ KINDS: dict[str, Callable[..., None]] = {
     "huge": _scaled(1e6, 1e-6, 1e6, 1e6),
     "columns 2": _columns(2),
     "rows": _rows,
+    "every entry": _wide,
     "V mean 1": _mean_of_values,
 }
-FLAGGED: dict[str, Callable[..., None]] = {"columns 4": _columns(4), "every entry": _wide}
+FLAGGED: dict[str, Callable[..., None]] = {"columns 4": _columns(4)}
 # lse is as exact as S, whose sums the tensor core rounds toward zero: it leans low. Logits in the thousands make all
 # errors those of a few rows, which eight inputs do not average.
 LSE_BOUND, LARGE_LOGITS_BOUND = 2.5, 1.3
+# Over few columns a float32 sum is nearly exact: what is left are the roundings of P and dS.
+FEW_COLUMNS, FEW_COLUMNS_BOUND = 32, 1.2
 
 
 def _inputs(kind: str, shape: tuple[int, int, int, int]) -> list[Tensor]:
@@ -136,7 +139,8 @@ def _check(kind: str, seqlen: int, head_dim: int, causal: bool, monkeypatch: pyt
     for name, exact in want.items():
         mine, yardstick = ((x[name].double() - exact) for x in (pairs, universal))
         rms = float(mine.square().mean().sqrt() / yardstick.square().mean().sqrt())
-        bound = LSE_BOUND if name == "lse" else LARGE_LOGITS_BOUND if kind == "x30" else 1.05
+        few = FEW_COLUMNS_BOUND if head_dim <= FEW_COLUMNS else 1.05
+        bound = LSE_BOUND if name == "lse" else LARGE_LOGITS_BOUND if kind == "x30" else few
         assert rms <= bound, f"{name}: RMS {rms:.2f} times that of float32 multiply-adds, at most {bound}"
         ulp = 2**-23 * float(exact.abs().max())
         largest, allowed = float(mine.abs().max()), 2 * float(yardstick.abs().max()) + ulp
@@ -189,7 +193,10 @@ class TestFlags:
     @staticmethod
     def _flagged(inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
         pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
-        same = [(pairs[name] == universal[name]).flatten(2).all(2) for name in ("out", "dq", "dk", "dv")]
+        same = [
+            pairs[name].nan_to_num().eq(universal[name].nan_to_num()).flatten(2).all(2)
+            for name in ("out", "dq", "dk", "dv")
+        ]
         for other in same[1:]:
             assert torch.equal(same[0], other)
         return same[0]
@@ -253,19 +260,41 @@ class TestPlan:
     @pytest.mark.parametrize(
         "device, head_dims", [(A100, (8, 24, 64)), (H200, (8, 24, 64, 100, 128))], ids=["A100", "H200"]
     )
-    def test_pairs_where_they_are_asked_for(
-        self, head_dims: tuple[int, ...], device: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+    def test_pairs_where_tensor_cores_are_faster(
+        self, head_dims: tuple[int, ...], device: tuple[int, int, int, int]
     ) -> None:
         if str(device[0]) not in _C.build_info()["cuda_archs"]:
             pytest.skip("built for a part of the GPUs")
         for head_dim in head_dims:
-            monkeypatch.delenv("FLASH_ATTN_FORCE", raising=False)
-            for choice in plan(head_dim=head_dim, dtype="float32", device=device).values():
-                assert choice["family"] == "universal"
-                assert any("pairs of fp16" in reason for family, reason in choice["rejected"] if family == "sm80")
-            monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
             for choice in plan(head_dim=head_dim, dtype="float32", device=device).values():
                 assert (choice["family"], choice["decisions"]["products"]) == ("sm80", PAIRS)
+
+    @pytest.mark.parametrize(
+        "device, sizes, reason",
+        [
+            (H200, (1, 2, 128), "so small"),
+            (H200, (4, 16, 4096), "equal sizes"),
+            *(((capability, 82, 101376, 6 << 20), (4, 16, 4096), "half rate") for capability in (86, 89, 120)),
+        ],
+    )
+    def test_multiply_adds_where_they_are_faster(
+        self,
+        device: tuple[int, int, int, int],
+        sizes: tuple[int, int, int],
+        reason: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        if not {"80", "90", "120"} <= set(_C.build_info()["cuda_archs"].replace("-real", "").split()):
+            pytest.skip("built for a part of the GPUs")
+        options = {"heads_k": 4} if reason == "equal sizes" else {}
+        for choice in plan(*sizes, head_dim=64, dtype="float32", device=device, **options).values():
+            assert choice["family"] == "universal"
+            assert any(reason in text for family, text in choice["rejected"] if family == "sm80")
+        if device[0] // 10 == 12:  # which there is no such code for
+            return
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        for choice in plan(*sizes, head_dim=64, dtype="float32", device=device, **options).values():
+            assert choice["family"] == "sm80"
 
     @pytest.mark.parametrize(
         "changes, reason",

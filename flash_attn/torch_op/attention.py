@@ -62,6 +62,10 @@ def attention(
     is floating, minus ``alibi_slope * |i + diagonal - j|``, and -inf where the boolean mask, causality, the window or
     the lengths forbid: ``out = dropout(softmax(s)) @ v``. ``diagonal`` is 0 for ``TOP_LEFT``, else seqlen_k - seqlen_q.
 
+    float32 stays float32 on tensor cores: against float64, the RMS error of a head's out, dq, dk and dv is at most 1.05
+    times (1.2 up to head_dim 32), that of lse 2.5 times, what float32 multiply-adds have.
+    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` are not consulted.
+
     Args:
         q: (batch, seqlen_q, num_heads, head_dim); (batch, num_heads, seqlen_q, head_dim) with ``heads_first``;
             (total_q, num_heads, head_dim) with ``cu_seqlens_q``. float64, float32, bfloat16 or float16.

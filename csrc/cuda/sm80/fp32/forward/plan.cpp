@@ -47,6 +47,27 @@ int heads_per_group(const ForwardParams& p, int columns, int64_t l2_bytes) {
   return int(std::min(kv_heads * p.group_size(), p.batch * p.num_heads));
 }
 
+/// GeForce cards of Ampere, Ada and Blackwell. Others that share their compute capability have the whole rate; there
+/// both ways are about as fast.
+bool has_half_rate(const DeviceInfo& device) {
+  const int capability = device.compute_capability;
+  return capability == 86 || capability == 89 || capability / 10 == 12;
+}
+
+/// Both passes have to agree: P = exp(S - lse) would lose what rounding errors of S they have in common.
+bool is_small(const ForwardParams& p) {
+  constexpr double kLeastFlops = 5e8;  // 17 us of the universal kernels on an H200
+  const double rows = p.is_varlen_q() ? double(p.total_q) : double(p.batch) * double(p.seqlen_q);
+  const double keys = p.is_varlen_k() ? double(p.total_k) / double(p.batch) : double(p.seqlen_k);
+  return 2.0 * rows * keys * double(p.num_heads) * double(p.head_dim + p.head_dim_v) < kLeastFlops;
+}
+
+/// What both passes have been tried on: full or causal, nothing grouped, packed or of other sizes.
+bool is_plain(const ForwardParams& p) {
+  return p.is_dense() && p.num_heads == p.num_heads_k && p.seqlen_q == p.seqlen_k && p.head_dim == p.head_dim_v &&
+         p.window_left < 0 && p.window_right <= 0 && p.sinks == nullptr;
+}
+
 bool is_forced() {
   const char* const family = std::getenv("FLASH_ATTN_FORCE");
   return family != nullptr && std::string(family) == "sm80";
@@ -77,7 +98,12 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 }  // namespace
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
-  if (!is_forced()) return "float32 is computed by pairs of fp16 where FLASH_ATTN_FORCE=sm80 asks for it";
+  if (!is_forced()) {
+    if (!is_plain(p))
+      return "in float32 it is for dense q, k and v of equal sizes unless FLASH_ATTN_FORCE=sm80 asks for it";
+    if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
+    if (is_small(p)) return "in float32 it is so small that splitting numbers into pairs costs more than it saves";
+  }
   if (p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) return "in float32 head_dim is over 128";
   if (!has_code(10 * device.compute_capability, variants_for(p).begin()->head_dim)) {
     return "its kernels for float32 are for compute capability 8 and 9, with a head_dim over 64 for 9.0 alone";
