@@ -24,6 +24,27 @@ import flash_attn
 from flash_attn import FlashMHA
 
 VOCABULARY = 256  # bytes
+# What --size stands for. The large one lets a data center's GPU compute; with the small one its host sets the pace.
+SIZES: dict[str, dict[str, int | float]] = {
+    "small": {
+        "steps": 2000,
+        "batch": 4,
+        "context": 128,
+        "layers": 4,
+        "width": 128,
+        "heads": 4,
+        "learning_rate": 1e-3,
+    },
+    "large": {
+        "steps": 500,
+        "batch": 8,
+        "context": 4096,
+        "layers": 4,
+        "width": 1024,
+        "heads": 8,
+        "learning_rate": 3e-4,
+    },
+}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -297,18 +318,29 @@ def parse_arguments() -> argparse.Namespace:
     compare += "fp64 is free of it"
     option("--compare", False, compare, action="store_true")
     option("--compile", False, "train through torch.compile", action="store_true")
-    option("--steps", 2000, "training steps", type=int)
-    option("--batch", 4, "sequences a step", type=int)
-    option("--context", 128, "bytes a sequence", type=int)
-    option("--layers", 4, "transformer blocks", type=int)
-    option("--width", 128, "width of the model, a multiple of --heads", type=int)
-    option("--heads", 4, "attention heads", type=int)
-    option("--learning-rate", 1e-3, "peak learning rate of AdamW", type=float)
+    option(
+        "--size", None, "what the options that name it are otherwise (default large on CUDA, else small)", choices=SIZES
+    )
+
+    def sized(name: str, text: str, type: type) -> None:
+        small, large = (SIZES[size][name.removeprefix("--").replace("-", "_")] for size in ("small", "large"))
+        option(name, None, f"{text} (default by --size: {small} or {large})", type=type)
+
+    sized("--steps", "training steps", int)
+    sized("--batch", "sequences a step", int)
+    sized("--context", "bytes a sequence", int)
+    sized("--layers", "transformer blocks", int)
+    sized("--width", "width of the model, a multiple of --heads", int)
+    sized("--heads", "attention heads", int)
+    sized("--learning-rate", "peak learning rate of AdamW", float)
     option("--dropout", 0.0, "dropout, inside attention too", type=float)
     option("--seed", 0, "fixes weights, order of the data and sample", type=int)
     option("--prompt", "The ", "what the sample begins with", type=str)
     option("--sample", 400, "bytes to write at the end", type=int)
     args = parser.parse_args()
+    for name, value in SIZES[args.size or ("large" if args.device.type == "cuda" else "small")].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if min(args.steps, args.batch, args.context, args.layers, args.heads, len(args.prompt)) < 1:
         parser.error("--steps, --batch, --context, --layers and --heads must be at least 1, and --prompt not empty")
     if args.width % args.heads != 0:
