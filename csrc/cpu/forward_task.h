@@ -4,10 +4,11 @@
 // lie. All the task's blocks use a tile of k and v before the next is packed.
 #pragma once
 
+#include "few_rows.h"
 #include "isa.h"
+#include "online_softmax.h"
 #include "parallel.h"
 #include "random.h"
-#include "scores.h"
 
 namespace flash_attn::cpu {
 namespace {  // see isa.h
@@ -32,6 +33,9 @@ struct ForwardScratch {
   using Operand = typename Arithmetic::Operand;
   int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
   int64_t row_blocks;     // of a task
+  bool few_rows;          // k, v and p are not packed then, and these are in use:
+  Acc* s_rows;            // (kFewRows, kForwardBlockN)
+  Acc* out_rows;          // (kFewRows, ldv)
   Operand* k;             // (kForwardBlockN, ldk)
   Operand* v;             // (kForwardBlockN / pack, ldv)
   Operand* v_clean;       // as v, without the values of dead columns
@@ -55,9 +59,14 @@ struct ForwardScratch {
     row_blocks =
         min(min(params.batch * params.num_heads * blocks / kForwardTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
     row_blocks = max(1, min(row_blocks, blocks));
-    k = arena.take<Operand>((kN + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
-    v = arena.take<Operand>(kN / kPack * ldv);
-    v_clean = params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(kN / kPack * ldv) : nullptr;
+    few_rows = params.seqlen_q <= kFewRows<Acc>;
+    s_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * kN) : nullptr;
+    out_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * ldv) : nullptr;
+    const int64_t packed = few_rows ? 0 : kN;
+    k = arena.take<Operand>((packed + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
+    v = arena.take<Operand>(packed / kPack * ldv);
+    v_clean =
+        params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(packed / kPack * ldv) : nullptr;
     s = arena.take<Acc>(kN * ldm);
     p = kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kN / kPack * ldm);
     bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
@@ -77,59 +86,6 @@ struct ForwardScratch {
     }
   }
 };
-
-/// Scores become probabilities relative to the new row maxima; `rescale` is what older sums are to be multiplied by.
-/// False: by 1, all of them.
-template <typename T>
-bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row_max, T* row_sum, T* rescale) {
-  constexpr int W = kLanes<T>;
-  IntVec<T> changed{};
-  for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += W) {
-    const Vec<T> old_max = load<T>(row_max + lane);
-    Vec<T> partial_max[4] = {old_max, old_max, old_max, old_max};
-    T* column = s + lane;
-    int64_t n = 0;
-    for (; n + 4 <= tile.columns; n += 4) {
-      for (int i = 0; i < 4; ++i) partial_max[i] = max<T>(load<T>(column + (n + i) * ld), partial_max[i]);
-    }
-    for (; n < tile.columns; ++n) partial_max[0] = max<T>(load<T>(column + n * ld), partial_max[0]);
-    const Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
-    const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
-    const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
-    const auto probability = [&](int64_t column_n) {
-      const Vec<T> p = exp2<T>(load<T>(column + column_n * ld) - shift, exponent_scale);
-      store<T>(column + column_n * ld, p);
-      return p;
-    };
-    Vec<T> sum{}, odd_sum{};
-    for (n = 0; n + 2 <= tile.columns; n += 2) {
-      sum += probability(n);
-      odd_sum += probability(n + 1);
-    }
-    if (n < tile.columns) sum += probability(n);
-    store<T>(row_max + lane, new_max);
-    store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + (sum + odd_sum));
-    store<T>(rescale + lane, alpha);
-    changed |= alpha != T(1);
-  }
-  return any_lane<T>(changed);
-}
-
-/// Probabilities (columns, ld) as operands of a sum over columns.
-template <typename Arithmetic>
-void pack_probabilities(const Tile& tile, const typename Arithmetic::Acc* s, typename Arithmetic::Operand* p,
-                        int64_t ld) {
-#if defined(__AVX512BF16__)
-  for (int64_t n = 0; n < tile.columns; n += 2) {
-    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<float>) {
-      const Vec<float> odd = n + 1 < tile.columns ? load<float>(s + (n + 1) * ld + lane) : Vec<float>{};
-      store_vector(p + n / 2 * ld + lane, interleave(round_to_bfloat16(load<float>(s + n * ld + lane), odd)));
-    }
-  }
-#else
-  (void)tile, (void)s, (void)p, (void)ld;  // they are operands as they are
-#endif
-}
 
 template <typename Arithmetic>
 class ForwardTask {
@@ -190,6 +146,7 @@ class ForwardTask {
     }
     columns.begin = max(columns.begin, within.begin);
     columns.end = min(columns.end, within.end);
+    if (x_.few_rows) return process_few(x_.rows[0], columns);
     for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
       const int64_t end = min(n + kForwardBlockN, columns.end);
       bool loaded = false;
@@ -201,6 +158,60 @@ class ForwardTask {
         process_tile(tile, x_.rows[i], tile.n_begin - n);
       }
     }
+  }
+
+  /// The same for few rows, of which there is one block.
+  void process_few(RowBlock<Arithmetic>& block, Range columns) {
+    const int64_t rows = block.rows, ldm = x_.ldm;
+    pack_rows<Arithmetic>(query_rows(rules_.sequence.q_row + block.begin, rows), rows, block.q_t, x_.ldk);
+    std::memset(x_.out_rows, 0, size_t(rows * x_.ldv) * sizeof(Acc));
+    for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
+      Tile tile;
+      if (make_tile(block, n, min(n + kForwardBlockN, columns.end), tile)) process_few_tile(tile, block);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) block.out_t[c * ldm + m] = x_.out_rows[m * x_.ldv + c];
+    }
+  }
+
+  void process_few_tile(const Tile& tile, RowBlock<Arithmetic>& block) {
+    const int64_t row = rules_.sequence.k_row + tile.n_begin;
+    const auto values = [&] { return cached_rows(params_.v, row, tile.columns, params_.head_dim_v); };
+    const Rows keys = cached_rows(params_.k, row, tile.columns, params_.head_dim);
+    // What is gathered from pages takes the place of what was gathered before.
+    const Rows next = key_rows_.pages == nullptr ? values() : keys;
+    score_few_rows<Arithmetic>(keys, next, block.q_t, x_.ldk, block.rows, x_.s_rows, kForwardBlockN);
+    const bool ruled = has_rules<Acc>(rules_, tile);
+    const bool dead = ruled && apply_rules_to_few(tile, block);
+    if (params_.dropout_p > 0.0) draw_dropout<Acc>(rules_, tile, x_.bytes, x_.ldm);
+    const Rows loaded = values();
+    for (int64_t m = 0; m < block.rows; ++m) {
+      Acc* p = x_.s_rows + m * kForwardBlockN;
+      const Acc factor =
+          softmax_few_row<Acc>(p, tile.columns, rules_.exponent_scale, block.row_max[m], block.row_sum[m]);
+      for (int64_t n = 0; params_.dropout_p > 0.0 && n < tile.columns; ++n) {
+        if (x_.bytes[n * byte_stride(x_.ldm) + m] == 0) p[n] = Acc(0);
+      }
+      add_few_row<Arithmetic>(loaded, p, dead ? x_.dead : nullptr, factor, x_.out_rows + m * x_.ldv);
+    }
+  }
+
+  /// The rules have rows as lanes. True: there are dead columns.
+  bool apply_rules_to_few(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    const int64_t ldm = x_.ldm;
+    std::memset(x_.s, 0, size_t(tile.columns * ldm) * sizeof(Acc));
+    for (int64_t m = 0; m < block.rows; ++m) {
+      for (int64_t n = 0; n < tile.columns; ++n) x_.s[n * ldm + m] = x_.s_rows[m * kForwardBlockN + n];
+    }
+    apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
+    for (int64_t m = 0; m < block.rows; ++m) {
+      for (int64_t n = 0; n < tile.columns; ++n) x_.s_rows[m * kForwardBlockN + n] = x_.s[n * ldm + m];
+    }
+    return has_dead_columns(tile, block);
+  }
+
+  bool has_dead_columns(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    return (tile.masked || tile.n_begin < block.columns.begin) && find_dead_columns<Acc>(tile, x_.s, x_.ldm, x_.dead);
   }
 
   void forget(RowBlock<Arithmetic>& block) {
@@ -256,8 +267,10 @@ class ForwardTask {
     if (block.rows == 0) return;
     block.columns = visible_columns(params_, sequence, begin, begin + block.rows);
     block.columns.begin = max(block.columns.begin, 0);
-    pack_transposed<Arithmetic>(query_rows(sequence.q_row + begin, block.rows), round_up(block.rows, kLanes<Acc>),
-                                block.q_t, x_.ldm);
+    if (!x_.few_rows) {
+      pack_transposed<Arithmetic>(query_rows(sequence.q_row + begin, block.rows), round_up(block.rows, kLanes<Acc>),
+                                  block.q_t, x_.ldm);
+    }
     // A sink is a key without a value: a score the row has seen before any other.
     const Acc* sinks = static_cast<const Acc*>(params_.sinks);
     const Acc first_max = sinks != nullptr ? sinks[h_] : -kInfinity<Acc>;
@@ -290,9 +303,7 @@ class ForwardTask {
                                         x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
     apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
     const Operand* v = x_.v + offset / kPack * x_.ldv;
-    if ((tile.masked || tile.n_begin < block.columns.begin) && find_dead_columns<Acc>(tile, x_.s, ldm, x_.dead)) {
-      v = clean_values(tile, v);
-    }
+    if (has_dead_columns(tile, block)) v = clean_values(tile, v);
     if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, block.row_max, block.row_sum, x_.factor)) {
       rescale_out(tile, block);
     }

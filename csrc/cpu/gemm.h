@@ -18,6 +18,7 @@ struct Plain {
   using Operand = T;
   static constexpr int kPack = 1;
   static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Operand a, Vec<Operand> b) { return a * b + c; }
+  static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Vec<Operand> a, Vec<Operand> b) { return a * b + c; }
 };
 
 #if defined(__AVX512BF16__)
@@ -28,6 +29,9 @@ struct BFloat16Pairs {
   static constexpr int kPack = 2;
   static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Operand a, Vec<Operand> b) {
     return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(_mm512_set1_epi32(int(a))), bit_cast<__m512bh>(b));
+  }
+  static FLASH_ATTN_INLINE Vec<Acc> multiply_add(Vec<Acc> c, Vec<Operand> a, Vec<Operand> b) {
+    return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
   }
 };
 #endif

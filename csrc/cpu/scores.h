@@ -354,6 +354,13 @@ void apply_bias(const ScoreRules<T>& rules, const Tile& tile, const ScoreTile<T>
   });
 }
 
+/// Whether apply_rules changes anything in the tile.
+template <typename T>
+bool has_rules(const ScoreRules<T>& rules, const Tile& tile) {
+  return rules.softcap > T(0) || rules.has_slope || tile.masked || tile.windowed ||
+         (rules.extended && rules.scale != T(1));
+}
+
 /// From t.s = q.k to scores as ScoreRules keeps them.
 template <typename T>
 void apply_rules(const ScoreRules<T>& rules, const Tile& tile, const ScoreTile<T>& t) {

@@ -45,6 +45,19 @@ FLASH_ATTN_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   }
 }
 
+/// Lane i is the sum of the lanes of r[i].
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> sum_lanes(Vec<T> (&r)[kLanes<T>]) {
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      Vec<T> low, high;
+      zip<T>(r[i], r[i + half], low, high);
+      r[i] = low + high;
+    }
+  }
+  return r[0];
+}
+
 /// 16 x 16 bytes: dst[j][i] = src[i][j] for i < rows and j < columns; 0 for the other i. Strides in bytes.
 FLASH_ATTN_INLINE void transpose_bytes(const uint8_t* src, int64_t src_stride, int64_t rows, int64_t columns,
                                        uint8_t* dst, int64_t dst_stride) {
