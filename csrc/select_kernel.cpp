@@ -30,12 +30,16 @@ const Backend& backend_of(DeviceType device) {
 #endif
 }
 
+const char* forced_family() {
+  const char* const family = std::getenv("FLASH_ATTN_FORCE");
+  return family != nullptr && *family != '\0' ? family : nullptr;
+}
+
 template <typename Params>
 const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
                                     const DeviceInfo& info, std::vector<Rejection>* rejections) {
   const bool on_cuda = problem(params).device == DeviceType::kCUDA;
-  const char* forced = on_cuda ? std::getenv("FLASH_ATTN_FORCE") : nullptr;
-  if (forced != nullptr && *forced == '\0') forced = nullptr;
+  const char* const forced = on_cuda ? forced_family() : nullptr;
   std::string reasons;
   for (const auto* kernel : kernels) {
     if (forced != nullptr && std::strcmp(forced, kernel->family) != 0) continue;

@@ -17,6 +17,9 @@ struct Rejection {
   std::string family, reason;
 };
 
+/// FLASH_ATTN_FORCE: the only family of CUDA kernels that is allowed; null: all are.
+FLASH_ATTN_EXPORT const char* forced_family();
+
 /// The kernel for `params`. FLASH_ATTN_FORCE=<family> allows only that family on CUDA and throws with its reason if it
 /// refuses. `rejections`, if given, collects why each earlier family did not take the problem.
 template <typename Params>

@@ -1,4 +1,7 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
+#include <cstring>
+
+#include "../../../select_kernel.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../sm80/sm80.h"
 #include "../hopper/tensor_map.h"
@@ -44,6 +47,11 @@ const char* refuses_tensors(const BackwardParams& params) {
 /// Of scores that are more than scale * q.k.
 const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
+  const char* const family = forced_family();
+  if (family == nullptr || std::strcmp(family, "sm90") != 0) {
+    return "gradients under attn_mask, alibi_slopes, sinks, softcap or dropout are computed where "
+           "FLASH_ATTN_FORCE=sm90 asks for it";
+  }
   if (extended_variant_for(p) == nullptr) {
     return "there are attn_mask, alibi_slopes, sinks, softcap or dropout, and head_dim is over 128";
   }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../../../../select_kernel.h"
 #include "../../forward/schedule.h"
 #include "../code.h"
 
@@ -69,7 +70,7 @@ bool is_plain(const ForwardParams& p) {
 }
 
 bool is_forced() {
-  const char* const family = std::getenv("FLASH_ATTN_FORCE");
+  const char* const family = forced_family();
   return family != nullptr && std::string(family) == "sm80";
 }
 
