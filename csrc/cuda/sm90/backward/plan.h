@@ -30,13 +30,12 @@ struct Variant {
   DqPath dq_path;
   bool descends;                    // see KernelConfig
   bool extended;                    // takes every rule for scores
-  bool many_registers;              // see ExtendedConfig
   Launch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 
 // Each in its own .cu file, see choose_plan() for the choice.
 extern const Variant kD64, kD64Fused, kD96, kD128, kD192V128, kD192, kD256;
-extern const Variant kD64Extended, kD96Extended, kD128Extended;
+extern const Variant kD96Extended, kD128Extended;
 
 /// How the work on a key head is split, see HeadSplit.
 struct SplitPlan {

@@ -234,20 +234,13 @@ struct Consumer : single::Consumer<Config> {
     switch (scores.rules) {
       case kNone: return compute_scores<kNone>(scores);
       case kHidden: return compute_scores<kHidden>(scores);
+      case kDropout: return compute_scores<kDropout>(scores);
+      case kDropout | kHidden: return compute_scores<kDropout | kHidden>(scores);
+      case kAlibi: return compute_scores<kAlibi>(scores);
       case kBiased: return compute_scores<kBiased>(scores);
+      case kBiased | kDmask: return compute_scores<kBiased | kDmask>(scores);
+      case kBiased | kLoadsBias: return compute_scores<kBiased | kLoadsBias>(scores);
       default: break;
-    }
-    if constexpr (Config::kManyRegisters) {
-      switch (scores.rules) {
-        case kDropout: return compute_scores<kDropout>(scores);
-        case kDropout | kHidden: return compute_scores<kDropout | kHidden>(scores);
-        case kAlibi: return compute_scores<kAlibi>(scores);
-        case kBiased | kDmask: return compute_scores<kBiased | kDmask>(scores);
-        case kBiased | kLoadsBias: return compute_scores<kBiased | kLoadsBias>(scores);
-        case kBiased | kLoadsBias | kDropout: return compute_scores<kBiased | kLoadsBias | kDropout>(scores);
-        default: break;
-      }
-      if ((scores.rules & kSoftcap) == 0) return compute_scores<kAtRunTime>(scores);
     }
     if (scores.rules == kSoftcap && !scores.partial) return compute_by_pieces<kSoftcap>(scores);
     compute_by_pieces<kAtRunTime>(scores);
@@ -262,7 +255,6 @@ struct Consumer : single::Consumer<Config> {
     this->issue_transposed(dp, shared.v[tiles.stage_kv()], shared.dout[q.stage], 0);
     Scores scores = scores_of_step(tile, at, partial);
     if ((scores.rules & kHidden) != 0) load_seen(scores.seen);
-    if (!Config::kManyRegisters && (scores.rules & kDropout) != 0) draw(tile, at);
     wgmma_wait<1>();  // S, and dK of the last step
     wgmma_results(s);
     wgmma_results(dk);
@@ -274,7 +266,7 @@ struct Consumer : single::Consumer<Config> {
     named_barrier_sync(single::kDsReady, 256);
     this->issue_dq();
     this->issue_accumulate(dk, ds, shared.q[q.stage]);
-    if (Config::kManyRegisters && next != nullptr && (params.extended.rules & kDropout) != 0) {
+    if (next != nullptr && (params.extended.rules & kDropout) != 0) {
       draw(tile, *next);  // while the products run
     }
     if constexpr (Config::kDqPath == DqPath::kRegisters) await_turn(params, shared.dq_turns, step);
@@ -320,7 +312,7 @@ struct Consumer : single::Consumer<Config> {
     int head = -1;  // of the last step
     steps.template for_each<false>(shared, [&](const Step& at, bool starts_chunk, bool ends_chunk) {
       const bool first = head < 0;
-      if (Config::kManyRegisters && starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
+      if (starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
       if (at.head != head) {
         first ? begin_tile() : store_slope_sum(tile, head);
         head = at.head;

@@ -30,7 +30,6 @@ constexpr Variant make_variant(const char* name) {
   variant.dq_path = Config::kDqPath;
   variant.descends = Config::kDescends;
   variant.extended = true;
-  variant.many_registers = Config::kManyRegisters;
   variant.launch = {launch_kernel<ExtendedConfig<__nv_bfloat16, Shape>>, launch_kernel<ExtendedConfig<__half, Shape>>};
   return variant;
 }

@@ -45,7 +45,7 @@ void plan_dmask(ExtendedPlan& extended, const Plan& plan, const BackwardParams& 
   const bool has_follower = !(plan.dq.is_ordered() && plan.variant->dq_path == DqPath::kWarp);
   const bool in_turns = p.is_dense() && scores_of_number(p) <= kMaxDmaskTurns && has_follower;
   const bool bias_alone = extended.bias_by_tma && !extended.packs_mask && p.softcap == 0.0 && p.dropout_p == 0.0 &&
-                          p.alibi_slopes == nullptr && plan.variant->many_registers;
+                          p.alibi_slopes == nullptr;
   const bool in_32_bits = p.mask.row_size * p.mask.col_size < INT32_MAX;
   extended.stores_dmask = whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
   extended.adds_dmask = extended.stores_dmask && scores_of_number(p) > 1;
@@ -67,12 +67,9 @@ const char* refuses_bias(const ForwardParams& p) {
   if (p.mask.dtype != p.dtype && p.mask.dtype != DType::kFloat32) {
     return "attn_mask is neither boolean, float32 nor of q's dtype";
   }
-  if (!extended_variant_for(p)->many_registers) {
-    return "head_dim is up to 64 and an additive attn_mask has no rows of q's dtype in whole, aligned pieces of 16 "
-           "bytes";
-  }
-  if (p.softcap > 0.0 || p.alibi_slopes != nullptr) {
-    return "beside softcap or alibi_slopes an additive attn_mask has no rows of q's dtype in whole, aligned pieces of "
+  if (p.softcap > 0.0 || p.alibi_slopes != nullptr || p.dropout_p > 0.0) {
+    return "beside softcap, alibi_slopes or dropout an additive attn_mask has no rows of q's dtype in whole, aligned "
+           "pieces of "
            "16 "
            "bytes";
   }
@@ -80,7 +77,7 @@ const char* refuses_bias(const ForwardParams& p) {
 }
 
 const Variant* extended_variant_for(const ForwardParams& p) {
-  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended};
+  const Variant* const all[] = {&kD96Extended, &kD128Extended};
   for (const Variant* variant : all) {
     if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return variant;
   }

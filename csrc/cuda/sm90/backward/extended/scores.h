@@ -132,7 +132,7 @@ struct StepScores {
   FLASH_ATTN_DEVICE void load_pair(float (&x)[2], int k, int n, Statistic plane) const {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(x[0]), "=f"(x[1])
-                 : "r"(statistics + (16 * k + 8 * n + plane * kBlockM) * 4));
+                 : "r"(statistics + fresh_lane() % 4 * 8 + (16 * k + 8 * n + plane * kBlockM) * 4));
   }
 
   /// Query's place less key's, of accumulator 0: ALiBi's distance but for its sign.
