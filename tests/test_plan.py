@@ -202,7 +202,7 @@ def test_what_changes_scores_has_backward_kernels_of_its_own(
         ((4, 1), {}, "by another launch"),  # 16 scores share a number: it is read ahead, for blocks to pass over
         ((1, 16), {"deterministic": True}, "by another launch"),
         ((4, 16), {"dropout_p": 0.1}, "by another launch"),
-        ((4, 16), {"head_dim": 64}, "by another launch"),
+        ((4, 16), {"head_dim": 64}, "stored by tiles"),
     ],
 )
 def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(
