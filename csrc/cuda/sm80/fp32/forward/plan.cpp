@@ -16,6 +16,9 @@ constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the syste
 constexpr int kStaticBytes = 256;     // of it, by the kernel
 constexpr int kMinSlots = 2, kMaxSlots = 4;
 constexpr int64_t kMaxHeadDim = 128;
+// Up to here a sum of float32 is nearly exact, and the roundings of P and dS as pairs are seen: RMS errors of short
+// sequences up to 1.15 times those of multiply-adds (benchmarks/experiments/085).
+constexpr int64_t kFewColumns = 32;
 constexpr int64_t kAlignment = 256;
 
 const ForwardVariants& variants_for(const ForwardParams& p) {
@@ -102,6 +105,7 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (!is_forced()) {
     if (!is_plain(p))
       return "in float32 it is for dense q, k and v of equal sizes unless FLASH_ATTN_FORCE=sm80 asks for it";
+    if (p.head_dim <= kFewColumns) return "in float32 plain multiply-adds are more exact over so few columns";
     if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
     if (is_small(p)) return "in float32 it is so small that splitting numbers into pairs costs more than it saves";
   }
