@@ -24,6 +24,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+/// Intel's processors multiply pairs of bfloat16 so slowly that widened to floats they are faster.
+bool has_fast_avx512_bf16() { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }
 
 /// Also asks the system for the tile registers, which a process does not have from the start.
 bool has_amx() {
@@ -43,6 +45,7 @@ bool has_amx() {
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
+bool has_fast_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 #endif
 
@@ -60,7 +63,7 @@ constexpr int kCount = int(sizeof(kIsas) / sizeof(kIsas[0]));
 Isa best_isa() {
   int best = 0;
   for (int i = 0; i < kCount; ++i) {
-    if (kIsas[i].supported()) best = i;
+    if (Isa(i) == Isa::avx512_bf16 ? has_fast_avx512_bf16() : kIsas[i].supported()) best = i;
   }
   return Isa(best);
 }

@@ -31,7 +31,7 @@ Passes passes<Isa::avx512_bf16>();  // of bfloat16 alone
 template <>
 Passes passes<Isa::amx>();  // of bfloat16 alone
 
-/// The best that the processor has, or what FLASH_ATTN_CPU names. Throws if that is none it can run.
+/// The fastest that the processor has, or what FLASH_ATTN_CPU names. Throws if that is none it can run.
 Isa select_isa();
 /// What FLASH_ATTN_CPU calls it.
 const char* name_of(Isa isa);
