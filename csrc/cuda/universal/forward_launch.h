@@ -19,8 +19,17 @@ inline int forward_bucket(const ForwardParams& p) {
   return p.head_dim_v <= 64 ? 64 : 128;
 }
 
+// For 8.0 ptxas spills two registers of 16 columns where there are to be four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr bool kSpillsAtFour = true;
+#else
+constexpr bool kSpillsAtFour = false;
+#endif
+
 /// Registers are bounded so that as many blocks fit into an SM.
 template <typename T, int kHeadDim, bool kExtended>
-constexpr int kForwardBlocksPerSm = sizeof(T) == 8 ? 2 : (kHeadDim > 64 ? 3 : 4) - (kExtended ? 1 : 0);
+constexpr int kForwardBlocksPerSm = sizeof(T) == 8                                       ? 2
+                                    : kHeadDim > 64 || (kHeadDim == 16 && kSpillsAtFour) ? 3 - (kExtended ? 1 : 0)
+                                                                                         : 4 - (kExtended ? 1 : 0);
 
 }  // namespace flash_attn::cuda::universal
