@@ -9,7 +9,7 @@ namespace {
 
 /// Which tiles a block of the mask was added to along one dimension: all of them where the mask is broadcast.
 struct Walk {
-  int64_t begin, end;
+  int begin, end;
 };
 
 template <typename T>
@@ -27,17 +27,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   index /= column_blocks;
   const int64_t m_own = index % row_blocks * C::kBlock;
   index /= row_blocks;
-  const int64_t slice = index, mask_h = index % mask.head_size, mask_b = index / mask.head_size;
+  const int mask_h = int(index % mask.head_size), mask_b = int(index / mask.head_size);
   const bool all_rows = mask.row_size == 1, all_columns = mask.col_size == 1;
-  const Walk batches = mask.batch_size == 1 ? Walk{0, p.batch} : Walk{mask_b, mask_b + 1};
-  const Walk heads = mask.head_size == 1 ? Walk{0, p.num_heads} : Walk{mask_h, mask_h + 1};
+  const Walk batches = mask.batch_size == 1 ? Walk{0, int(p.batch)} : Walk{mask_b, mask_b + 1};
+  const Walk heads = mask.head_size == 1 ? Walk{0, int(p.num_heads)} : Walk{mask_h, mask_h + 1};
   Acc sum[C::kRows][C::kCols];
   clear(sum);
-  for (int64_t b = batches.begin; b < batches.end; ++b) {
+  for (int b = batches.begin; b < batches.end; ++b) {
     const SequenceInfo sequence = sequence_info(p, b);
     const int64_t m_end = all_rows || m_own + C::kBlock > sequence.seqlen_q ? sequence.seqlen_q : m_own + C::kBlock;
-    for (int h = int(heads.begin); h < int(heads.end); ++h) {
-      const BackwardHead<C> head(arguments, sequence, b, h);
+    for (int h = heads.begin; h < heads.end; ++h) {
       for (int64_t m_begin = all_rows ? 0 : m_own; m_begin < m_end; m_begin += C::kBlock) {
         const int64_t last = m_begin + C::kBlock < m_end ? m_begin + C::kBlock : m_end;
         const Range visible = visible_columns(p, sequence, m_begin, last);
@@ -47,6 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (; n_begin < n_end; n_begin += C::kBlock) {
           const ScoreTile t = score_tile<C::kBlock>(p, sequence, m_begin, n_begin);
           if (is_masked_out<C>(p, b, h, t)) continue;
+          const BackwardHead<C> head(arguments, sequence, b, h);  // here, where registers are few
           const RowRange queries{0, t.queries}, keys = tile_range(visible, n_begin, C::kBlock);
           Acc s[C::kRows][C::kCols], dp[C::kRows][C::kCols], unused[C::kRows] = {};
           multiply<C>(head.dout, m_begin, queries, shared.scores, true, head.v, n_begin, keys, shared.streamed, dp);
@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();  // the sums are there
   const int rows = int(mask.row_size - m_own < C::kBlock ? mask.row_size - m_own : C::kBlock);
   const int columns = int(mask.col_size - n_own < C::kBlock ? mask.col_size - n_own : C::kBlock);
+  const int64_t slice = (arguments.first_block + blockIdx.x) / (column_blocks * row_blocks);
   Acc* to = static_cast<Acc*>(params.dmask) + (slice * mask.row_size + m_own) * mask.col_size + n_own;
 #pragma unroll 1
   for (int n = int(threadIdx.x); n < rows * columns; n += kThreads) {
