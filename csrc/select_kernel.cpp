@@ -18,6 +18,12 @@ std::string families(const std::vector<const Kernel<Params>*>& kernels) {
   return names;
 }
 
+/// The only family of CUDA kernels that is allowed; null: all are.
+const char* forced_family() {
+  const char* const family = std::getenv("FLASH_ATTN_FORCE");
+  return family != nullptr && *family != '\0' ? family : nullptr;
+}
+
 }  // namespace
 
 const Backend& backend_of(DeviceType device) {
@@ -30,9 +36,9 @@ const Backend& backend_of(DeviceType device) {
 #endif
 }
 
-const char* forced_family() {
-  const char* const family = std::getenv("FLASH_ATTN_FORCE");
-  return family != nullptr && *family != '\0' ? family : nullptr;
+bool is_forced(const char* family) {
+  const char* const forced = forced_family();
+  return forced != nullptr && std::strcmp(forced, family) == 0;
 }
 
 template <typename Params>

@@ -17,8 +17,8 @@ struct Rejection {
   std::string family, reason;
 };
 
-/// FLASH_ATTN_FORCE: the only family of CUDA kernels that is allowed; null: all are.
-FLASH_ATTN_EXPORT const char* forced_family();
+/// Whether FLASH_ATTN_FORCE asks for this family of CUDA kernels.
+FLASH_ATTN_EXPORT bool is_forced(const char* family);
 
 /// The kernel for `params`. FLASH_ATTN_FORCE=<family> allows only that family on CUDA and throws with its reason if it
 /// refuses. `rejections`, if given, collects why each earlier family did not take the problem.

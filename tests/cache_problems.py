@@ -47,12 +47,7 @@ class CacheProblem:
     seed: int = 0
 
     def __repr__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"CacheProblem({', '.join(changed)})"
+        return problems.repr_of_changes(self)
 
 
 def random_cache_problem(seed: int, dtypes: tuple[torch.dtype, ...] = problems.DTYPES) -> CacheProblem:

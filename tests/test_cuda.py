@@ -21,9 +21,8 @@ from problems import (
     Problem,
     check_all,
     forward_head_dims,
-    random_masked_problem,
-    random_problem,
 )
+from random_problems import random_masked_problem, random_problem
 
 pytestmark = pytest.mark.gpu
 FORCED = os.environ.get("FLASH_ATTN_FORCE")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flash_attn.torch_op import attention as ops
 from introspection import _C, needs_kernels
-from test_plan import A100, H200, plan
+from plans import A100, H200, plan
 
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
 SEEDS = 8

@@ -1,4 +1,4 @@
-"""Which kernel the dispatcher and the planners choose, for GPUs that need not be there: no kernel runs."""
+"""Which kernel the dispatcher and the planners choose."""
 
 from __future__ import annotations
 
@@ -9,50 +9,15 @@ from typing import Any
 
 import pytest
 
-from flash_attn.torch_op.arguments import Options
 from introspection import _C, needs_kernels
-from problems import HOPPER_BIASED, HOPPER_EXTENDED, HOPPER_FORWARD, forward_head_dims
-
-H200 = (90, 132, 232448, 60 << 20)  # compute capability, SMs, shared memory of a block, L2 cache
-A100 = (80, 108, 166912, 40 << 20)
+from plans import A100, plan
+from problems import HOPPER_FORWARD, forward_head_dims
 
 pytestmark = [
     needs_kernels("universal"),
     pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
 ]
 needs_sm90 = needs_kernels("sm90")
-
-
-def plan(
-    batch: int = 4,
-    heads: int = 16,
-    seqlen_q: int = 4096,
-    head_dim: int = 128,
-    *,
-    seqlen_k: int | None = None,
-    heads_k: int | None = None,
-    head_dim_v: int | None = None,
-    dtype: str = "bfloat16",
-    device: tuple[int, int, int, int] = H200,
-    address: int = 1 << 20,
-    tensors: dict[str, Any] | None = None,
-    wants_dmask: bool = False,
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
-    """Of (batch, seqlen, heads, head_dim) tensors, dense."""
-
-    def tensor(seqlen: int, n: int, columns: int) -> tuple[int, str, int, list[int], list[int]]:
-        return (address, dtype, 0, [batch, seqlen, n, columns], [seqlen * n * columns, n * columns, columns, 1])
-
-    seqlen_k, heads_k = seqlen_k or seqlen_q, heads_k or heads
-    values = {
-        "q": tensor(seqlen_q, heads, head_dim),
-        "k": tensor(seqlen_k, heads_k, head_dim),
-        "v": tensor(seqlen_k, heads_k, head_dim_v or head_dim),
-    }
-    defaults = Options(seqlen_q, seqlen_k, None, 0, -1, -1, 0.0, 0.0, False, False)
-    needs = [True] * 3 + [wants_dmask, False, False]
-    return _C.plan(values | (tensors or {}), defaults._replace(**options)._asdict(), needs, device)
 
 
 def backward_decisions(*problem: int, **changes: Any) -> dict[str, int | str]:
@@ -111,112 +76,6 @@ def test_what_the_hopper_kernels_refuse_the_next_family_takes(
     for choice in plan(**changes).values():
         assert choice["family"] == family
         assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
-
-
-ROW = (1 << 20, "float32", 0, [16], [1])
-SCORES: list[tuple[dict[str, Any], str]] = [
-    ({"softcap": 3.0}, "softcap"),
-    ({"tensors": {"sinks": ROW}}, "sinks"),
-    ({"tensors": {"alibi_slopes": ROW}}, "alibi_slopes"),
-    ({"tensors": {"rng_state": (1 << 20, "int64", 0, [2], [1])}, "dropout_p": 0.1}, "dropout"),
-    ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
-    ({"tensors": {"attn_mask": (1 << 20, "bfloat16", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
-]
-
-
-@needs_sm90
-@pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("changes, reason", SCORES)
-@pytest.mark.parametrize("causal", [0, 1])
-def test_masks_and_rules_of_scores_get_extended_kernels(
-    changes: dict[str, Any], reason: str, causal: int, head_dim: int
-) -> None:
-    plans = plan(head_dim=head_dim, causal=causal, **changes)
-    kind = "biased" if "bfloat16" in str(changes) else "extended"
-    assert plans["forward"]["family"] == "sm90"
-    assert f" {kind}" in plans["forward"]["kernel"]
-
-
-@needs_sm90
-@pytest.mark.parametrize("head_dim", [192, 256])
-@pytest.mark.parametrize("changes, reason", SCORES)
-def test_the_hopper_backward_refuses_masks_and_rules_of_scores_from_head_dim_128_on(
-    changes: dict[str, Any], reason: str, head_dim: int
-) -> None:
-    choice = plan(head_dim=head_dim, **changes)["backward"]
-    assert choice["family"] == "sm80"
-    assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
-
-
-@needs_sm90
-@pytest.mark.parametrize("kind, names", [("extended", HOPPER_EXTENDED), ("biased", HOPPER_BIASED)])
-def test_an_extended_kernel_can_be_asked_for_by_its_name(
-    kind: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dtype = "bool" if kind == "extended" else "float32"
-    tensors = {"attn_mask": (1 << 20, dtype, 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
-    for name in names:
-        monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
-        chosen = plan(head_dim=forward_head_dims(name)[0], tensors=tensors)["forward"]["kernel"]
-        assert chosen.startswith(f"wgmma {name} {kind}")
-
-
-@needs_sm90
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_what_passes_over_rules_of_scores_is_a_kernel_of_its_own(head_dim: int) -> None:
-    tensors = {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
-    for options, rules in (({}, False), ({"softcap": 3.0}, True)):
-        kernel = plan(head_dim=head_dim, tensors=tensors, **options)["forward"]["kernel"]
-        assert kernel.endswith("rules") == rules
-
-
-@needs_sm90
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"softcap": 3.0},
-        {"dropout_p": 0.1, "tensors": {"rng_state": (1 << 20, "int64", 0, [2], [1])}},
-        {"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}},
-        {"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}},
-        {"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}},
-    ],
-)
-@pytest.mark.parametrize("head_dim, kernel", [(40, "d96 64x128"), (96, "d96 64x128"), (128, "d128 64x128")])
-def test_what_changes_scores_has_backward_kernels_of_its_own(
-    head_dim: int, kernel: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert plan(head_dim=head_dim, **changes)["backward"]["family"] != "sm90", "only where they are asked for"
-    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
-    chosen = plan(head_dim=head_dim, **changes)["backward"]
-    assert (chosen["family"], chosen["kernel"]) == ("sm90", f"wgmma {kernel} extended")
-    assert chosen["decisions"]["dq"] == "added to zeros"
-    assert plan(head_dim=head_dim, deterministic=True, **changes)["backward"]["decisions"]["dq"] == "in a fixed order"
-
-
-@needs_sm90
-@pytest.mark.parametrize(
-    "sizes, changes, how",
-    [
-        ((4, 16), {}, "stored by tiles"),
-        ((1, 16), {}, "added by tiles in turn"),
-        ((4, 1), {}, "by another launch"),  # 16 scores share a number: it is read ahead, for blocks to pass over
-        ((1, 16), {"deterministic": True}, "by another launch"),
-        ((4, 16), {"dropout_p": 0.1}, "by another launch"),
-        ((4, 16), {"head_dim": 64}, "stored by tiles"),
-    ],
-)
-def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(
-    sizes: tuple[int, int], changes: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
-    shape, strides = [*sizes, 4096, 4096], [sizes[1] << 24, 1 << 24, 4096, 1]
-    tensors = {
-        "attn_mask": (1 << 20, "bfloat16", 0, shape, [0 if n == 1 else x for n, x in zip(shape, strides, strict=True)])
-    }
-    if "dropout_p" in changes:
-        tensors["rng_state"] = (1 << 20, "int64", 0, [2], [1])
-    chosen = plan(tensors=tensors, wants_dmask=True, **changes)["backward"]
-    assert chosen["family"] == "sm90" and chosen["decisions"]["dmask"] == how
 
 
 @needs_sm90

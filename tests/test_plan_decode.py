@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from introspection import _C, CUDA_FAMILIES
+from plans import H200
 
 pytestmark = [
     pytest.mark.skipif("decode" not in CUDA_FAMILIES, reason="built without the kernels for few query rows"),
     pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
 ]
 
-H200 = (90, 132, 232448, 50 << 20)
 BASE = 1 << 20
 OPTIONS: dict[str, Any] = {
     "max_seqlen_q": 0,

@@ -7,15 +7,13 @@ import os
 
 import pytest
 
-from test_plan import plan
+from plans import A100, H200, plan
 
 _C = importlib.import_module("flash_attn._C")
 
 # Compute capability, SMs, shared memory of a block, L2 cache.
-A100 = (80, 108, 166912, 40 << 20)
 RTX_3090 = (86, 82, 101376, 6 << 20)
 RTX_4090 = (89, 128, 101376, 72 << 20)
-H200 = (90, 132, 232448, 60 << 20)
 B200 = (100, 148, 232448, 126 << 20)
 RTX_5090 = (120, 170, 101376, 96 << 20)
 HEAD_DIMS = (64, 96, 128, 192, 256)

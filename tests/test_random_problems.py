@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from problems import Problem, check_all, random_masked_problem, random_problem
+from problems import Problem, check_all
+from random_problems import random_masked_problem, random_problem
 
 CHUNK = 25
 

@@ -26,6 +26,13 @@ struct Planes {
     const int64_t tiles = packed ? max_packed_blocks(rows, batch, kTileRows) : ceil_div(rows, kTileRows);
     return {nullptr, nullptr, rows, tiles, int(heads), columns};
   }
+  /// Of q and dout, and of k and v.
+  static Planes of_queries(const ForwardParams& p, int columns) {
+    return of(p.batch, p.is_varlen_q() ? p.total_q : p.seqlen_q, p.num_heads, columns, p.is_varlen_q());
+  }
+  static Planes of_keys(const ForwardParams& p, int columns) {
+    return of(p.batch, p.is_varlen_k() ? p.total_k : p.seqlen_k, p.num_heads_k, columns, p.is_varlen_k());
+  }
   /// With cu_seqlens `batches` is 1.
   int64_t data_bytes(int64_t batches) const { return batches * heads * rows * 2 * columns * int64_t{sizeof(__half)}; }
   int64_t unit_bytes(int64_t batches) const { return batches * heads * tiles * int64_t{sizeof(float)}; }

@@ -1,6 +1,4 @@
 // The Hopper family's backward entry: what it takes, its plan, its launch.
-#include <cstring>
-
 #include "../../../select_kernel.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../sm80/sm80.h"
@@ -47,8 +45,7 @@ const char* refuses_tensors(const BackwardParams& params) {
 /// Of scores that are more than scale * q.k.
 const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
-  const char* const family = forced_family();
-  if (family == nullptr || std::strcmp(family, "sm90") != 0) {
+  if (!is_forced("sm90")) {
     return "gradients under attn_mask, alibi_slopes, sinks, softcap or dropout are computed where "
            "FLASH_ATTN_FORCE=sm90 asks for it";
   }

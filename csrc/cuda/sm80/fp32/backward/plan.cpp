@@ -38,10 +38,8 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   take(universal::RowWorkspace::bytes(params));
   plan.flags = take(p.batch * p.num_heads_k * int64_t{sizeof(int)});
   const int columns = plan.of_keys->head_dim;
-  plan.q = plan.dout =
-      Planes::of(p.batch, p.is_varlen_q() ? p.total_q : p.seqlen_q, p.num_heads, columns, p.is_varlen_q());
-  plan.k = plan.v =
-      Planes::of(p.batch, p.is_varlen_k() ? p.total_k : p.seqlen_k, p.num_heads_k, columns, p.is_varlen_k());
+  plan.q = plan.dout = Planes::of_queries(p, columns);
+  plan.k = plan.v = Planes::of_keys(p, columns);
   const int64_t q_batches = p.is_varlen_q() ? 1 : p.batch, k_batches = p.is_varlen_k() ? 1 : p.batch;
   plan.q_data = take(plan.q.data_bytes(q_batches));
   plan.dout_data = take(plan.q.data_bytes(q_batches));

@@ -58,7 +58,7 @@ bool has_half_rate(const DeviceInfo& device) {
   return capability == 86 || capability == 89 || capability / 10 == 12;
 }
 
-/// Both passes have to agree: P = exp(S - lse) would lose what rounding errors of S they have in common.
+/// Too small for the pass that splits numbers to pay.
 bool is_small(const ForwardParams& p) {
   constexpr double kLeastFlops = 5e8;  // 17 us of the universal kernels on an H200
   const double rows = p.is_varlen_q() ? double(p.total_q) : double(p.batch) * double(p.seqlen_q);
@@ -72,11 +72,6 @@ bool is_plain(const ForwardParams& p) {
          p.window_left < 0 && p.window_right <= 0 && p.sinks == nullptr;
 }
 
-bool is_forced() {
-  const char* const family = forced_family();
-  return family != nullptr && std::string(family) == "sm80";
-}
-
 void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
   int64_t end = 0;
   const auto take = [&](int64_t bytes) {
@@ -86,9 +81,8 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
   };
   take(p.batch * p.num_heads_k * int64_t{sizeof(int)});
   const int columns = plan.variant->head_dim;
-  plan.q = Planes::of(p.batch, p.is_varlen_q() ? p.total_q : p.seqlen_q, p.num_heads, columns, p.is_varlen_q());
-  plan.k = plan.v =
-      Planes::of(p.batch, p.is_varlen_k() ? p.total_k : p.seqlen_k, p.num_heads_k, columns, p.is_varlen_k());
+  plan.q = Planes::of_queries(p, columns);
+  plan.k = plan.v = Planes::of_keys(p, columns);
   const int64_t q_batches = p.is_varlen_q() ? 1 : p.batch, k_batches = p.is_varlen_k() ? 1 : p.batch;
   plan.q_data = take(plan.q.data_bytes(q_batches));
   plan.k_data = take(plan.k.data_bytes(k_batches));
@@ -101,8 +95,10 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 
 }  // namespace
 
+// Asks of forward's parameters alone, so that both passes agree: P = exp(S - lse) of one with lse of the other would
+// lose the rounding errors of S that they have in common.
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
-  if (!is_forced()) {
+  if (!is_forced("sm80")) {
     if (!is_plain(p))
       return "in float32 it is for dense q, k and v of equal sizes unless FLASH_ATTN_FORCE=sm80 asks for it";
     if (p.head_dim <= kFewColumns) return "in float32 plain multiply-adds are more exact over so few columns";

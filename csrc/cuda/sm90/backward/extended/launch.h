@@ -3,7 +3,7 @@
 
 #include "../../../common/launch.h"
 #include "../../hopper/budgets.h"
-#include "../plan.h"
+#include "../single/variant.h"
 #include "kernel.h"
 
 namespace flash_attn::cuda::sm90::backward::extended {
@@ -20,15 +20,7 @@ void launch_kernel(const KernelParams& params, int grid, cudaStream_t stream) {
 template <typename Shape>
 constexpr Variant make_variant(const char* name) {
   using Config = ExtendedConfig<__nv_bfloat16, Shape>;
-  Variant variant{};
-  variant.name = name;
-  variant.head_dim = variant.head_dim_v = Config::kHeadDim;
-  variant.dq_columns = 64 * Config::kPanels;
-  variant.block_m = Config::kBlockM;
-  variant.block_n = variant.map_rows = Config::kBlockN;
-  variant.cluster = 1;
-  variant.dq_path = Config::kDqPath;
-  variant.descends = Config::kDescends;
+  Variant variant = single::variant_of<Config>(name);
   variant.extended = true;
   variant.launch = {launch_kernel<ExtendedConfig<__nv_bfloat16, Shape>>, launch_kernel<ExtendedConfig<__half, Shape>>};
   return variant;

@@ -3,8 +3,8 @@
 
 #include "../../../common/launch.h"
 #include "../../hopper/budgets.h"
-#include "../plan.h"
 #include "kernel.h"
+#include "variant.h"
 
 namespace flash_attn::cuda::sm90::backward::single {
 
@@ -24,15 +24,7 @@ constexpr Launch kLaunch = {launch_kernel<KernelConfig<__nv_bfloat16, Shape, kRo
 template <typename Shape>
 constexpr Variant make_variant(const char* name) {
   using Config = KernelConfig<__nv_bfloat16, Shape>;
-  Variant variant{};
-  variant.name = name;
-  variant.head_dim = variant.head_dim_v = Config::kHeadDim;
-  variant.dq_columns = 64 * Config::kPanels;
-  variant.block_m = Config::kBlockM;
-  variant.block_n = variant.map_rows = Config::kBlockN;
-  variant.cluster = 1;
-  variant.dq_path = Config::kDqPath;
-  variant.descends = Config::kDescends;
+  Variant variant = variant_of<Config>(name);
   variant.launch = kLaunch<Shape, false>;
   if constexpr (Config::kDqPath != DqPath::kOneCta) variant.launch_row_parts = kLaunch<Shape, true>;
   return variant;
