@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/arguments.h"
-#include "ops/cache_arguments.h"
+#include "ops/arguments/arguments.h"
+#include "ops/arguments/cache_arguments.h"
 #include "select_kernel.h"
 
 namespace py = pybind11;

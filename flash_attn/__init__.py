@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING
 
 from . import missing
 from .explain import Explanation, explain
-from .interface import flash_attn_func, flash_attn_varlen_func
-from .kvcache import KVCache, flash_attn_with_kvcache
-from .mha import FlashMHA
-from .packed import (
+from .functions.dense import flash_attn_func
+from .functions.kvcache import KVCache, flash_attn_with_kvcache
+from .functions.packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .functions.varlen import flash_attn_varlen_func
+from .masks.prepare import prepare_mask
+from .masks.prepared import PreparedMask
+from .mha import FlashMHA
 from .portions import FOLDERS
-from .prepare_mask import prepare_mask
-from .prepared_mask import PreparedMask
-from .replacement import replace_sdpa
-from .sdpa import scaled_dot_product_attention
+from .sdpa.attention import scaled_dot_product_attention
+from .sdpa.replacement import replace_sdpa
 
 __version__ = "2.9.0"
 __path__ = FOLDERS

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .forward_backward import (
+from .functions.dense import flash_attn_func
+from .functions.forward_backward import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,
@@ -12,14 +13,14 @@ from .forward_backward import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from .interface import flash_attn_func, flash_attn_varlen_func
-from .kvcache import flash_attn_with_kvcache
-from .packed import (
+from .functions.kvcache import flash_attn_with_kvcache
+from .functions.packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .functions.varlen import flash_attn_varlen_func
 
 __all__ = [
     "_flash_attn_backward",

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .causal_bias import is_causal_bias, is_top_left, to_mask
-from .kvcache import KVCache, flash_attn_with_kvcache
-from .prepared_mask import PreparedMask
-from .sdpa import scaled_dot_product_attention
-from .shapes import check_mask_shape
+from .functions.kvcache import KVCache, flash_attn_with_kvcache
+from .masks.prepared import PreparedMask
+from .sdpa.attention import scaled_dot_product_attention
+from .sdpa.causal_bias import is_causal_bias, is_top_left, to_mask
+from .sdpa.shapes import check_mask_shape
 from .torch_op import checks
 
 if TYPE_CHECKING:

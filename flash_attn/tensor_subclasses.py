@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sdpa_arguments import Arguments
-from .shapes import memory_order
+from .sdpa.arguments import Arguments
+from .sdpa.shapes import memory_order
 from .torch_op import attention as ops
 from .torch_op.private import longest, ragged_dim
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cache_problems import CacheProblem, call, check, check_all, make_inputs, random_cache_problem
-from flash_attn import flash_attn_func, flash_attn_interface, flash_attn_varlen_func, flash_attn_with_kvcache, kvcache
+from flash_attn import flash_attn_func, flash_attn_interface, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.functions import kvcache
 
 CHUNK = 25
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

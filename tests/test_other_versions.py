@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
-from flash_attn.other_versions import _MISSING
+from flash_attn.functions.other_versions import _MISSING
 
 STARTS = torch.tensor([0, 4, 9], dtype=torch.int32)
 

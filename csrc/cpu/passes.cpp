@@ -1,6 +1,6 @@
 // The passes on the instruction set that FLASH_ATTN_ISA names.
-#include "backward.h"
-#include "forward.h"
+#include "backward/backward.h"
+#include "forward/forward.h"
 #include "isa.h"
 
 namespace flash_attn::cpu {

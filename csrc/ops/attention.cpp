@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "../packed_mask.h"
-#include "refuse.h"
+#include "arguments/refuse.h"
 #include "run.h"
-#include "stack.h"
+#include "torch/stack.h"
 
 namespace flash_attn {
 

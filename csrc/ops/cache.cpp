@@ -1,7 +1,7 @@
 #include "cache.h"
 
-#include "cache_arguments.h"
-#include "given.h"
+#include "arguments/cache_arguments.h"
+#include "arguments/given.h"
 #include "run.h"
 
 namespace flash_attn {

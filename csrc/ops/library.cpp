@@ -6,11 +6,11 @@
 #include <string>
 #include <type_traits>
 
-#include "arguments.h"
+#include "arguments/arguments.h"
+#include "arguments/cache_arguments.h"
+#include "arguments/rotary_arguments.h"
 #include "attention.h"
 #include "cache.h"
-#include "cache_arguments.h"
-#include "rotary_arguments.h"
 
 namespace flash_attn {
 namespace {

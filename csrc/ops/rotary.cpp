@@ -1,7 +1,7 @@
+#include "arguments/given.h"
+#include "arguments/refuse.h"
+#include "arguments/rotary_arguments.h"
 #include "cache.h"
-#include "given.h"
-#include "refuse.h"
-#include "rotary_arguments.h"
 #include "run.h"
 
 namespace flash_attn {

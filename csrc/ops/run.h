@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../select_kernel.h"
-#include "torch_tensor.h"
+#include "torch/torch_tensor.h"
 
 namespace flash_attn {
 

@@ -4,7 +4,7 @@
 #include <sstream>
 #include <utility>
 
-#include "refuse.h"
+#include "arguments/refuse.h"
 
 namespace flash_attn {
 

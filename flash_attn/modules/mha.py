@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flash_attn.interface_arguments import NO_WINDOW, Window
-from flash_attn.packed import (
+from flash_attn.functions.arguments import NO_WINDOW, Window
+from flash_attn.functions.packed import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,

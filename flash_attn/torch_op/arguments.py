@@ -1,5 +1,5 @@
 """The arguments of `flash_attn::forward`, in the order of its schema, and of `flash_attn::backward`; C++ lists them in
-csrc/ops/arguments.h.
+csrc/ops/arguments/arguments.h.
 
 forward(*tensors, *options); backward(dout, dlse, *tensors, out, lse, needs, *options). Always by position: torch looks
 each keyword up by a new string, which for ten options costs more than the rest of the call.
@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 def plain_options(causal: int, heads_first: bool, deterministic: bool) -> int:
-    """What the plain ops take besides tensors and the scale, as one number, taken apart in csrc/ops/arguments.h."""
+    """What the plain ops take besides tensors and the scale as one number, see csrc/ops/arguments/arguments.h."""
     return causal | heads_first << 2 | deterministic << 3
 
 

@@ -17,10 +17,10 @@ append_and_attend_op = torch.ops.flash_attn.append_and_attend.default
 
 
 class Attend(NamedTuple):
-    """The arguments of `attend_cache` in the order of the schema (csrc/ops/cache_arguments.h): q (batch, seqlen_q,
-    num_heads, head_dim), with cu_seqlens_q (total_q, num_heads, head_dim); k_cache and v_cache (entries, seqlen,
-    num_heads_k, head_dim and head_dim_v), with block_table (pages, page_size, ...), last stride 1; alibi_slopes and
-    sinks as of attention; the other tensors int32: cu_seqlens_q (batch + 1), cache_seqlens, cache_batch_idx and
+    """The arguments of `attend_cache` in the order of the schema (csrc/ops/arguments/cache_arguments.h): q (batch,
+    seqlen_q, num_heads, head_dim), with cu_seqlens_q (total_q, num_heads, head_dim); k_cache and v_cache (entries,
+    seqlen, num_heads_k, head_dim and head_dim_v), with block_table (pages, page_size, ...), last stride 1; alibi_slopes
+    and sinks as of attention; the other tensors int32: cu_seqlens_q (batch + 1), cache_seqlens, cache_batch_idx and
     cache_leftpad (batch), block_table (batch, blocks). `appended` rows are not counted in cache_seqlens."""
 
     q: Tensor

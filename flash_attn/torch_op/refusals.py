@@ -1,8 +1,8 @@
 """The op's refusals where it does not run: of meta and fake tensors, made by the checks of the op itself.
 
-The checks are C++ (csrc/ops/arguments.cpp) and take plain numbers. Where sizes are symbols they get those of the
-example that is traced, and put no condition on others: the op checks again when it runs. Sizes known only then are not
-checked before. Nor is anything under a Python that `flash_attn._C` was not built for.
+The checks are C++ (csrc/ops/arguments/arguments.cpp) and take plain numbers. Where sizes are symbols they get those of
+the example that is traced, and put no condition on others: the op checks again when it runs. Sizes known only then are
+not checked before. Nor is anything under a Python that `flash_attn._C` was not built for.
 """
 
 from __future__ import annotations

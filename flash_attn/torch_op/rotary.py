@@ -24,7 +24,7 @@ def _in_place_fake(*_: Any) -> None:
     return None
 
 
-# x, then cos, sin, offsets, cu_seqlens, offset, interleaved, conjugate: csrc/ops/rotary_arguments.h
+# x, then cos, sin, offsets, cu_seqlens, offset, interleaved, conjugate: csrc/ops/arguments/rotary_arguments.h
 _NUM_OTHERS = 7
 
 

@@ -1,7 +1,7 @@
 #include "combine.h"
 #include "dependent_launch.h"
 #include "launch.h"
-#include "softmax.h"
+#include "scores/softmax.h"
 #include "tiles/order.h"
 
 namespace flash_attn::cuda {

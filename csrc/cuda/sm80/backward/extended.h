@@ -2,7 +2,7 @@
 // fragments, see gradients.h.
 #pragma once
 
-#include "../../common/scores.h"
+#include "../../common/scores/scores.h"
 #include "config.h"
 #include "tile.h"
 

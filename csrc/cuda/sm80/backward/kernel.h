@@ -13,7 +13,7 @@
 
 #include "gradients.h"
 #include "loader.h"
-#include "turns.h"
+#include "schedule/turns.h"
 
 namespace flash_attn::cuda::sm80 {
 

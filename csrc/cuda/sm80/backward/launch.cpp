@@ -1,7 +1,7 @@
 #include "../../common/launch.h"
 
 #include "plan.h"
-#include "rows.h"
+#include "rows/rows.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../../philox.h"
-#include "place.h"
+#include "schedule/place.h"
 
 namespace flash_attn::cuda::sm80 {
 

@@ -1,11 +1,11 @@
 // A block of the forward kernel: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
-#include "../../common/scores.h"
+#include "../../common/scores/scores.h"
 #include "../products.h"
 #include "../softmax.h"
 #include "config.h"
-#include "tile.h"
+#include "schedule/tile.h"
 
 namespace flash_attn::cuda::sm80 {
 

@@ -22,8 +22,8 @@
 #include "epilogue.h"
 #include "loading.h"
 #include "rows_in_common.h"
+#include "schedule/visited_tiles.h"
 #include "unseen_values.h"
-#include "visited_tiles.h"
 
 namespace flash_attn::cuda::sm80 {
 

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../../../sequence.h"
-#include "schedule.h"
+#include "schedule/schedule.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {

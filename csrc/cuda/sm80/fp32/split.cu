@@ -1,5 +1,5 @@
 #include "../../common/launch.h"
-#include "../backward/place.h"
+#include "../backward/schedule/place.h"
 #include "pair.h"
 #include "split.h"
 

@@ -1,7 +1,7 @@
 // What a forward kernel is compiled for, and the shared memory that follows from it.
 #pragma once
 
-#include "../../common/softmax.h"
+#include "../../common/scores/softmax.h"
 #include "../hopper/budgets.h"
 #include "../hopper/ring.h"
 #include "../hopper/wgmma.h"

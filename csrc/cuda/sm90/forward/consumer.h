@@ -1,7 +1,7 @@
 // A consumer warpgroup of the forward kernel: 64 query rows, from S to out.
 #pragma once
 
-#include "../../common/mask_fragment.h"
+#include "../../common/scores/mask_fragment.h"
 #include "../../common/swizzle.h"
 #include "../hopper/barriers.h"
 #include "../hopper/stmatrix.h"

@@ -1,10 +1,10 @@
 // Warpgroup matrix multiply (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"): D(64 x N) += A(64 x 16)
 // B(16 x N), 16-bit operands, float accumulators. B lies in shared memory; A there too (ss) or in registers (rs).
 //
-// Warp w of the warpgroup holds rows 16 w .. 16 w + 15, as common/fragment.h says.
+// Warp w of the warpgroup holds rows 16 w .. 16 w + 15, as common/scores/fragment.h says.
 #pragma once
 
-#include "../../common/fragment.h"
+#include "../../common/scores/fragment.h"
 
 namespace flash_attn::cuda::sm90 {
 

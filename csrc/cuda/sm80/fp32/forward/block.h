@@ -1,8 +1,8 @@
 // A block of the forward kernel for float32: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
-#include "../../../common/scores.h"
-#include "../../forward/tile.h"
+#include "../../../common/scores/scores.h"
+#include "../../forward/schedule/tile.h"
 #include "../products.h"
 #include "config.h"
 #include "params.h"

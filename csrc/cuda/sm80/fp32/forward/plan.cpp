@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../../../../select_kernel.h"
-#include "../../forward/schedule.h"
+#include "../../forward/schedule/schedule.h"
 #include "../code.h"
 
 namespace flash_attn::cuda::sm80::fp32 {

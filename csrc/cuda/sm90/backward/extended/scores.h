@@ -4,8 +4,8 @@
 // from where the thread's first one stands.
 #pragma once
 
-#include "../../../common/mask_fragment.h"
-#include "../../../common/scores.h"
+#include "../../../common/scores/mask_fragment.h"
+#include "../../../common/scores/scores.h"
 #include "../../hopper/stmatrix.h"
 #include "dmask.h"
 

@@ -1,7 +1,7 @@
 // A consumer warpgroup of kernel.h, in one of its two roles.
 #pragma once
 
-#include "../../../common/mask_fragment.h"
+#include "../../../common/scores/mask_fragment.h"
 #include "../../hopper/cluster.h"
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"

@@ -1,7 +1,7 @@
 // A consumer of single/kernel.h: S, dP, P, dS, and the sums dK and dV in its registers; its part of dQ leaves.
 #pragma once
 
-#include "../../../common/mask_fragment.h"
+#include "../../../common/scores/mask_fragment.h"
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"
 #include "../dq/rows.h"

@@ -1,7 +1,7 @@
 // An additive attn_mask's values for the fragments of a consumer's warp, 16 rows of a block.
 #pragma once
 
-#include "../../../common/scores.h"
+#include "../../../common/scores/scores.h"
 #include "params.h"
 #include "tile.h"
 

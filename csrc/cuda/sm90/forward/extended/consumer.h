@@ -1,7 +1,7 @@
 // A consumer warpgroup under attn_mask and with rules of scores; see ../consumer.h.
 #pragma once
 
-#include "../../../common/dropout_bits.h"
+#include "../../../common/scores/dropout_bits.h"
 #include "../consumer.h"
 #include "bias.h"
 #include "visited.h"

@@ -1,5 +1,5 @@
 // The forward kernel with attn_mask and with rules of scores: as in ../kernel.h, but a tile visits only blocks in which
-// one of its rows sees something, and between S and its softmax stand the rules of common/scores.h.
+// one of its rows sees something, and between S and its softmax stand the rules of common/scores/scores.h.
 #pragma once
 
 #include "../kernel.h"

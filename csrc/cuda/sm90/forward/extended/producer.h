@@ -1,7 +1,7 @@
 // Scheduler and producer under attn_mask: as in ../producer.h, but blocks are those that are visited.
 #pragma once
 
-#include "../../../common/scores.h"
+#include "../../../common/scores/scores.h"
 #include "../producer.h"
 #include "visited.h"
 

@@ -1,9 +1,9 @@
-// Online softmax (see common/softmax.h) of scores in natural units, which may be as low as the smallest float, or of
-// q.k. Rows may have seen nothing yet.
+// Online softmax (see common/scores/softmax.h) of scores in natural units, which may be as low as the smallest float,
+// or of q.k. Rows may have seen nothing yet.
 #pragma once
 
-#include "../../../common/fragment.h"
-#include "../../../common/softmax.h"
+#include "../../../common/scores/fragment.h"
+#include "../../../common/scores/softmax.h"
 
 namespace flash_attn::cuda::sm90::forward {
 

@@ -1,0 +1,383 @@
+// A task of the forward pass: a few blocks of query rows of one head. It goes over the keys in tiles with the online
+// softmax (Milakov and Gimelshein 2018; Dao et al. 2022), everything transposed: S = K Q^T (columns, rows), O^T += V^T
+// P, so that query rows are lanes, row maxima and sums need no reduction across lanes, and k and v are read as they
+// lie. All the task's blocks use a tile of k and v before the next is packed.
+#pragma once
+
+#include "../isa.h"
+#include "../parallel.h"
+#include "../scores/online_softmax.h"
+#include "../scores/random.h"
+#include "few_rows.h"
+
+namespace flash_attn::cpu {
+namespace {  // see isa.h
+
+constexpr int64_t kMaxRowBlocks = 4;                    // of a task
+constexpr int64_t kForwardTasks = 32;                   // as many as there should be at least
+constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
+
+/// Query rows [begin, begin + rows) and what the softmax knows of them.
+template <typename Arithmetic>
+struct RowBlock {
+  typename Arithmetic::Operand* q_t;            // (head_dim / pack, ldm)
+  typename Arithmetic::Acc* out_t;              // (head_dim_v, ldm)
+  typename Arithmetic::Acc *row_max, *row_sum;  // (ldm)
+  int64_t begin, rows;
+  Range columns;
+};
+
+template <typename Arithmetic>
+struct ForwardScratch {
+  using Acc = typename Arithmetic::Acc;
+  using Operand = typename Arithmetic::Operand;
+  int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
+  int64_t row_blocks;     // of a task
+  bool few_rows;          // k, v and p are not packed then, and these are in use:
+  Acc* s_rows;            // (kFewRows, kForwardBlockN)
+  Acc* out_rows;          // (kFewRows, ldv)
+  Operand* k;             // (kForwardBlockN, ldk)
+  Operand* v;             // (kForwardBlockN / pack, ldv)
+  Operand* v_clean;       // as v, without the values of dead columns
+  Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
+  Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
+  Acc* bias;              // (kForwardBlockN, ldm)
+  uint8_t* bytes;         // (kForwardBlockN, byte_stride(ldm)): bool mask, then dropout
+  Acc* factor;            // (ldm)
+  uint8_t* dead;          // (kForwardBlockN)
+  char* gathered;         // (kForwardBlockN, max(head_dim, head_dim_v)): rows of k or v from their pages
+  RowBlock<Arithmetic> rows[kMaxRowBlocks];
+
+  ForwardScratch(const ForwardParams& params, Arena& arena) {
+    constexpr int W = kLanes<Acc>;
+    constexpr int64_t kPack = Arithmetic::kPack, kN = kForwardBlockN;
+    ldm = max(W, min(kForwardBlockM, round_up(params.seqlen_q, W)));
+    ldk = round_up((params.head_dim + kPack - 1) / kPack, kPadding<Acc>);
+    ldv = round_up(params.head_dim_v, kPadding<Acc>);
+    const int64_t blocks = (params.seqlen_q + ldm - 1) / ldm,
+                  block_bytes = (ldk + ldv) * ldm * int64_t(sizeof(Acc)) + 1;
+    row_blocks =
+        min(min(params.batch * params.num_heads * blocks / kForwardTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
+    row_blocks = max(1, min(row_blocks, blocks));
+    few_rows = params.seqlen_q <= kFewRows<Acc>;
+    s_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * kN) : nullptr;
+    out_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * ldv) : nullptr;
+    const int64_t packed = few_rows ? 0 : kN;
+    k = arena.take<Operand>((packed + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
+    v = arena.take<Operand>(packed / kPack * ldv);
+    v_clean =
+        params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(packed / kPack * ldv) : nullptr;
+    s = arena.take<Acc>(kN * ldm);
+    p = kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kN / kPack * ldm);
+    bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
+    bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
+    factor = arena.take<Acc>(ldm);
+    dead = arena.take<uint8_t>(kN);
+    const int64_t row_bytes = max(params.head_dim, params.head_dim_v) * size_of(params.dtype);
+    gathered = params.cache.block_table != nullptr ? arena.take<char>(kN * row_bytes) : nullptr;
+    for (int64_t i = 0; i < row_blocks; ++i) {
+      rows[i] = {arena.take<Operand>(ldk * ldm),
+                 arena.take<Acc>(ldv * ldm),
+                 arena.take<Acc>(ldm),
+                 arena.take<Acc>(ldm),
+                 0,
+                 0,
+                 {0, 0}};
+    }
+  }
+};
+
+template <typename Arithmetic>
+class ForwardTask {
+ public:
+  using Acc = typename Arithmetic::Acc;
+  using Operand = typename Arithmetic::Operand;
+  static constexpr int kPack = Arithmetic::kPack;
+
+  ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
+      : params_(params),
+        rules_(params, sequence, b, h),
+        key_rows_(key_rows(params.cache, b)),
+        b_(b),
+        h_(h),
+        arena_(scratch),
+        x_(params, arena_) {}
+
+  /// Row blocks from `m_block` on.
+  void run(int64_t m_block) {
+    if (m_block * x_.ldm >= rules_.sequence.seqlen_q_padded) return;  // other sequences are longer
+    for (int64_t i = 0; i < x_.row_blocks; ++i) start(x_.rows[i], (m_block + i) * x_.ldm);
+    process_columns({0, rules_.sequence.seqlen_k});
+    for (int64_t i = 0; i < x_.row_blocks; ++i) finish(x_.rows[i]);
+  }
+
+  /// A row block's columns of one part alone: what the softmax knows of it then, and O^T, go to `partial`.
+  void run_part(int64_t m_block, Range columns, Acc* partial) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    start(block, m_block * x_.ldm);
+    if (block.rows == 0) return;
+    if (columns.begin > 0) forget(block);  // the sink: the first part has seen it
+    process_columns(columns);
+    std::memcpy(partial, block.row_max, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + x_.ldm, block.row_sum, size_t(x_.ldm) * sizeof(Acc));
+    std::memcpy(partial + 2 * x_.ldm, block.out_t, size_t(params_.head_dim_v * x_.ldm) * sizeof(Acc));
+  }
+
+  /// Puts the parts of a row block together.
+  void combine(int64_t m_block, const Acc* partials, int64_t parts, int64_t partial_size) {
+    RowBlock<Arithmetic>& block = x_.rows[0];
+    block.begin = m_block * x_.ldm;
+    block.rows = max(0, min(x_.ldm, rules_.sequence.seqlen_q - block.begin));
+    if (block.rows > 0) {
+      forget(block);
+      for (int64_t part = 0; part < parts; ++part) add_part(block, partials + part * partial_size);
+    }
+    finish(block);
+  }
+
+ private:
+  /// The row blocks' part of these columns.
+  void process_columns(Range within) {
+    Range columns{rules_.sequence.seqlen_k, 0};
+    for (int64_t i = 0; i < x_.row_blocks; ++i) {
+      if (x_.rows[i].rows == 0) continue;
+      columns.begin = min(columns.begin, x_.rows[i].columns.begin);
+      columns.end = max(columns.end, x_.rows[i].columns.end);
+    }
+    columns.begin = max(columns.begin, within.begin);
+    columns.end = min(columns.end, within.end);
+    if (x_.few_rows) return process_few(x_.rows[0], columns);
+    for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
+      const int64_t end = min(n + kForwardBlockN, columns.end);
+      bool loaded = false;
+      for (int64_t i = 0; i < x_.row_blocks; ++i) {
+        Tile tile;
+        if (!make_tile(x_.rows[i], n, end, tile)) continue;
+        if (!loaded) load_keys(n, end - n);
+        loaded = true;
+        process_tile(tile, x_.rows[i], tile.n_begin - n);
+      }
+    }
+  }
+
+  /// The same for few rows, of which there is one block.
+  void process_few(RowBlock<Arithmetic>& block, Range columns) {
+    const int64_t rows = block.rows, ldm = x_.ldm;
+    pack_rows<Arithmetic>(query_rows(rules_.sequence.q_row + block.begin, rows), rows, block.q_t, x_.ldk);
+    std::memset(x_.out_rows, 0, size_t(rows * x_.ldv) * sizeof(Acc));
+    for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
+      Tile tile;
+      if (make_tile(block, n, min(n + kForwardBlockN, columns.end), tile)) process_few_tile(tile, block);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) block.out_t[c * ldm + m] = x_.out_rows[m * x_.ldv + c];
+    }
+  }
+
+  void process_few_tile(const Tile& tile, RowBlock<Arithmetic>& block) {
+    const int64_t row = rules_.sequence.k_row + tile.n_begin;
+    const auto values = [&] { return cached_rows(params_.v, row, tile.columns, params_.head_dim_v); };
+    const Rows keys = cached_rows(params_.k, row, tile.columns, params_.head_dim);
+    // What is gathered from pages takes the place of what was gathered before.
+    const Rows next = key_rows_.pages == nullptr ? values() : keys;
+    score_few_rows<Arithmetic>(keys, next, block.q_t, x_.ldk, block.rows, x_.s_rows, kForwardBlockN);
+    const bool ruled = has_rules<Acc>(rules_, tile);
+    const bool dead = ruled && apply_rules_to_few(tile, block);
+    if (params_.dropout_p > 0.0) draw_dropout<Acc>(rules_, tile, x_.bytes, x_.ldm);
+    const Rows loaded = values();
+    for (int64_t m = 0; m < block.rows; ++m) {
+      Acc* p = x_.s_rows + m * kForwardBlockN;
+      const Acc factor =
+          softmax_few_row<Acc>(p, tile.columns, rules_.exponent_scale, block.row_max[m], block.row_sum[m]);
+      for (int64_t n = 0; params_.dropout_p > 0.0 && n < tile.columns; ++n) {
+        if (x_.bytes[n * byte_stride(x_.ldm) + m] == 0) p[n] = Acc(0);
+      }
+      add_few_row<Arithmetic>(loaded, p, dead ? x_.dead : nullptr, factor, x_.out_rows + m * x_.ldv);
+    }
+  }
+
+  /// The rules have rows as lanes. True: there are dead columns.
+  bool apply_rules_to_few(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    const int64_t ldm = x_.ldm;
+    std::memset(x_.s, 0, size_t(tile.columns * ldm) * sizeof(Acc));
+    for (int64_t m = 0; m < block.rows; ++m) {
+      for (int64_t n = 0; n < tile.columns; ++n) x_.s[n * ldm + m] = x_.s_rows[m * kForwardBlockN + n];
+    }
+    apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
+    for (int64_t m = 0; m < block.rows; ++m) {
+      for (int64_t n = 0; n < tile.columns; ++n) x_.s_rows[m * kForwardBlockN + n] = x_.s[n * ldm + m];
+    }
+    return has_dead_columns(tile, block);
+  }
+
+  bool has_dead_columns(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    return (tile.masked || tile.n_begin < block.columns.begin) && find_dead_columns<Acc>(tile, x_.s, x_.ldm, x_.dead);
+  }
+
+  void forget(RowBlock<Arithmetic>& block) {
+    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
+      block.row_max[lane] = -kInfinity<Acc>;
+      block.row_sum[lane] = Acc(0);
+    }
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+  }
+
+  void add_part(RowBlock<Arithmetic>& block, const Acc* partial) {
+    const Acc scale = rules_.exponent_scale;
+    for (int64_t lane = 0; lane < x_.ldm; lane += kLanes<Acc>) {
+      const Vec<Acc> max_own = load<Acc>(block.row_max + lane), max_part = load<Acc>(partial + lane);
+      const Vec<Acc> new_max = max<Acc>(max_part, max_own);
+      const Vec<Acc> shift = new_max == -kInfinity<Acc> ? Vec<Acc>{} : new_max;  // -inf - -inf would be NaN
+      const Vec<Acc> own = exp2<Acc>(max_own - shift, scale), other = exp2<Acc>(max_part - shift, scale);
+      store<Acc>(block.row_max + lane, new_max);
+      store<Acc>(block.row_sum + lane,
+                 load<Acc>(block.row_sum + lane) * own + load<Acc>(partial + x_.ldm + lane) * other);
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * own + load<Acc>(partial + (2 + c) * x_.ldm + lane) * other);
+      }
+    }
+  }
+
+  Rows query_rows(int64_t row, int64_t count) const {
+    const TensorView& t = params_.q;
+    const char* data =
+        static_cast<const char*>(t.data) + (b_ * t.batch + row * t.row + h_ * t.head) * size_of(params_.dtype);
+    return {data, params_.dtype, t.row, count, params_.head_dim};
+  }
+
+  /// Rows of k or v. Those from pages are gathered, and are there until the next call.
+  Rows cached_rows(const TensorView& t, int64_t row, int64_t count, int64_t columns) const {
+    const int64_t size = size_of(params_.dtype), head = h_ / params_.group_size() * t.head;
+    const char* const data = static_cast<const char*>(t.data);
+    if (key_rows_.pages == nullptr) {
+      return {data + (key_rows_.offset(t, row) + head) * size, params_.dtype, t.row, count, columns};
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(x_.gathered + i * columns * size, data + (key_rows_.offset(t, row + i) + head) * size,
+                  size_t(columns * size));
+    }
+    return {x_.gathered, params_.dtype, columns, count, columns};
+  }
+
+  void start(RowBlock<Arithmetic>& block, int64_t begin) {
+    const SequenceInfo& sequence = rules_.sequence;
+    block.begin = begin;
+    block.rows = max(0, min(x_.ldm, sequence.seqlen_q - begin));
+    if (block.rows == 0) return;
+    block.columns = visible_columns(params_, sequence, begin, begin + block.rows);
+    block.columns.begin = max(block.columns.begin, 0);
+    if (!x_.few_rows) {
+      pack_transposed<Arithmetic>(query_rows(sequence.q_row + begin, block.rows), round_up(block.rows, kLanes<Acc>),
+                                  block.q_t, x_.ldm);
+    }
+    // A sink is a key without a value: a score the row has seen before any other.
+    const Acc* sinks = static_cast<const Acc*>(params_.sinks);
+    const Acc first_max = sinks != nullptr ? sinks[h_] : -kInfinity<Acc>;
+    for (int64_t lane = 0; lane < x_.ldm; ++lane) {
+      block.row_max[lane] = first_max;
+      block.row_sum[lane] = first_max > -kInfinity<Acc> || first_max != first_max ? Acc(1) : Acc(0);
+    }
+    std::memset(block.out_t, 0, size_t(x_.ldv * x_.ldm) * sizeof(Acc));
+  }
+
+  /// The block's part of columns [n, end). It starts at a whole operand of v.
+  bool make_tile(const RowBlock<Arithmetic>& block, int64_t n, int64_t end, Tile& tile) const {
+    const int64_t first = n + max(0, block.columns.begin - n) / kPack * kPack;
+    tile = {block.begin, block.rows, first, min(end, block.columns.end) - first, 0, 0};
+    return block.rows > 0 && tile.columns > 0 && plan_tile<Acc>(rules_, tile);
+  }
+
+  void load_keys(int64_t n, int64_t columns) {
+    const int64_t row = rules_.sequence.k_row + n;
+    pack_rows<Arithmetic>(cached_rows(params_.k, row, columns, params_.head_dim), round_up(columns, kGemmRows), x_.k,
+                          x_.ldk);
+    pack_across<Arithmetic>(cached_rows(params_.v, row, columns, params_.head_dim_v), round_up(columns, kPack), x_.v,
+                            x_.ldv);
+  }
+
+  /// `offset`: where the tile's columns begin among those loaded.
+  void process_tile(const Tile& tile, const RowBlock<Arithmetic>& block, int64_t offset) {
+    const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x_.ldm;
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (params_.head_dim + kPack - 1) / kPack,
+                                        x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
+    apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
+    const Operand* v = x_.v + offset / kPack * x_.ldv;
+    if (has_dead_columns(tile, block)) v = clean_values(tile, v);
+    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, block.row_max, block.row_sum, x_.factor)) {
+      rescale_out(tile, block);
+    }
+    if (params_.dropout_p > 0.0) {
+      draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
+      transform<Acc>(tile, x_.s, ldm, [&](Vec<Acc> p, int64_t lane, int64_t n) {
+        return load_bytes<Acc>(x_.bytes + n * byte_stride(ldm) + lane) == 0 ? Vec<Acc>{} : p;
+      });
+    }
+    pack_probabilities<Arithmetic>(tile, x_.s, x_.p, ldm);
+    gemm<Arithmetic, Layout::kDepthMajor>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v, x_.ldv,
+                                          x_.p + lane, ldm, block.out_t + lane, ldm, true);
+  }
+
+  const Operand* clean_values(const Tile& tile, const Operand* v) {
+    std::memcpy(x_.v_clean, v, size_t(round_up(tile.columns, kPack) / kPack * x_.ldv) * sizeof(Operand));
+    for (int64_t n = 0; n < tile.columns; ++n) {
+      if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v_clean, x_.ldv, n);
+    }
+    return x_.v_clean;
+  }
+
+  void rescale_out(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
+      const Vec<Acc> factor = load<Acc>(x_.factor + lane);
+      if (!any_lane<Acc>(factor != Acc(1))) continue;
+      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
+        Acc* out = block.out_t + c * x_.ldm + lane;
+        store<Acc>(out, load<Acc>(out) * factor);
+      }
+    }
+  }
+
+  /// Writes the block's rows, and those after it that the sequence has but does not use.
+  void finish(const RowBlock<Arithmetic>& block) {
+    const Acc keep_scale =
+        params_.dropout_p > 0.0 ? Acc(make_dropout(params_.rng_state, params_.dropout_p).scale) : Acc(1);
+    const double unit = rules_.extended ? 1.0 : params_.softmax_scale;
+    for (int64_t lane = 0; lane < block.rows; ++lane) {
+      const Acc sum = block.row_sum[lane];
+      x_.factor[lane] = sum == Acc(0) ? Acc(0) : keep_scale / sum;
+      lse(block.begin + lane) =
+          sum == Acc(0) ? -kInfinity<Acc> : Acc(double(block.row_max[lane]) * unit + __builtin_log(double(sum)));
+    }
+    for (int64_t lane = block.rows; lane < x_.ldm; ++lane) x_.factor[lane] = Acc(0);
+    if (block.rows > 0) {
+      store_transposed<Acc>(block.out_t, x_.ldm, block.rows, params_.head_dim_v, x_.factor, out_row(block.begin),
+                            params_.dtype, params_.out.row);
+    }
+    const int64_t begin = block.begin + block.rows, end = min(block.begin + x_.ldm, rules_.sequence.seqlen_q_padded);
+    if (begin < end) {
+      clear_rows(out_row(begin), params_.dtype, end - begin, params_.head_dim_v, params_.out.row);
+    }
+    for (int64_t row = begin; row < end; ++row) lse(row) = -kInfinity<Acc>;
+  }
+
+  void* out_row(int64_t row) const {
+    const TensorView& t = params_.out;
+    return static_cast<char*>(t.data) +
+           (b_ * t.batch + (rules_.sequence.q_row + row) * t.row + h_ * t.head) * size_of(params_.dtype);
+  }
+
+  Acc& lse(int64_t row) const {
+    const RowView& t = params_.lse;
+    return static_cast<Acc*>(t.data)[b_ * t.batch + h_ * t.head + (rules_.sequence.q_row + row) * t.row];
+  }
+
+  const ForwardParams& params_;
+  const ScoreRules<Acc> rules_;
+  const KeyRows key_rows_;
+  const int64_t b_, h_;
+  Arena arena_;
+  ForwardScratch<Arithmetic> x_;
+};
+
+}  // namespace
+}  // namespace flash_attn::cpu

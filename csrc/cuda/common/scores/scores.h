@@ -1,0 +1,269 @@
+// From q.k to scores, on one warp's accumulator fragments: scale, softcap, ALiBi, attn_mask, causal, window, lengths,
+// dropout. A fragment's element (m, n, i) of lane 4 g + t stands at row 16 m + g + 8 (i / 2), column 8 n + 2 t + i % 2.
+#pragma once
+
+#include <cmath>
+
+#include "../../../params.h"
+#include "../../../philox.h"
+#include "../../../sequence.h"
+#include "../../mask/packed_mask.h"
+#include "../ptx.h"
+#include "../tiles/visibility.h"
+
+namespace flash_attn::cuda {
+
+/// Where a warp's fragments stand: of element (0, 0, 0) of this lane, row and column in its sequence.
+struct FragmentPlace {
+  int row, col;
+};
+
+/// Columns that a row sees by causal, window and lengths: row + left <= col <= row + right, and col < end.
+struct ColumnBounds {
+  int left, right, end;
+
+  FLASH_ATTN_DEVICE ColumnBounds(const ForwardParams& p, const SequenceInfo& s)
+      : left(left_bound(p.window_left, s.diagonal)),
+        right(right_bound(p.window_right, s.diagonal)),
+        end(int(s.seqlen_k)) {}
+};
+
+/// -inf where a row does not see a column.
+template <int kMTiles, int kNTiles>
+FLASH_ATTN_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at,
+                                    const ColumnBounds& bounds) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at.row + 16 * m + 8 * r;
+      const int last = min(row + bounds.right, bounds.end - 1) - at.col, first = row + bounds.left - at.col;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int col = 8 * n + c;
+          if (col > last || col < first) s[m][n][2 * r + c] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+FLASH_ATTN_DEVICE float tanh_by_exp2(float x) {
+  // 1 - 2 / (e^2x + 1): exact to 1e-7 absolutely, and odd where it matters; tanh.approx is off by 5e-4.
+  const float e = fast_exp2(x * (2.f * 1.4426950408889634f));
+  return 1.f - __fdividef(2.f, e + 1.f);
+}
+
+/// The rules of one head of one sequence, beyond a scale.
+struct ScoreRules {
+  float scale, softcap, slope;
+  int diagonal;
+
+  FLASH_ATTN_DEVICE ScoreRules(const ForwardParams& p, const SequenceInfo& sequence, int batch, int head)
+      : scale(float(p.softmax_scale)), softcap(float(p.softcap)), slope(0.f), diagonal(int(sequence.diagonal)) {
+    if (p.alibi_slopes != nullptr) {
+      slope =
+          static_cast<const float*>(p.alibi_slopes)[batch * p.alibi_batch_stride + int64_t{head} * p.alibi_head_stride];
+    }
+  }
+
+  /// S becomes scores in natural units, attn_mask excepted.
+  template <int kMTiles, int kNTiles>
+  FLASH_ATTN_DEVICE void apply(float (&s)[kMTiles][kNTiles][4], const FragmentPlace& at) const {
+    if (softcap > 0.f) {
+      const float inner = scale / softcap;
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = softcap * tanh_by_exp2(s[m][n][i] * inner);
+    } else {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] *= scale;
+    }
+    if (slope != 0.f) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float distance = float(at.row + 16 * m + 8 * r + diagonal - at.col);
+#pragma unroll
+          for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              s[m][n][2 * r + c] = fmaf(-slope, fabsf(distance - float(8 * n + c)), s[m][n][2 * r + c]);
+        }
+    }
+  }
+};
+
+FLASH_ATTN_DEVICE float low_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair << 16); }
+FLASH_ATTN_DEVICE float high_half(uint32_t pair, __nv_bfloat16) { return __uint_as_float(pair & 0xffff0000u); }
+FLASH_ATTN_DEVICE float low_half(uint32_t pair, __half) { return __half2float(__ushort_as_half(uint16_t(pair))); }
+FLASH_ATTN_DEVICE float high_half(uint32_t pair, __half) {
+  return __half2float(__ushort_as_half(uint16_t(pair >> 16)));
+}
+
+/// An additive attn_mask's values for one warp's fragments: loaded before the products that they are added to, whose
+/// time hides the way from memory.
+template <typename Element, int kMTiles, int kNTiles>
+struct BiasFragments {
+  uint32_t raw[kMTiles][kNTiles][4];  // as elements lie; of 16 bits in two words
+
+  /// Columns at or past cols_end are not read and count as 0. `pairs`: columns 2 j, 2 j + 1 are one aligned word.
+  FLASH_ATTN_DEVICE void load(const MaskView& mask, int batch, int head, const FragmentPlace& at, int rows_end,
+                              int cols_end, bool pairs) {
+    const int64_t origin = batch * mask.batch + head * mask.head;
+    if (mask.dtype == DType::kFloat32) {
+      load_as(static_cast<const float*>(mask.data) + origin, mask, at, rows_end, cols_end, pairs);
+    } else {
+      load_as(static_cast<const uint16_t*>(mask.data) + origin, mask, at, rows_end, cols_end, pairs);
+    }
+  }
+
+  /// A hidden score becomes -inf whatever it was: a NaN that is masked out must go.
+  FLASH_ATTN_DEVICE void add(float (&s)[kMTiles][kNTiles][4], DType dtype) const {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float bias = dtype == DType::kFloat32 ? __uint_as_float(raw[m][n][i])
+                             : i % 2 == 0             ? low_half(raw[m][n][i / 2], Element())
+                                                      : high_half(raw[m][n][i / 2], Element());
+          s[m][n][i] = bias == -INFINITY ? bias : s[m][n][i] + bias;
+        }
+  }
+
+ private:
+  template <typename Storage>
+  FLASH_ATTN_DEVICE void load_as(const Storage* data, const MaskView& mask, const FragmentPlace& at, int rows_end,
+                                 int cols_end, bool pairs) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Storage* const from = data + int64_t{min(at.row + 16 * m + 8 * r, rows_end - 1)} * mask.row;
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          const int col = at.col + 8 * n;
+          uint32_t low = 0, high = 0;
+          if (pairs && col + 1 < cols_end) {
+            if constexpr (sizeof(Storage) == 4) {
+              const float2 x = __ldg(reinterpret_cast<const float2*>(from + col));
+              low = __float_as_uint(x.x), high = __float_as_uint(x.y);
+            } else {
+              low = __ldg(reinterpret_cast<const unsigned int*>(from + col));
+            }
+          } else {
+            if (col < cols_end) low = bits_of(from[col * mask.col]);
+            if (col + 1 < cols_end) high = bits_of(from[(col + 1) * mask.col]);
+            if constexpr (sizeof(Storage) == 2) low |= high << 16;
+          }
+          if constexpr (sizeof(Storage) == 4) {
+            raw[m][n][2 * r] = low, raw[m][n][2 * r + 1] = high;
+          } else {
+            raw[m][n][r] = low;
+          }
+        }
+      }
+    }
+  }
+  FLASH_ATTN_DEVICE static uint32_t bits_of(float x) { return __float_as_uint(x); }
+  FLASH_ATTN_DEVICE static uint32_t bits_of(uint16_t x) { return x; }
+};
+
+/// Whether attn_mask adds something to a score of a warp's tile, see PackedMask::tile_classes. If not, a packed mask's
+/// bits say all.
+template <int kRows, int kCols>
+FLASH_ATTN_DEVICE bool adds_values(const MaskView& view, const mask::PackedMask& packed, int batch, int head, int row,
+                                   int col) {
+  if (view.dtype == DType::kBool) return false;
+  return packed.seen == nullptr || (packed.tile_classes<kRows, kCols>(batch, head, row, col) & mask::kBiased) != 0;
+}
+
+/// A packed mask's bits for one warp's fragments, see packed_mask.h.
+template <int kMTiles, int kNTiles>
+struct MaskFragments {
+  uint32_t bits[kMTiles];  // 4 n + i
+
+  /// `row` and `col` of the warp's first fragment: multiples of 16 and of its width, which divides or is 64.
+  FLASH_ATTN_DEVICE void load(const mask::PackedMask& packed, int batch, int head, int row, int col) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      const int row_cell = min(row / mask::kCellRows + m, packed.row_cells - 1);
+      const int64_t cell = packed.cell(batch, head, row_cell, min(col / mask::kCellCols, packed.col_cells - 1));
+      bits[m] = __ldg(packed.bits + cell * 32 + threadIdx.x % 32) >> (col % mask::kCellCols / 2);
+    }
+  }
+
+  FLASH_ATTN_DEVICE void apply(float (&s)[kMTiles][kNTiles][4]) const {
+    constexpr uint32_t kAll = kNTiles == 8 ? ~0u : (1u << (4 * kNTiles % 32)) - 1;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      if (__all_sync(~0u, (bits[m] & kAll) == kAll)) continue;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if ((bits[m] >> (4 * n + i) & 1) == 0) s[m][n][i] = -INFINITY;
+        }
+    }
+  }
+};
+
+/// Word lane % 4 of each of four blocks that the quad's lanes hold one each: word[i] of lane j goes to lane i's [j].
+FLASH_ATTN_DEVICE void transpose_quad(uint32_t (&word)[4]) {
+  const int lane = int(threadIdx.x);
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      const uint32_t give = upper ? word[i] : word[i | step];
+      const uint32_t got = __shfl_xor_sync(~0u, give, step);
+      if (upper) {
+        word[i] = got;
+      } else {
+        word[i | step] = got;
+      }
+    }
+  }
+}
+
+/// P of what dropout takes away becomes 0. A Philox block serves the eight columns of one row of a fragment, which are
+/// a quad's; each lane draws every fourth block, and the quad exchanges words.
+template <int kMTiles, int kNTiles>
+FLASH_ATTN_DEVICE void apply_dropout(float (&p)[kMTiles][kNTiles][4], const Dropout& dropout, int64_t batch_head,
+                                     const FragmentPlace& at) {
+  static_assert(kNTiles % 4 == 0);
+  const int t = int(threadIdx.x) % 4;
+  const int col = at.col - 2 * t;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int n = 0; n < kNTiles; n += 4) {
+        Philox4 random = dropout.block(batch_head, at.row + 16 * m + 8 * r, col + 8 * (n + t));
+        transpose_quad(random.word);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if ((random.word[i] & 0xffffu) < dropout.threshold) p[m][n + i][2 * r] = 0.f;
+          if (random.word[i] >> 16 < dropout.threshold) p[m][n + i][2 * r + 1] = 0.f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn::cuda

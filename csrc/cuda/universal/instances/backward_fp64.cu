@@ -1,0 +1,8 @@
+#include "../mask_gradient_kernel.h"
+
+namespace flash_attn::cuda::universal {
+
+template void launch_backward<double>(const BackwardParams&, const int*, cudaStream_t);
+template void launch_mask_gradient<double>(const BackwardParams&, cudaStream_t);
+
+}  // namespace flash_attn::cuda::universal

@@ -1,0 +1,7 @@
+#include "../forward_kernel.h"
+
+namespace flash_attn::cuda::universal {
+
+template void launch_forward<double>(const ForwardParams&, const int*, cudaStream_t);
+
+}  // namespace flash_attn::cuda::universal

@@ -1,0 +1,63 @@
+// The arguments of a call as the dispatcher hands them to a boxed kernel.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+
+#include "../arguments/arguments.h"
+#include "torch_tensor.h"
+
+namespace flash_attn {
+
+/// Takes arguments in the order of the schema. All must be taken before anything may throw: nobody frees what stays.
+class Stack {
+ public:
+  explicit Stack(StableIValue* values) : next_(values) {}
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+/// Puts results where the arguments were, once those are taken.
+template <typename... Results>
+void put_results(StableIValue* values, const Results&... results) {
+  ((*values++ = torch::stable::detail::from<Results>(results)), ...);
+}
+
+constexpr int count_tensors() {
+  int count = 0;
+  Arguments().for_each_tensor([&](const char*, const auto&) { ++count; });
+  return count;
+}
+
+/// Arguments with the tensors that they describe.
+class Inputs {
+ public:
+  void take_tensors(Stack& stack);
+  void take_options(Stack& stack);
+  /// In place of these two, for the plain ops. Between q, k, v and options may stand what only backward takes.
+  void take_plain_tensors(Stack& stack);
+  void take_plain_options(Stack& stack);
+  /// To be called once everything is taken.
+  void describe();
+
+  const Arguments& arguments() const { return arguments_; }
+  /// As the caller passed them, before any copy: their memory order is the results'.
+  const TensorInfo& q_given() const { return q_given_; }
+  const TensorInfo& k_given() const { return k_given_; }
+  const TensorInfo& v_given() const { return v_given_; }
+  const OptionalTensor& rng_state() const { return tensors_.back(); }
+
+ private:
+  std::array<OptionalTensor, count_tensors()> tensors_;
+  Arguments arguments_;
+  TensorInfo q_given_, k_given_, v_given_;
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,1 @@
+"""Masks that are read once, for all layers and both passes."""
