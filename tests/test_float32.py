@@ -230,7 +230,8 @@ class TestFlags:
             assert found.tolist() == [[False, True]]
         pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
         for name in pairs:
-            atol = 1e-4 * float(universal[name].abs().max())
+            finite = universal[name][universal[name].isfinite()]
+            atol = 1e-4 * float(finite.abs().max())
             torch.testing.assert_close(pairs[name], universal[name], rtol=1e-3, atol=atol, equal_nan=True)
 
     @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dout"])

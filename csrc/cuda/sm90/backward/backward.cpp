@@ -45,10 +45,6 @@ const char* refuses_tensors(const BackwardParams& params) {
 /// Of scores that are more than scale * q.k.
 const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
-  if (!is_forced("sm90")) {
-    return "gradients under attn_mask, alibi_slopes, sinks, softcap or dropout are computed where "
-           "FLASH_ATTN_FORCE=sm90 asks for it";
-  }
   if (extended_variant_for(p) == nullptr) {
     return "there are attn_mask, alibi_slopes, sinks, softcap or dropout, and head_dim is over 128";
   }
