@@ -220,9 +220,14 @@ def decode(selection: Selection) -> list[Problem]:
 
 
 def fp32(selection: Selection) -> list[Problem]:
-    """Single precision; TF32 is off."""
-    batch, heads, seqlen = (4, 16, 4096) if selection.on_cuda else (2, 8, 512)
-    return [Problem(d, causal, seqlen, batch, heads, "fp32") for d in (64, 128) for causal in (False, True)]
+    """Single precision; TF32 is off. On CUDA 16,384 tokens a call."""
+    sizes = [(16384 // s, 16, s) for s in (512, 1024, 2048, 4096, 8192, 16384)] if selection.on_cuda else [(2, 8, 512)]
+    return [
+        Problem(d, causal, seqlen, batch, heads, "fp32")
+        for d in (64, 128)
+        for causal in (False, True)
+        for batch, heads, seqlen in sizes
+    ]
 
 
 def host(selection: Selection) -> list[Problem]:

@@ -39,6 +39,14 @@ def test_random_masks_beside_all_features_on_cuda(first: int, request: pytest.Fi
     check_all([random_masked_problem(seed) for seed in range(first, min(first + CHUNK, end))], "cuda")
 
 
+@pytest.mark.gpu
+def test_random_float32_problems_on_cuda(first: int, request: pytest.FixtureRequest) -> None:
+    """Several tiles each: float32 has tensor-core kernels of its own."""
+    end = request.config.getoption("--seed") + request.config.getoption("--problems")
+    seeds = range(first, min(first + CHUNK, end))
+    check_all([random_problem(seed, (torch.float32,), max_seqlen=400) for seed in seeds], "cuda")
+
+
 def test_a_problem_can_be_reproduced_from_its_repr() -> None:
     problem = random_problem(7)
     assert eval(repr(problem), {"Problem": Problem, "torch": torch}) == problem
