@@ -166,7 +166,7 @@ class TestSizes:
     pytestmark = gpu
 
     @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-    @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 61, 64, 80, 128])
+    @pytest.mark.parametrize("head_dim", [24, 32, 61, 64, 80, 128])
     @pytest.mark.parametrize("seqlen", [1, 64, 100, 256])
     def test_short_sequences(self, seqlen: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if seqlen == 1:
@@ -260,48 +260,61 @@ class TestFlags:
 @pytest.mark.skipif(FORCED is not None, reason="a family is forced")
 class TestPlan:
     @pytest.mark.parametrize("device, head_dims", [(A100, (40, 64)), (H200, (40, 64, 100, 128))], ids=["A100", "H200"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"causal": 1, "window_left": 500},
+            {"heads_k": 4},
+            {"seqlen_q": 700, "seqlen_k": 4096, "causal": 2},
+            {"seqlen_q": 64, "seqlen_k": 4096},
+            {"head_dim_v": 48},
+            {"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}},
+        ],
+        ids=["full", "window", "grouped", "cross", "few queries", "other v", "sinks"],
+    )
     def test_pairs_where_tensor_cores_are_faster(
-        self, head_dims: tuple[int, ...], device: tuple[int, int, int, int]
+        self, options: dict[str, Any], head_dims: tuple[int, ...], device: tuple[int, int, int, int]
     ) -> None:
         if str(device[0]) not in _C.build_info()["cuda_archs"]:
             pytest.skip("built for a part of the GPUs")
         for head_dim in head_dims:
-            for choice in plan(head_dim=head_dim, dtype="float32", device=device).values():
+            for choice in plan(head_dim=head_dim, dtype="float32", device=device, **options).values():
                 assert (choice["family"], choice["decisions"]["products"]) == ("sm80", PAIRS)
 
     @pytest.mark.parametrize(
-        "device, sizes, reason",
+        "device, changes, reason",
         [
-            (H200, (1, 2, 128), "so small"),
-            (H200, (4, 16, 4096), "equal sizes"),
-            (H200, (4, 16, 4096), "few columns"),
-            *(((capability, 82, 101376, 6 << 20), (4, 16, 4096), "half rate") for capability in (86, 89, 120)),
+            (H200, {"batch": 1, "heads": 2, "seqlen_q": 128}, "so few scores"),
+            (H200, {"seqlen_q": 16, "seqlen_k": 4096}, "so few scores"),
+            (H200, {"head_dim": 32}, "few columns"),
+            *(((capability, 82, 101376, 6 << 20), {}, "half rate") for capability in (86, 89, 120)),
         ],
     )
     def test_multiply_adds_where_they_are_faster(
         self,
         device: tuple[int, int, int, int],
-        sizes: tuple[int, int, int],
+        changes: dict[str, Any],
         reason: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         if not {"80", "90", "120"} <= set(_C.build_info()["cuda_archs"].replace("-real", "").split()):
             pytest.skip("built for a part of the GPUs")
-        options = {"heads_k": 4} if reason == "equal sizes" else {}
-        head_dim = 32 if reason == "few columns" else 64
-        for choice in plan(*sizes, head_dim=head_dim, dtype="float32", device=device, **options).values():
+        options = {"head_dim": 64, **changes}
+        for choice in plan(dtype="float32", device=device, **options).values():
             assert choice["family"] == "universal"
             assert any(reason in text for family, text in choice["rejected"] if family == "sm80")
         if device[0] // 10 == 12:  # which there is no such code for
             return
         monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
-        for choice in plan(*sizes, head_dim=head_dim, dtype="float32", device=device, **options).values():
+        for choice in plan(dtype="float32", device=device, **options).values():
             assert choice["family"] == "sm80"
 
     @pytest.mark.parametrize(
         "changes, reason",
         [
             ({"head_dim": 136}, "head_dim is over 128"),
+            ({"head_dim": 16}, "few columns"),
             ({"softmax_scale": -1.0}, "softmax_scale"),
             ({"softcap": 3.0}, "softcap"),
             ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes"),

@@ -9,7 +9,7 @@ constexpr int kStaticBytes = 256;  // of shared memory, beside the tiles
 constexpr int64_t kAlignment = 256;
 
 const BackwardVariants& variants_for(const ForwardParams& p) {
-  const BackwardVariants* const all[] = {&kBackwardD16, &kBackwardD32, &kBackwardD64, &kBackwardD128};
+  const BackwardVariants* const all[] = {&kBackwardD32, &kBackwardD64, &kBackwardD128};
   const int64_t columns = std::max(p.head_dim, p.head_dim_v);
   for (const BackwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;

@@ -22,6 +22,6 @@ struct BackwardVariants {
   const BackwardVariant* end() const { return first + count; }
 };
 
-extern const BackwardVariants kBackwardD16, kBackwardD32, kBackwardD64, kBackwardD128;
+extern const BackwardVariants kBackwardD32, kBackwardD64, kBackwardD128;
 
 }  // namespace flash_attn::cuda::sm80::fp32

@@ -6,6 +6,8 @@
 #include <string>
 
 #include "../../../../select_kernel.h"
+#include "../../../../sequence.h"
+#include "../../../common/tiles/visibility.h"
 #include "../../forward/schedule/schedule.h"
 #include "../code.h"
 
@@ -16,13 +18,15 @@ constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the syste
 constexpr int kStaticBytes = 256;     // of it, by the kernel
 constexpr int kMinSlots = 2, kMaxSlots = 4;
 constexpr int64_t kMaxHeadDim = 128;
-// Up to here a sum of float32 is nearly exact, and the roundings of P and dS as pairs are seen: RMS errors of short
-// sequences up to 1.15 times those of multiply-adds (benchmarks/experiments/085).
-constexpr int64_t kFewColumns = 32;
+// Up to here a sum of float32 is nearly exact, and the roundings of pairs are seen: RMS errors of short sequences up to
+// 1.15 times those of multiply-adds, and with so few columns that not even a forced family is to have them, 1.25
+// (benchmarks/experiments/085).
+constexpr int64_t kFewColumns = 32, kTooFewColumns = 16;
+constexpr const char* kFewColumnsReason = "in float32 plain multiply-adds are more exact over so few columns";
 constexpr int64_t kAlignment = 256;
 
 const ForwardVariants& variants_for(const ForwardParams& p) {
-  const ForwardVariants* const all[] = {&kForwardD16, &kForwardD32, &kForwardD64, &kForwardD128};
+  const ForwardVariants* const all[] = {&kForwardD32, &kForwardD64, &kForwardD128};
   const int64_t columns = std::max(p.head_dim, p.head_dim_v);
   for (const ForwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;
@@ -58,18 +62,19 @@ bool has_half_rate(const DeviceInfo& device) {
   return capability == 86 || capability == 89 || capability / 10 == 12;
 }
 
-/// Too small for the pass that splits numbers to pay.
-bool is_small(const ForwardParams& p) {
+/// Whether tensor cores save more than the pass that splits numbers costs, which reads and writes each entry once. On
+/// an H200 both are even at 16 operations a byte of the forward pass, and at 5 of the backward pass.
+bool pays(const ForwardParams& given) {
   constexpr double kLeastFlops = 5e8;  // 17 us of the universal kernels on an H200
-  const double rows = p.is_varlen_q() ? double(p.total_q) : double(p.batch) * double(p.seqlen_q);
-  const double keys = p.is_varlen_k() ? double(p.total_k) / double(p.batch) : double(p.seqlen_k);
-  return 2.0 * rows * keys * double(p.num_heads) * double(p.head_dim + p.head_dim_v) < kLeastFlops;
-}
-
-/// What both passes have been tried on: full or causal, nothing grouped, packed or of other sizes.
-bool is_plain(const ForwardParams& p) {
-  return p.is_dense() && p.num_heads == p.num_heads_k && p.seqlen_q == p.seqlen_k && p.head_dim == p.head_dim_v &&
-         p.window_left < 0 && p.window_right <= 0 && p.sinks == nullptr;
+  constexpr double kFlopsPerByte = 10.0;
+  constexpr int64_t kTile = 64;
+  const ForwardParams p = mean_problem(given);
+  const double scores = double(num_visible_tiles(p, kTile, kTile) * kTile * std::min(p.seqlen_q, kTile));
+  const double flops = 2.0 * scores * double(p.batch * p.num_heads) * double(p.head_dim + p.head_dim_v);
+  const double of_queries = double(p.seqlen_q * p.num_heads) * double(p.head_dim);
+  const double of_keys = double(p.seqlen_k * p.num_heads_k) * double(p.head_dim + p.head_dim_v);
+  const double bytes = 8.0 * double(p.batch) * (of_queries + of_keys);
+  return flops >= std::max(kLeastFlops, kFlopsPerByte * bytes);
 }
 
 void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
@@ -99,12 +104,11 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 // lose the rounding errors of S that they have in common.
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (!is_forced("sm80")) {
-    if (!is_plain(p))
-      return "in float32 it is for dense q, k and v of equal sizes unless FLASH_ATTN_FORCE=sm80 asks for it";
-    if (p.head_dim <= kFewColumns) return "in float32 plain multiply-adds are more exact over so few columns";
+    if (std::min(p.head_dim, p.head_dim_v) <= kFewColumns) return kFewColumnsReason;
     if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
-    if (is_small(p)) return "in float32 it is so small that splitting numbers into pairs costs more than it saves";
+    if (!pays(p)) return "in float32 so few scores do not pay for splitting numbers into pairs";
   }
+  if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
   if (p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) return "in float32 head_dim is over 128";
   if (!has_code(10 * device.compute_capability, variants_for(p).begin()->head_dim)) {
     return "its kernels for float32 are for compute capability 8 and 9, with a head_dim over 64 for 9.0 alone";
