@@ -3,7 +3,10 @@
     python benchmarks/models.py --models llama_padded bert
 
 A step is forward, backward and AdamW, under bfloat16 autocast on CUDA. Both run the same model, as `replace_sdpa()` is
-all that differs, and their losses are compared first. A ratio is torch's time over ours: above 1 ours is faster.
+all that differs, and their gradients are compared first. A ratio is torch's time over ours: above 1 ours is faster.
+
+`train_gpt` is `examples/train_gpt.py --compare`: two whole runs, one after the other, of which the median step by the
+host's clock counts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +29,11 @@ from torch import Tensor, nn
 
 import flash_attn
 
+sys.path.append(str(report.REPOSITORY / "examples"))
+import train_gpt  # a script, found by the line above
+
 TOLERANCE = 5e-2  # of gradients, relative, of the norm: bfloat16
+LOSS_TOLERANCE = 2e-2  # of two runs' losses of held-out text, relative
 
 
 @dataclass(frozen=True)
@@ -177,10 +186,30 @@ def measure(name: str, shape: Shape, device: torch.device, rounds: int) -> repor
     )
 
 
+def measure_train_gpt(device: torch.device, **changes: int) -> report.Row:
+    """The example's runs with torch's attention and with ours; `changes` are of its sizes, such as `steps`."""
+    cuda = device.type == "cuda"
+    sizes = train_gpt.SIZES["large" if cuda else "small"] | changes
+    dtype = torch.bfloat16 if cuda else torch.float32
+    config = train_gpt.Config(dropout=0.0, seed=0, dtype=dtype, compile=False, **sizes)
+    corpus = train_gpt.Corpus(train_gpt.read_text(None), config.context, device)
+    runs = {way: train_gpt.train(config, kind, corpus) for way, kind in (("torch", "torch"), ("ours", "flash"))}
+    losses = {f"{way}_held_out_loss": run.held_out_loss for way, run in runs.items()}
+    difference = abs(runs["ours"].held_out_loss / runs["torch"].held_out_loss - 1)
+    if not difference <= LOSS_TOLERANCE:
+        raise SystemExit(f"WRONG RESULT: losses of train_gpt with ours and with torch's attention: {losses}")
+    times = {way: 1e3 * statistics.median(run.seconds) for way, run in runs.items()}
+    row = {"model": "train_gpt", "batch": config.batch, "seqlen": config.context, "width": config.width}
+    row |= {"heads": config.heads, "layers": config.layers, "steps": config.steps, "agreement": difference, **losses}
+    row |= {f"{way}_ms": round(ms, 4) for way, ms in times.items()}
+    return row | {"ratio": round(times["torch"] / times["ours"], 4)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", choices=MODELS, nargs="+", default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    names = [*MODELS, "train_gpt"]
+    add("--models", choices=names, nargs="+", default=names, metavar="NAME", help=f"of {', '.join(names)}")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=int, default=9, help="samples of each step; their median counts (default 9)")
     add("--seqlen", type=int, help="another length for all, to try it out")
@@ -191,7 +220,12 @@ def main() -> None:
     rows = []
     for name in args.models:
         changes = {key: value for key in ("seqlen", "batch") if (value := getattr(args, key)) is not None}
-        rows.append(row := measure(name, replace(MODELS[name], **changes), device, args.rounds))
+        if name == "train_gpt":
+            changes = {{"seqlen": "context"}.get(key, key): value for key, value in changes.items()}
+            row = measure_train_gpt(device, **changes)
+        else:
+            row = measure(name, replace(MODELS[name], **changes), device, args.rounds)
+        rows.append(row)
         print(
             f"{name:14} torch {row['torch_ms']:.2f} ms, ours {row['ours_ms']:.2f} ms, x{row['ratio']:.3f}", flush=True
         )

@@ -172,6 +172,9 @@ def test_models_train_alike(module: Callable[[str], ModuleType], monkeypatch: py
         small = replace(shape, width=8 * shape.heads, batch=2, seqlen=24, layers=2)
         rows.append(models.measure(name, small, torch.device("cpu"), 1))
         assert rows[-1]["agreement"] < 1e-4 or shape.dropout
+    sizes = {"steps": 3, "batch": 2, "context": 24, "width": 16, "heads": 2, "layers": 1}
+    rows.append(models.measure_train_gpt(torch.device("cpu"), **sizes))
+    assert rows[-1]["agreement"] < 1e-4
     content = {"header": module("report").header(torch.device("cpu")), "rows": rows}
     lines = [line for line in tables.models_section("models", content) if "2 x 24" in line]
     assert len(lines) == len(rows)
