@@ -176,6 +176,9 @@ def measure(name: str, shape: Shape, device: torch.device, rounds: int) -> repor
         raise SystemExit(
             f"WRONG RESULT: gradients of {name} with ours and with torch's attention differ by {difference:.1e}"
         )
+    with flash_attn.replace_sdpa():
+        if len(flash_attn.explain(steps["ours"]).calls) != shape.layers:
+            raise SystemExit(f"WRONG KERNELS: {name} did not call ours in every layer")
     timer = timing.device_times if device.type == "cuda" else timing.cpu_times
     times = dict(zip(ways, timer([(enter, steps[way]) for way, enter in ways.items()], rounds), strict=True))
     row = {"model": name, **vars(shape), "agreement": difference}

@@ -242,6 +242,28 @@ def test_torchs_kernels_run_where_sdpa_kernel_puts_them_first() -> None:
         assert _ours_runs()
 
 
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@pytest.mark.parametrize(("capability", "ours"), [((9, 0), True), ((8, 0), False), (None, False)])
+def test_the_order_that_torch_itself_chooses_changes_nothing(
+    capability: tuple[int, int] | None, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with replace_sdpa(), sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        assert _ours_runs() == ours
+
+
+@pytest.mark.gpu
+def test_ours_runs_on_a_gpu_after_torchs_has() -> None:
+    x = torch.randn(1, 2, 128, 64, device="cuda", dtype=torch.bfloat16)
+    F.scaled_dot_product_attention(x, x, x)  # torch chooses its order
+    with replace_sdpa():
+        assert len(flash_attn.explain(lambda: F.scaled_dot_product_attention(x, x, x)).calls) == 1
+
+
 def test_a_backward_pass_takes_it_to_the_threads_that_autograd_starts() -> None:
     # torch takes a new thread for backward passes nested that deep, and the process then ends by an abort.
     code = """if True:

@@ -35,6 +35,15 @@ _OURS, _TORCHS, _BEFORE = range(3)
 _lock = threading.Lock()
 _process_wide = 0  # how many replacements hold for the whole process
 _usual_priority = sdp_priority()
+_CUDNN_FIRST = [
+    backend.value
+    for backend in (
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    )
+]
 
 
 class _Layer:
@@ -101,7 +110,17 @@ def _choose(always: bool) -> int:
     if not flash_sdp_enabled() or jit_is_tracing() or _exports_to_onnx():
         return _TORCHS
     priority = sdp_priority()
-    return _OURS if priority == _usual_priority or _flash_comes_first(priority) else _TORCHS
+    usual = priority == _usual_priority or (priority[:4] == _CUDNN_FIRST and _torch_prefers_cudnn())
+    return _OURS if usual or _flash_comes_first(priority) else _TORCHS
+
+
+def _torch_prefers_cudnn() -> bool:
+    """Whether this order may be torch's own choice: its first call on such a GPU puts cuDNN in front for good, and
+    nobody has asked for that."""
+    cuda = torch.cuda
+    return cuda.is_initialized() and any(
+        cuda.get_device_capability(device) in ((9, 0), (10, 0)) for device in range(cuda.device_count())
+    )
 
 
 def _exports_to_onnx() -> bool:
