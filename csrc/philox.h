@@ -1,6 +1,6 @@
-// Dropout's random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11,
-// section 3.3). The key is the seed; the counter is the place of eight neighbouring scores. So every kernel draws the
-// same mask, whatever its tiles and its order.
+// Dropout's random numbers: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section
+// 3.3): seven rounds are the fewest that pass BigCrush (table 2 there). The key is the seed; the counter is the place
+// of eight neighbouring scores. So every kernel draws the same mask, whatever its tiles and its order.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,11 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-FLASH_ATTN_HOST_DEVICE Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
-                                             uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
+constexpr int kPhiloxRounds = 7;
+
+FLASH_ATTN_HOST_DEVICE Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
+                                          uint32_t k1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
@@ -38,7 +40,7 @@ struct Dropout {
   double scale;
 
   FLASH_ATTN_HOST_DEVICE Philox4 block(int64_t batch_head, int64_t row, int64_t col) const {
-    return philox4x32_10(uint32_t(col / kColumns), uint32_t(row), uint32_t(batch_head), offset, seed_low, seed_high);
+    return philox4x32(uint32_t(col / kColumns), uint32_t(row), uint32_t(batch_head), offset, seed_low, seed_high);
   }
   FLASH_ATTN_HOST_DEVICE bool keep(const Philox4& random, int col) const {
     const int i = col % kColumns;

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 
-def philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox4x32(counter: list[Tensor], key: tuple[int, int], rounds: int = 7) -> list[Tensor]:
     """Salmon et al. 2011, section 3.3, on int64 tensors that hold 32-bit words."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         p0, p1 = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = p1[0] ^ c1 ^ k0, p1[1], p0[0] ^ c3 ^ k1, p0[1]
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
@@ -46,7 +46,7 @@ def dropout_factor(rng_state: Tensor, p: float, batch: int, heads: int, b: int, 
         head.expand(shape),
         torch.full(shape, offset & 0xFFFFFFFF),
     ]
-    words = torch.stack(philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=-1)
+    words = torch.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=-1)
     bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(2)[..., :cols]
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
     return (bits >= threshold).double() * scale

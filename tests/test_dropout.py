@@ -23,18 +23,20 @@ def _mask(rng_state: torch.Tensor, p: float, device: str, dtype: torch.dtype = t
 
 
 def test_philox_known_answers() -> None:
-    """Vectors of the Random123 distribution for philox4x32 with 10 rounds."""
+    """Vectors of the Random123 distribution for philox4x32 with 7 and with 10 rounds."""
+    pi = ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0))
+    ones = ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF))
+    zeros = ([0] * 4, (0, 0))
     cases = [
-        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            (0xA4093822, 0x299F31D0),
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
+        (7, zeros, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        (7, ones, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+        (7, pi, [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]),
+        (10, zeros, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (10, ones, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (10, pi, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
     ]
-    for counter, key, expected in cases:
-        words = reference.philox4x32_10([torch.tensor(c) for c in counter], key)
+    for rounds, (counter, key), expected in cases:
+        words = reference.philox4x32([torch.tensor(c) for c in counter], key, rounds)
         assert [int(w) for w in words] == expected
 
 

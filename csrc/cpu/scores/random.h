@@ -28,8 +28,8 @@ FLASH_ATTN_INLINE void multiply_wide(Words a, uint32_t factor, Words& low, Words
   high = bit_cast<Words>((even >> 32) | (odd & kHigh));
 }
 
-FLASH_ATTN_INLINE void philox4x32_10(Words (&c)[4], uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
+FLASH_ATTN_INLINE void philox4x32(Words (&c)[4], uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     Words low0, high0, low1, high1;
     multiply_wide(c[0], 0xD2511F53u, low0, high0);
     multiply_wide(c[2], 0xCD9E8D57u, low1, high1);
@@ -54,7 +54,7 @@ void draw_dropout(const ScoreRules<T>& rules, const Tile& tile, uint8_t* keep, i
     for (int64_t n = -(tile.n_begin % Dropout::kColumns); n < tile.columns; n += Dropout::kColumns) {
       Words random[4] = {Words{} + uint32_t((tile.n_begin + n) / Dropout::kColumns), rows,
                          Words{} + uint32_t(rules.batch_head), Words{} + dropout.offset};
-      philox4x32_10(random, dropout.seed_low, dropout.seed_high);
+      philox4x32(random, dropout.seed_low, dropout.seed_high);
       for (int i = 0; i < Dropout::kColumns; ++i) {
         if (n + i < 0 || n + i >= tile.columns) continue;
         const Words bits = (random[i / 2] >> (16 * (i % 2))) & 0xffffu;

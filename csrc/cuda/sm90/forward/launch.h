@@ -60,6 +60,7 @@ constexpr Variant make_variant(const char* name, double efficiency, double tile_
           Config::kHeadDimV,
           kMasked,
           /* biased */ false,
+          /* staged */ false,
           /* rules */ false,
           Config::kOutBuffer,
           Config::kBlockM,

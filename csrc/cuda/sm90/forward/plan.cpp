@@ -13,6 +13,7 @@
 #include "../../common/tiles/groups.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../common/tiles/visibility.h"
+#include "../hopper/tensor_map.h"
 
 namespace flash_attn::cuda::sm90::forward {
 namespace {
@@ -192,6 +193,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
   for (const Variant& variant : variants_for(params)) {
     if (variant.masked != (params.has_window() || is_extended(params))) continue;
     if (variant.biased != params.has_bias() || (has_rules(params) && !variant.rules)) continue;
+    if (variant.staged && !has_mask_map(params)) continue;
     if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
     const Plan plan = choose_plan(params, device, variant);
     if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;

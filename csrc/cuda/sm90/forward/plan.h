@@ -18,6 +18,7 @@ struct Variant {
   int head_dim, head_dim_v;  // the largest it takes
   bool masked;
   bool biased;      // takes an additive attn_mask; others take none
+  bool staged;      // and it comes by the copy engine
   bool rules;       // takes softcap, ALiBi and dropout
   bool out_buffer;  // out does not go through Q's buffer
   int block_m, block_n;

@@ -24,7 +24,15 @@ FLASH_ATTN_DEVICE void stmatrix_x4_transposed(uint32_t row, const uint32_t* m) {
                : "memory");
 }
 
-/// The way back: four transposed matrices to registers.
+/// The way back: four matrices to registers.
+FLASH_ATTN_DEVICE void ldmatrix_x4(uint32_t (&m)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
+               : "memory");
+}
+
+/// Four transposed matrices to registers.
 FLASH_ATTN_DEVICE void ldmatrix_x4_transposed(uint32_t (&m)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])

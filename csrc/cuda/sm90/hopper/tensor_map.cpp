@@ -83,6 +83,15 @@ CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
   return encode(s.dtype, reinterpret_cast<void*>(base), sizes, strides, box_rows);
 }
 
+bool has_mask_map(const ForwardParams& p) {
+  const MaskView& mask = p.mask;
+  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % 8 == 0; };
+  return p.has_bias() && mask.dtype == p.dtype && mask.row_size > 1 && mask.col_size > 1 && mask.col == 1 &&
+         reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 && whole(mask.batch_size, mask.batch) &&
+         whole(mask.head_size, mask.head) && whole(mask.row_size, mask.row) && mask.batch >= 0 && mask.head >= 0 &&
+         mask.row > 0;
+}
+
 CUtensorMap make_mask_map(const MaskView& mask, int box_rows) {
   const cuuint64_t sizes[5] = {cuuint64_t(mask.col_size), cuuint64_t(mask.row_size), cuuint64_t(mask.head_size),
                                cuuint64_t(mask.batch_size), 1};

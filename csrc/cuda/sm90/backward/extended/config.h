@@ -13,6 +13,10 @@ struct ExtendedConfig : single::KernelConfig<Element, Shape> {
   static constexpr int kBytesStatistics = Shape::kBlockM * 12;  // see RowsParams::extended
   static constexpr int kBytesBias = Base::kConsumers * Base::kPanelBytesQ;
   static constexpr int kBytesBits = 4 * Base::kConsumers * (Shape::kBlockM / 64) * 128;
+  // With half as many scores a thread as at head dim 64 there are registers to draw dropout's bits for the next step
+  // while the products of one end, to load a bias that the copy engine does not reach, to store dmask, and to keep P of
+  // all scores until dP is there, whatever the rules.
+  static constexpr bool kManyRegisters = Shape::kBlockM == 64;
   static constexpr int kWords = Shape::kBlockM / 64;  // of a bit for each of a thread's scores
 };
 

@@ -99,11 +99,16 @@ struct Consumer : single::Consumer<Config> {
     return scores;
   }
 
-  FLASH_ATTN_DEVICE void load_seen(ScoreBits<Config::kWords>& seen) const {
-    const uint32_t from = shared_address(shared.bits[q.stage]) + (4 * warpgroup + warp) * Config::kWords * 128;
+  /// Where the lane's bits of attn_mask for the step lie, of the first word.
+  FLASH_ATTN_DEVICE uint32_t seen_bits() const {
+    return shared_address(shared.bits[q.stage]) + (4 * warpgroup + warp) * Config::kWords * 128 + lane_id() * 4;
+  }
+
+  FLASH_ATTN_DEVICE void load_seen(Scores& scores) const {
+    scores.seen_from = seen_bits();
+    if constexpr (Config::kManyRegisters) {
 #pragma unroll
-    for (int w = 0; w < Config::kWords; ++w) {
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(seen.word[w]) : "r"(from + w * 128 + lane_id() * 4));
+      for (int w = 0; w < Config::kWords; ++w) scores.load_word(scores.seen.word[w], scores.seen_from + w * 128);
     }
   }
 
@@ -199,7 +204,7 @@ struct Consumer : single::Consumer<Config> {
     }
   }
 
-  /// The same piece by piece, for softcap, whose derivative has no registers until dP is there, and for the rarest
+  /// The same piece by piece, for softcap, whose derivative meets dP at once and takes no registers, and for the rarest
   /// combinations.
   template <int kRules>
   FLASH_ATTN_DEVICE void compute_by_pieces(Scores& scores) {
@@ -209,21 +214,17 @@ struct Consumer : single::Consumer<Config> {
     wgmma_results(dp);
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      float derivative[8];
       float (&of_piece)[8] = *reinterpret_cast<float (*)[8]>(s + 8 * k);
-      scores.template to_exponents<kRules>(of_piece, derivative, k, bias);
+      scores.template subtract_delta<kRules>(dp + 8 * k, k);
+      scores.template to_exponents<kRules>(of_piece, dp + 8 * k, k, bias);
 #pragma unroll
       for (int j = 0; j < 8; ++j) of_piece[j] = fast_exp2(of_piece[j]);
       if (scores.template has<kRules>(kHidden)) scores.hide(of_piece, k);
       if ((kRules & kAtRunTime) && scores.partial) {
         mask_transposed(of_piece, scores.tile, scores.key(), scores.query() + 16 * k);
       }
-      scores.template to_gradients<kRules>(of_piece, dp + 8 * k, k);
+      scores.template multiply<kRules>(of_piece, dp + 8 * k, k);
       if (scores.template has<kRules>(kDslopes)) scores.sum_distances(dp + 8 * k, k);
-      if (scores.template has<kRules>(kSoftcap)) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) dp[8 * k + j] *= derivative[j];
-      }
       pack_piece(k);
     }
     release_bias();
@@ -234,13 +235,20 @@ struct Consumer : single::Consumer<Config> {
     switch (scores.rules) {
       case kNone: return compute_scores<kNone>(scores);
       case kHidden: return compute_scores<kHidden>(scores);
-      case kDropout: return compute_scores<kDropout>(scores);
-      case kDropout | kHidden: return compute_scores<kDropout | kHidden>(scores);
       case kAlibi: return compute_scores<kAlibi>(scores);
       case kBiased: return compute_scores<kBiased>(scores);
-      case kBiased | kDmask: return compute_scores<kBiased | kDmask>(scores);
-      case kBiased | kLoadsBias: return compute_scores<kBiased | kLoadsBias>(scores);
       default: break;
+    }
+    if constexpr (Config::kManyRegisters) {
+      switch (scores.rules) {
+        case kDropout: return compute_scores<kDropout>(scores);
+        case kDropout | kHidden: return compute_scores<kDropout | kHidden>(scores);
+        case kBiased | kDmask: return compute_scores<kBiased | kDmask>(scores);
+        case kBiased | kLoadsBias: return compute_scores<kBiased | kLoadsBias>(scores);
+        default: break;
+      }
+    } else if (scores.rules == kDropout && !scores.partial) {
+      return compute_by_pieces<kDropout>(scores);
     }
     if (scores.rules == kSoftcap && !scores.partial) return compute_by_pieces<kSoftcap>(scores);
     compute_by_pieces<kAtRunTime>(scores);
@@ -254,7 +262,8 @@ struct Consumer : single::Consumer<Config> {
     mbarrier_wait(&shared.dout_full[q.stage], q.phase);
     this->issue_transposed(dp, shared.v[tiles.stage_kv()], shared.dout[q.stage], 0);
     Scores scores = scores_of_step(tile, at, partial);
-    if ((scores.rules & kHidden) != 0) load_seen(scores.seen);
+    if ((scores.rules & kHidden) != 0) load_seen(scores);
+    if (!Config::kManyRegisters && (scores.rules & kDropout) != 0) draw(tile, at);
     wgmma_wait<1>();  // S, and dK of the last step
     wgmma_results(s);
     wgmma_results(dk);
@@ -266,7 +275,7 @@ struct Consumer : single::Consumer<Config> {
     named_barrier_sync(single::kDsReady, 256);
     this->issue_dq();
     this->issue_accumulate(dk, ds, shared.q[q.stage]);
-    if (next != nullptr && (params.extended.rules & kDropout) != 0) {
+    if (Config::kManyRegisters && next != nullptr && (params.extended.rules & kDropout) != 0) {
       draw(tile, *next);  // while the products run
     }
     if constexpr (Config::kDqPath == DqPath::kRegisters) await_turn(params, shared.dq_turns, step);
@@ -312,7 +321,7 @@ struct Consumer : single::Consumer<Config> {
     int head = -1;  // of the last step
     steps.template for_each<false>(shared, [&](const Step& at, bool starts_chunk, bool ends_chunk) {
       const bool first = head < 0;
-      if (starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
+      if (Config::kManyRegisters && starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
       if (at.head != head) {
         first ? begin_tile() : store_slope_sum(tile, head);
         head = at.head;

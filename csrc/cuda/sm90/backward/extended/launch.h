@@ -22,6 +22,7 @@ constexpr Variant make_variant(const char* name) {
   using Config = ExtendedConfig<__nv_bfloat16, Shape>;
   Variant variant = single::variant_of<Config>(name);
   variant.extended = true;
+  variant.many_registers = Config::kManyRegisters;
   variant.launch = {launch_kernel<ExtendedConfig<__nv_bfloat16, Shape>>, launch_kernel<ExtendedConfig<__half, Shape>>};
   return variant;
 }

@@ -1,23 +1,12 @@
 // What the plan of a kernel of extended/ decides beside plan.cpp.
 #include "../plan.h"
 
-#include <cstdint>
-
 #include "../../../sm80/sm80.h"
+#include "../../hopper/tensor_map.h"
 #include "../launch.h"
 
 namespace flash_attn::cuda::sm90::backward {
 namespace {
-
-/// Whether a mask of additive values comes by the copy engine: rows of whole, aligned pieces of 16 bytes.
-bool takes_bias_by_tma(const ForwardParams& p) {
-  const MaskView& mask = p.mask;
-  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % 8 == 0; };
-  return p.has_bias() && mask.dtype == p.dtype && mask.row_size > 1 && mask.col_size > 1 && mask.col == 1 &&
-         reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 && whole(mask.batch_size, mask.batch) &&
-         whole(mask.head_size, mask.head) && whole(mask.row_size, mask.row) && mask.batch >= 0 && mask.head >= 0 &&
-         mask.row > 0;
-}
 
 /// Reading an additive mask ahead, to pass over what it hides, pays where many heads have it in common.
 bool packs_mask(const ForwardParams& p) {
@@ -63,22 +52,23 @@ bool is_extended(const ForwardParams& p) {
 }
 
 const char* refuses_bias(const ForwardParams& p) {
-  if (!p.has_bias() || takes_bias_by_tma(p)) return nullptr;
+  if (!p.has_bias() || has_mask_map(p)) return nullptr;
   if (p.mask.dtype != p.dtype && p.mask.dtype != DType::kFloat32) {
     return "attn_mask is neither boolean, float32 nor of q's dtype";
   }
   if (p.softcap > 0.0 || p.alibi_slopes != nullptr || p.dropout_p > 0.0) {
     return "beside softcap, alibi_slopes or dropout an additive attn_mask has no rows of q's dtype in whole, aligned "
-           "pieces of "
-           "16 "
-           "bytes";
+           "pieces of 16 bytes";
   }
   return nullptr;
 }
 
-const Variant* extended_variant_for(const ForwardParams& p) {
-  const Variant* const all[] = {&kD96Extended, &kD128Extended};
+const Variant* extended_variant_for(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const bool needs_registers = p.has_bias() && (params.dmask != nullptr || !has_mask_map(p));
+  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended};
   for (const Variant* variant : all) {
+    if (needs_registers && !variant->many_registers) continue;
     if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return variant;
   }
   return nullptr;
@@ -87,7 +77,7 @@ const Variant* extended_variant_for(const ForwardParams& p) {
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
   ExtendedPlan extended;
   extended.packs_mask = packs_mask(params.forward);
-  extended.bias_by_tma = takes_bias_by_tma(params.forward);
+  extended.bias_by_tma = has_mask_map(params.forward);
   plan_dmask(extended, plan, params, device);
   return extended;
 }

@@ -47,7 +47,7 @@ FLASH_ATTN_DEVICE void draw_two_blocks(Philox4 (&random)[2], const Dropout& drop
     random[n] = {{uint32_t(col / Dropout::kColumns), uint32_t(row + n * step), uint32_t(batch_head), dropout.offset}};
   }
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       uint32_t (&c)[4] = random[n].word;
@@ -109,6 +109,7 @@ struct StepScores {
   bool stores_dmask;                 // its sum begins
   const ScoreBits<kWords>& kept;     // by dropout
   ScoreBits<kWords> seen;            // by attn_mask's bits
+  uint32_t seen_from;                // without kManyRegisters in their place: where the lane's lie in shared memory
 
   /// Whether a rule applies, where some are compiled in.
   template <int kRules>
@@ -180,11 +181,11 @@ struct StepScores {
     }
   }
 
-  /// What is exponentiated, to the base 2, in place of the product; with softcap also the derivative of each score by
-  /// the product. Natural scores, for softcap or because a bias of the smallest number times log2(e) would be -inf,
-  /// meet the natural lse.
+  /// What is exponentiated, to the base 2, in place of the product; with softcap dP less delta is multiplied by the
+  /// derivative of each score by the product. Natural scores, for softcap or because a bias of the smallest number
+  /// times log2(e) would be -inf, meet the natural lse.
   template <int kRules>
-  FLASH_ATTN_DEVICE void to_exponents(float* s, float* derivative, int k, uint32_t bias_row) const {
+  FLASH_ATTN_DEVICE void to_exponents(float* s, float* dp, int k, uint32_t bias_row) const {
     const bool natural = has<kRules>(kSoftcap | kBiased);
     float lse[2][2];
     load_pair(lse[0], k, 0, natural ? kLse : kLseLog2);
@@ -199,7 +200,7 @@ struct StepScores {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float tanh = tanh_by_exp2(s[j] * params.extended.scale_over_softcap);
-        derivative[j] = fmaf(-tanh, tanh, 1.f);
+        dp[j] *= fmaf(-tanh, tanh, 1.f);
         s[j] = params.extended.softcap * tanh;
       }
     } else {
@@ -224,9 +225,14 @@ struct StepScores {
   }
 
   /// What is hidden has no probability, whatever its score was.
-  FLASH_ATTN_DEVICE void hide(float* p, int k) const {
+  FLASH_ATTN_DEVICE void hide(float* p, int k) {
+    if (!Config::kManyRegisters) load_word(seen.word[k / 4], seen_from + k / 4 * 128);
 #pragma unroll
     for (int j = 0; j < 8; ++j) p[j] = seen.hold(k, j) ? p[j] : 0.f;
+  }
+
+  FLASH_ATTN_DEVICE void load_word(uint32_t& x, uint32_t from) const {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from));
   }
 
   /// dS in place of dP, and what of P dropout keeps.
@@ -245,6 +251,29 @@ struct StepScores {
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j) dp[j] = p[j] * (dp[j] + delta[j / 4][j % 2]);
+    }
+  }
+
+  /// The same in two steps, between which P comes about: dP less delta, and dS.
+  template <int kRules>
+  FLASH_ATTN_DEVICE void subtract_delta(float* dp, int k) const {
+    float delta[2][2];
+    load_pair(delta[0], k, 0, kDelta);
+    load_pair(delta[1], k, 1, kDelta);
+    if (has<kRules>(kDropout)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dp[j] = kept.hold(k, j) ? dp[j] * params.extended.dropout_scale : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) dp[j] += delta[j / 4][j % 2];
+  }
+  template <int kRules>
+  FLASH_ATTN_DEVICE void multiply(float* p, float* dp, int k) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) dp[j] *= p[j];
+    if (has<kRules>(kDropout)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) p[j] = kept.hold(k, j) ? p[j] : 0.f;
     }
   }
 

@@ -7,14 +7,23 @@
 
 namespace flash_attn::cuda::sm90::forward {
 
+/// A hidden score becomes -inf whatever it was: a NaN that is masked out must go.
+FLASH_ATTN_DEVICE float add_bias(float score, float bias) { return bias == -INFINITY ? bias : score + bias; }
+
+/// Pairs of 16-bit values to an accumulator's two rows.
+template <typename Element>
+FLASH_ATTN_DEVICE void add_bias(float (&s)[4], uint32_t row0, uint32_t row8) {
+  s[0] = add_bias(s[0], low_half(row0, Element()));
+  s[1] = add_bias(s[1], high_half(row0, Element()));
+  s[2] = add_bias(s[2], low_half(row8, Element()));
+  s[3] = add_bias(s[3], high_half(row8, Element()));
+}
+
 /// Loaded before the product that they are added to, whose time hides the way from memory. Registers hold the values of
 /// a block, of float32 half a block: the others come when these have been added.
 template <typename Element, int kTilesN>
 struct BiasValues {
   uint32_t words[2 * kTilesN];
-
-  /// A hidden score becomes -inf whatever it was: a NaN that is masked out must go.
-  FLASH_ATTN_DEVICE static float add_bias(float score, float bias) { return bias == -INFINITY ? bias : score + bias; }
 
   /// `at` of the lane. Columns beyond the tile's are not read; what stands for them does not matter.
   FLASH_ATTN_DEVICE void load(const ExtendedParams& params, const ExtendedTile& tile, const FragmentPlace& at) {
@@ -35,13 +44,7 @@ struct BiasValues {
       add_floats<kTilesN * 3 / 4, kTilesN>(s);
     } else {
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          s[0][n][2 * r] = add_bias(s[0][n][2 * r], low_half(words[2 * n + r], Element()));
-          s[0][n][2 * r + 1] = add_bias(s[0][n][2 * r + 1], high_half(words[2 * n + r], Element()));
-        }
-      }
+      for (int n = 0; n < kTilesN; ++n) add_bias<Element>(s[0][n], words[2 * n], words[2 * n + 1]);
     }
   }
 

@@ -10,11 +10,16 @@
 
 namespace flash_attn::cuda::sm90::forward {
 
-template <typename Element_, typename Shape, bool kBias_, bool kRules_>
+/// How the values of an additive attn_mask come: there are none; by loads to registers, whatever their type and
+/// strides; by the copy engine to shared memory (has_mask_map()).
+enum class Bias { kNone, kLoaded, kStaged };
+
+template <typename Element_, typename Shape, Bias kBias_, bool kRules_>
 struct ExtendedConfig : KernelConfig<Element_, Shape, true> {
-  static constexpr bool kBias = kBias_;  // attn_mask is additive: its values need registers
+  static constexpr Bias kBias = kBias_;
   // Softcap, ALiBi and dropout, each if the problem has it: what is passed over costs time as well, in every block.
   static constexpr bool kRules = kRules_;
+  static constexpr int kBytesBias = 64 * Shape::kBlockN * 2;  // staged, of a consumer's rows of one block
   // What lists blocks is content with 32 registers; more consumers' registers help where head dims are small, and with
   // larger ones ptxas spills with 232, not with 224.
   static constexpr bool kMoreRegisters = Shape::kConsumers == 2 && Shape::kHeadDim < 128;
@@ -30,12 +35,22 @@ struct ExtendedConfig : KernelConfig<Element_, Shape, true> {
 };
 
 template <typename Config>
-struct ExtendedStorage : SharedStorage<Config> {
-  static constexpr int kFreeBytes = kMaxSharedBytes - int(sizeof(SharedStorage<Config>) + sizeof(Dropout)) - 64;
+struct BiasBuffer {
+  alignas(1024) uint8_t bias[Config::kConsumers][Config::kBytesBias];  // [consumer][64 columns][64 rows][64]
+};
+struct NoBiasBuffer {};
+
+template <typename Config>
+struct ExtendedStorage : SharedStorage<Config>,
+                         std::conditional_t<Config::kBias == Bias::kStaged, BiasBuffer<Config>, NoBiasBuffer> {
+  static constexpr int kFreeBytes = kMaxSharedBytes - int(sizeof(SharedStorage<Config>) + sizeof(Dropout)) - 128 -
+                                    (Config::kBias == Bias::kStaged ? Config::kConsumers * Config::kBytesBias : 0);
   static constexpr int kFreeBlocks = kFreeBytes / int(Config::kTileSlots * sizeof(VisitedBlock));
   static constexpr int kListCapacity = kFreeBlocks < 512 ? kFreeBlocks : 512;  // a tile that visits more visits all
   static_assert(kListCapacity >= 64);
 
+  // full: the producer's copy has arrived. empty: all warps of the consumer have read it.
+  uint64_t bias_full[Config::kConsumers], bias_empty[Config::kConsumers];
   Dropout dropout;
   VisitedBlock lists[Config::kTileSlots][kListCapacity];
   VisitedBlock end;  // so that a place beyond the last list may be read

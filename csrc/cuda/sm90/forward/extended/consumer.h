@@ -26,9 +26,10 @@ struct ExtendedConsumer : Consumer<Config> {
   using Base::warpgroup;
   using Fragments = float[1][kTilesN][4];
 
-  // Of the block whose S is computed next; bits by 64 columns.
+  // Of the block whose S is computed next; bits by 64 columns, a block ahead.
   MaskFragments<1, 8> mask_bits[kBlockN / 64];
   BiasValues<Element, kTilesN> bias;
+  uint32_t num_biased = 0;  // blocks so far whose values came by the copy engine
   KeptFragments<kTilesN> kept;
 
   FLASH_ATTN_DEVICE ExtendedStorage<Config>& storage() { return static_cast<ExtendedStorage<Config>&>(this->shared); }
@@ -47,17 +48,46 @@ struct ExtendedConsumer : Consumer<Config> {
 
   FLASH_ATTN_DEVICE bool has_dropout() const { return Config::kRules && params.has_dropout; }
   /// Scores are in natural units, see ExtendedParams.
-  FLASH_ATTN_DEVICE bool is_natural() const { return Config::kBias || (Config::kRules && params.natural); }
+  FLASH_ATTN_DEVICE bool is_natural() const {
+    return Config::kBias != Bias::kNone || (Config::kRules && params.natural);
+  }
 
-  /// Before S of a block is computed: what of attn_mask it will need.
-  FLASH_ATTN_DEVICE void load_mask(const ExtendedTile& tile, int row, int n_block) {
-    if constexpr (Config::kBias) {
-      bias.load(params, tile, place(tile, row, n_block));
-    } else if (params.has_bits) {
+  /// attn_mask's values from where the copy engine has put them.
+  FLASH_ATTN_DEVICE void add_staged_bias() {
+    mbarrier_wait(&storage().bias_full[warpgroup], num_biased % 2);
+    const int row = 16 * warp + lane % 16;
+    const uint32_t from = shared_address(storage().bias[warpgroup]) + row * 128;
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      uint32_t words[4];
+      ldmatrix_x4(words, from + n / 8 * (64 * 128) + swizzled_chunk(n % 8 + lane / 16, row) * 16);
+      add_bias<Element>(fragments()[0][n], words[0], words[1]);
+      add_bias<Element>(fragments()[0][n + 1], words[2], words[3]);
+    }
+    release_staged_bias();
+  }
+
+  FLASH_ATTN_DEVICE void release_staged_bias() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&storage().bias_empty[warpgroup]);
+    ++num_biased;
+  }
+
+  /// Of a block that this warpgroup passes over.
+  FLASH_ATTN_DEVICE void skip_staged_bias() {
+    mbarrier_wait(&storage().bias_full[warpgroup], num_biased % 2);
+    release_staged_bias();
+  }
+
+  /// Of the next block, when those of the block before it have been used: a whole block's time hides the way from
+  /// memory. `block` may be one that this warpgroup passes over, or none at all: addresses are clamped.
+  FLASH_ATTN_DEVICE void load_bits(const ExtendedTile& tile, int row, VisitedBlock block) {
+    if constexpr (Config::kBias == Bias::kNone) {
+      if (!params.has_bits) return;
 #pragma unroll
       for (int cell = 0; cell < kBlockN / 64; ++cell) {
         mask_bits[cell].load(params.packed, tile.batch, tile.head, row + 16 * warp,
-                             tile.col_begin + n_block * kBlockN + 64 * cell);
+                             tile.col_begin + block.n_block() * kBlockN + 64 * cell);
       }
     }
   }
@@ -87,8 +117,10 @@ struct ExtendedConsumer : Consumer<Config> {
   FLASH_ATTN_DEVICE void apply_rules(const ExtendedTile& tile, int row, int n_block) {
     const FragmentPlace at = place(tile, row, n_block);
     if (is_natural()) apply_score_rules(tile, at);
-    if constexpr (Config::kBias) {
+    if constexpr (Config::kBias == Bias::kLoaded) {
       bias.add(fragments(), params, tile, at);
+    } else if constexpr (Config::kBias == Bias::kStaged) {
+      add_staged_bias();
     } else if (params.has_bits) {
 #pragma unroll
       for (int cell = 0; cell < kBlockN / 64; ++cell) mask_bits[cell].apply(cell_fragments(cell));
@@ -130,8 +162,9 @@ struct ExtendedConsumer : Consumer<Config> {
 
   /// S and softmax of this block; under them, if there is one, O += P V of the one before that this warpgroup sees.
   template <bool kAfterOther>
-  FLASH_ATTN_DEVICE void process_block(const ExtendedTile& tile, int row, int n_block, VisitedBlock other) {
-    load_mask(tile, row, n_block);
+  FLASH_ATTN_DEVICE void process_block(const ExtendedTile& tile, int row, int n_block, VisitedBlock other,
+                                       VisitedBlock next) {
+    if constexpr (Config::kBias == Bias::kLoaded) bias.load(params, tile, place(tile, row, n_block));
     draw_dropout(tile, row, n_block);
     if (kAfterOther && other.is_unclean()) clean_v(tile, other.n_block());
     this->wait_k();
@@ -146,6 +179,7 @@ struct ExtendedConsumer : Consumer<Config> {
     wgmma_results(s);
     this->release_k();
     apply_rules(tile, row, n_block);
+    load_bits(tile, row, next);
     softmax.advance(s);
     if constexpr (kAfterOther) {
       wgmma_wait<0>();
@@ -228,6 +262,7 @@ struct ExtendedConsumer : Consumer<Config> {
     VisitedBlock other{0};  // whose P V is still to be added
     VisitedBlock next = storage().visited(tiles.slot(), 0);
     const int count = tile.num_visited;
+    load_bits(tile, row, next);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const VisitedBlock block = next;
@@ -235,16 +270,18 @@ struct ExtendedConsumer : Consumer<Config> {
       const int n_block = block.n_block();
       if (block.is_seen_by(warpgroup) && n_block >= blocks.begin && n_block < blocks.end) {
         if (other.word != 0) {
-          process_block<true>(tile, row, n_block, other);
+          process_block<true>(tile, row, n_block, other, next);
         } else {
-          process_block<false>(tile, row, n_block, other);
+          process_block<false>(tile, row, n_block, other, next);
         }
         other = block;
         this->release_out_stage();
       } else {
         if (other.word != 0) finish_pv(tile, other);
         other.word = 0;
+        load_bits(tile, row, next);
         this->skip_blocks(1);
+        if constexpr (Config::kBias == Bias::kStaged) skip_staged_bias();
       }
     }
     this->release_out_stage();

@@ -15,7 +15,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ExtendedStorage<Config>& shared = *reinterpret_cast<ExtendedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    init_barriers<Config>(params, shared);
+    for (int i = 0; i < Config::kConsumers; ++i) {
+      mbarrier_init(&shared.bias_full[i], 1);
+      mbarrier_init(&shared.bias_empty[i], 4);
+    }
+    init_barriers<Config>(params, shared);  // with a fence
     const ForwardParams& p = params.problem;
     if (Config::kRules && p.dropout_p > 0) shared.dropout = make_dropout(p.rng_state, p.dropout_p);
   }

@@ -18,6 +18,7 @@ void launch_extended_kernel(const ForwardParams& p, const Plan& plan, cudaStream
   static_assert(sizeof(ExtendedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
   constexpr float kLog2E = 1.4426950408889634f;
   ExtendedParams params{kernel_params<Config>(p, plan)};
+  if (Config::kBias == Bias::kStaged) params.bias = make_mask_map(p.mask, 64);
   params.packed = plan.packed;
   params.natural = p.softcap > 0 || p.alibi_slopes != nullptr || p.has_bias();
   params.has_bits = p.has_bool_mask();
@@ -31,15 +32,16 @@ void launch_extended_kernel(const ForwardParams& p, const Plan& plan, cudaStream
   launch_forward<Config>(extended_forward_kernel<Config>, sizeof(ExtendedStorage<Config>), params, plan, stream);
 }
 
-/// kBias: for an additive attn_mask, else for all others. kRules: with softcap, ALiBi or dropout.
-template <typename Shape, bool kBias, bool kRules>
+/// kRules: with softcap, ALiBi or dropout.
+template <typename Shape, Bias kBias, bool kRules>
 constexpr Variant make_extended_variant(const char* name, double efficiency, double tile_clocks) {
   using Config = ExtendedConfig<__nv_bfloat16, Shape, kBias, kRules>;
   return {name,
           Config::kHeadDim,
           Config::kHeadDimV,
           true,
-          kBias,
+          kBias != Bias::kNone,
+          kBias == Bias::kStaged,
           kRules,
           Config::kOutBuffer,
           Config::kBlockM,

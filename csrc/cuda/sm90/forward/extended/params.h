@@ -7,6 +7,7 @@
 namespace flash_attn::cuda::sm90::forward {
 
 struct ExtendedParams : KernelParams {
+  CUtensorMap bias;         // an additive attn_mask in boxes of 64 rows and columns, see make_mask_map()
   mask::PackedMask packed;  // seen null: there is no attn_mask
   // Scores are in natural units when something is added to them or bends them, else q.k.
   bool natural;

@@ -60,6 +60,7 @@ struct ExtendedProducer : Producer<Config> {
     auto& shared = static_cast<ExtendedStorage<Config>&>(this->shared);
     TileRing<Config> tiles;
     KVRing ring;
+    uint32_t bias_phase = 0;  // of blocks so far
     for (;; ++tiles.count) {
       mbarrier_wait(&shared.tile_ready, tiles.tile_phase());
       const ExtendedTile& tile = shared.tiles[tiles.slot()];
@@ -71,9 +72,17 @@ struct ExtendedProducer : Producer<Config> {
         continue;
       }
       int n_block = shared.visited(tiles.slot(), 0).n_block();
+      // A consumer's values of a block may come when it has added those of the block before: consumer 0's before those
+      // of the others, about when the block's V is wanted.
+      const auto load_bias = [&](int begin, int end, int n_block) {
+        if constexpr (Config::kBias == Bias::kStaged) {
+          for (int i = begin; i < end; ++i) load_bias_of(i, tile, n_block, bias_phase);
+        }
+      };
       if (Config::kStagesQ == 1) load_k(tile, n_block, ring);  // a single Q is released late: K need not wait for it
       load_q(tile, tiles);
       if (Config::kStagesQ > 1) load_k(tile, n_block, ring);
+      load_bias(0, 1, n_block);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         if (i == next_at) mbarrier_arrive(&shared.tile_wanted);
@@ -84,7 +93,10 @@ struct ExtendedProducer : Producer<Config> {
           n_block = shared.visited(tiles.slot(), i + 1).n_block();
           load_k(tile, n_block, ring);
         }
+        load_bias(1, Config::kConsumers, last_block);
         load_v(tile, last_block, last);
+        bias_phase ^= 1;
+        if (i + 1 < count) load_bias(0, 1, n_block);
       }
     }
     mbarrier_wait(&shared.q_empty[tiles.stage()], tiles.phase() ^ 1);
@@ -92,6 +104,21 @@ struct ExtendedProducer : Producer<Config> {
   }
 
  private:
+  /// attn_mask's values for a consumer's rows of a block.
+  FLASH_ATTN_DEVICE void load_bias_of(int consumer, const ExtendedTile& tile, int n_block, uint32_t phase) {
+    auto& shared = static_cast<ExtendedStorage<Config>&>(this->shared);
+    const MaskView& mask = this->params.problem.mask;
+    const int head = mask.head_size > 1 ? tile.head : 0, batch = mask.batch_size > 1 ? tile.batch : 0;
+    uint64_t* const full = &shared.bias_full[consumer];
+    mbarrier_wait(&shared.bias_empty[consumer], phase ^ 1);
+    mbarrier_arrive_expect(full, Config::kBytesBias);
+#pragma unroll 1
+    for (int i = 0; i < Config::kBlockN / 64; ++i) {
+      tma_load(shared.bias[consumer] + i * 64 * 128, &this->params.bias, full,
+               {tile.col_begin + n_block * Config::kBlockN + 64 * i, tile.m_begin + 64 * consumer, head, batch, 0});
+    }
+  }
+
   /// A tile that visits nothing: its Q is not loaded.
   FLASH_ATTN_DEVICE void skip_q(TileRing<Config> tiles) {
     mbarrier_wait(&this->shared.q_empty[tiles.stage()], tiles.phase() ^ 1);

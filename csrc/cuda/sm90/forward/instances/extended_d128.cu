@@ -9,10 +9,11 @@ struct Square : Shape {
 };
 
 constexpr Variant kVariants[] = {
-    make_extended_variant<Square, false, false>("wgmma d128 128x128 extended", 0.8, 5000),
-    make_extended_variant<Square, false, true>("wgmma d128 128x128 extended rules", 0.5, 6000),
-    make_extended_variant<Square, true, false>("wgmma d128 128x128 biased", 0.5, 5000),
-    make_extended_variant<Square, true, true>("wgmma d128 128x128 biased rules", 0.4, 6000),
+    make_extended_variant<Square, Bias::kNone, false>("wgmma d128 128x128 extended", 0.8, 5000),
+    make_extended_variant<Square, Bias::kNone, true>("wgmma d128 128x128 extended rules", 0.5, 6000),
+    make_extended_variant<Square, Bias::kStaged, false>("wgmma d128 128x128 biased", 0.6, 5000),
+    make_extended_variant<Square, Bias::kStaged, true>("wgmma d128 128x128 biased rules", 0.5, 6000),
+    make_extended_variant<Square, Bias::kLoaded, true>("wgmma d128 128x128 biased rules by loads", 0.4, 6000),
 };
 
 }  // namespace

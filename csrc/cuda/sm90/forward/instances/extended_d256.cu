@@ -10,8 +10,8 @@ struct Square : Shape {
 };
 
 constexpr Variant kVariants[] = {
-    make_extended_variant<Square, false, true>("wgmma d256 128x64 extended rules", 0.6, 8000),
-    make_extended_variant<Square, true, true>("wgmma d256 128x64 biased rules", 0.5, 8000),
+    make_extended_variant<Square, Bias::kNone, true>("wgmma d256 128x64 extended rules", 0.6, 8000),
+    make_extended_variant<Square, Bias::kLoaded, true>("wgmma d256 128x64 biased rules by loads", 0.5, 8000),
 };
 
 }  // namespace

@@ -14,10 +14,11 @@ struct Square : Shape {
 };
 
 constexpr Variant kVariants[] = {
-    make_extended_variant<Wide, false, false>("wgmma d64 192x128 extended", 0.6, 5000),
-    make_extended_variant<Wide, false, true>("wgmma d64 192x128 extended rules", 0.4, 6000),
-    make_extended_variant<Square, true, false>("wgmma d64 128x128 biased", 0.4, 5000),
-    make_extended_variant<Square, true, true>("wgmma d64 128x128 biased rules", 0.3, 6000),
+    make_extended_variant<Wide, Bias::kNone, false>("wgmma d64 192x128 extended", 0.6, 5000),
+    make_extended_variant<Wide, Bias::kNone, true>("wgmma d64 192x128 extended rules", 0.4, 6000),
+    make_extended_variant<Square, Bias::kStaged, false>("wgmma d64 128x128 biased", 0.5, 5000),
+    make_extended_variant<Square, Bias::kStaged, true>("wgmma d64 128x128 biased rules", 0.4, 6000),
+    make_extended_variant<Square, Bias::kLoaded, true>("wgmma d64 128x128 biased rules by loads", 0.3, 6000),
 };
 
 }  // namespace

@@ -9,8 +9,9 @@ struct Square : Shape {
 };
 
 constexpr Variant kVariants[] = {
-    make_extended_variant<Square, false, true>("wgmma d96 128x128 extended rules", 0.5, 6000),
-    make_extended_variant<Square, true, true>("wgmma d96 128x128 biased rules", 0.4, 6000),
+    make_extended_variant<Square, Bias::kNone, true>("wgmma d96 128x128 extended rules", 0.5, 6000),
+    make_extended_variant<Square, Bias::kStaged, true>("wgmma d96 128x128 biased rules", 0.5, 6000),
+    make_extended_variant<Square, Bias::kLoaded, true>("wgmma d96 128x128 biased rules by loads", 0.4, 6000),
 };
 
 }  // namespace
