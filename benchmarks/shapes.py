@@ -231,8 +231,10 @@ def fp32(selection: Selection) -> list[Problem]:
 
 
 def host(selection: Selection) -> list[Problem]:
-    """One tiny problem: what a call costs the host."""
-    return [Problem(64, False, 128, 1, 1, _dtype(selection))]
+    """Tiny problems: what a call costs the host."""
+    if not selection.on_cuda:
+        return [Problem(16, False, 8, 1, 1, "fp32")]
+    return [Problem(64, False, 128, 1, 1, "bf16"), Problem(8, False, 128, 2, 8, "fp32")]
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {

@@ -20,6 +20,9 @@ struct Backend {
   /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
   void* (*enter)(int device_index, int* previous_device);
   void (*leave)(int device_index, int previous_device);
+  /// Room for an lse that nobody will read: the same for all calls, which may write to it at once. Null for more bytes
+  /// than it has; those are worth an allocation.
+  void* (*unread)(int device_index, int64_t bytes);
 };
 
 FLASH_ATTN_EXPORT const Backend& cpu_backend();

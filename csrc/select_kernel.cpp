@@ -18,6 +18,18 @@ std::string families(const std::vector<const Kernel<Params>*>& kernels) {
   return names;
 }
 
+/// Why none of the families, or not the forced one, takes the problem.
+template <typename Params>
+std::string all_reasons(const std::vector<const Kernel<Params>*>& kernels, const Params& params, const DeviceInfo& info,
+                        const char* forced) {
+  std::string reasons;
+  for (const auto* kernel : kernels) {
+    if (forced != nullptr && std::strcmp(forced, kernel->family) != 0) continue;
+    reasons += std::string(reasons.empty() ? "" : "; ") + kernel->family + ": " + kernel->refuses(params, info);
+  }
+  return reasons;
+}
+
 /// The only family of CUDA kernels that is allowed; null: all are.
 const char* forced_family() {
   const char* const family = std::getenv("FLASH_ATTN_FORCE");
@@ -46,14 +58,13 @@ const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& ke
                                     const DeviceInfo& info, std::vector<Rejection>* rejections) {
   const bool on_cuda = problem(params).device == DeviceType::kCUDA;
   const char* const forced = on_cuda ? forced_family() : nullptr;
-  std::string reasons;
   for (const auto* kernel : kernels) {
     if (forced != nullptr && std::strcmp(forced, kernel->family) != 0) continue;
     const char* reason = kernel->refuses(params, info);
     if (reason == nullptr) return *kernel;
     if (rejections != nullptr) rejections->push_back({kernel->family, reason});
-    reasons += std::string(reasons.empty() ? "" : "; ") + kernel->family + ": " + reason;
   }
+  std::string reasons = all_reasons(kernels, params, info, forced);  // which a call that finds a kernel has no use for
   if (forced != nullptr) {
     if (reasons.empty()) reasons = "there is no such family, accepted are " + families(kernels);
     throw std::runtime_error(std::string("FLASH_ATTN_FORCE=") + forced + " does not take this problem: " + reasons);

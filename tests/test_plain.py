@@ -255,3 +255,76 @@ def test_refusals_are_those_of_the_long_way() -> None:
         with pytest.raises(RuntimeError) as long:
             flash_attn.flash_attn_func(*bad, window_size=(9, 9))
         assert str(short.value) == str(long.value)
+
+
+def test_without_gradients_no_lse_comes_back() -> None:
+    q, k, v = (x.detach() for x in _leaves())
+    number = arguments.plain_options(ops.NONE, True, False)
+    out, lse = plain_forward_op(q, k, v, None, number)
+    again, nothing = plain_forward_op(q, k, v, None, number | arguments.PLAIN_WITHOUT_LSE)
+    assert nothing is None and lse.shape == (2, 3, 5) and torch.equal(again, out)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seqlen", [1, 128, 20_000])  # the last needs more room than all calls share
+def test_results_without_an_lse_are_the_same(seqlen: int, dtype: torch.dtype, device: str) -> None:
+    q, k, v = (torch.randn(1, 8, n, 16, dtype=dtype, device=device) for n in (seqlen, 7, 7))
+    with torch.no_grad():
+        without = _sdpa(q, k, v)
+    assert torch.equal(without, _sdpa(q.requires_grad_(), k, v))
+
+
+@pytest.mark.gpu
+def test_threads_streams_and_graphs_may_share_the_room_of_what_nobody_reads() -> None:
+    q, k, v = (torch.randn(2, 4, 300, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    expected = _sdpa(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _sdpa(q, k, v)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    outs = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(_sdpa(q, k, v))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in (*outs, captured))
+
+
+def test_what_the_op_refuses_goes_the_way_that_can_do_more_or_says_why() -> None:
+    q, k, v = _leaves()
+    assert _sdpa(q, k[:1], v[:1]).shape == q.shape  # broadcasts
+    assert _sdpa(q[0], k[0], v[0]).shape == q.shape[1:]
+    with pytest.raises(RuntimeError, match="enable_gqa=True"):
+        _sdpa(torch.cat([q, q[:, :1]], 1), k[:, :2], v[:, :2])
+    with pytest.raises(RuntimeError, match="Expected query, key, and value to have the same dtype"):
+        _sdpa(q, k.float(), v)
+    with pytest.raises(RuntimeError, match="the same last dimension"):
+        _sdpa(q, k[..., :4], v)
+
+
+def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(*_: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("out of memory: flash_attn could not allocate out")
+
+    monkeypatch.setattr(plain, "_forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _sdpa(*_leaves())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_that_changes_nothing_is_no_way_round(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    attend = plain.attend
+    monkeypatch.setattr(plain, "attend", lambda *a: taken.append(a[0].dtype) or attend(*a))
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype) for _ in range(3))
+    with torch.autocast("cpu"):
+        assert _sdpa(q, k, v).dtype == torch.bfloat16
+    assert taken == [torch.bfloat16]

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -73,6 +74,30 @@ void leave(int device, int previous) {
   if (previous != device) cudaSetDevice(previous);
 }
 
+/// Allocated once a device and never freed: graphs that were captured keep on writing there.
+void* unread(int device, int64_t bytes) {
+  constexpr int64_t kBytes = 256 << 10;  // what needs more computes for longer than the host takes for an allocation
+  static std::array<std::atomic<void*>, kMaxDevices> rooms{};
+  if (bytes > kBytes || device < 0 || device >= kMaxDevices) return nullptr;
+  if (void* known = rooms[device].load(std::memory_order_acquire)) return known;
+  int previous = 0;
+  enter(device, &previous);
+  // A stream that is being captured, be it another thread's, would not bear an allocation.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cuda::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  void* room = nullptr;
+  void* another_threads = nullptr;
+  const cudaError_t error = cudaMalloc(&room, kBytes);
+  if (error == cudaSuccess && !rooms[device].compare_exchange_strong(another_threads, room)) cudaFree(room);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  leave(device, previous);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // an allocation by torch may yet succeed, and says what is wrong if not
+    return nullptr;
+  }
+  return rooms[device].load(std::memory_order_acquire);
+}
+
 }  // namespace
 
 const Backend& cuda_backend() {
@@ -105,6 +130,7 @@ const Backend& cuda_backend() {
       device_info,
       enter,
       leave,
+      unread,
   };
   return backend;
 }

@@ -69,11 +69,11 @@ struct Gradients {
   }
 };
 
-Results attend(const Inputs& inputs) {
+Results attend(const Inputs& inputs, bool lse_is_read = true) {
   ForwardParams params = make_forward_params(inputs.arguments());
   const Backend& backend = backend_of(params.device);
-  Results results = empty_results(params, inputs.q_given(), inputs.arguments().heads_first);
-  if (results.lse.numel() > 0) run(backend.forward, backend, params, inputs.q_given());
+  Results results = empty_results(params, inputs.q_given(), inputs.arguments().heads_first, lse_is_read);
+  if (params.total_q * params.num_heads > 0) run(backend.forward, backend, params, inputs.q_given());
   return results;
 }
 
@@ -129,11 +129,12 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   Inputs inputs;
   inputs.take_plain_tensors(stack);
-  inputs.take_plain_options(stack);
+  const PlainOptions options = inputs.take_plain_options(stack);
   inputs.describe();
+  if (options.equal_heads) check_equal_heads(inputs.arguments());
 
-  const Results results = attend(inputs);
-  put_results(values, results.out, results.lse);
+  const Results results = attend(inputs, options.lse_is_read);
+  put_results(values, results.out, options.lse_is_read ? results.lse : Tensor());
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {

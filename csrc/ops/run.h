@@ -53,14 +53,23 @@ struct Results {
   Tensor out, lse;
 };
 
-inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, bool heads_first) {
+/// With lse_is_read false there may be no lse.
+inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, bool heads_first,
+                             bool lse_is_read = true) {
   const DType dtype = statistics_dtype(params.dtype);
   const int64_t dense[] = {params.batch, params.num_heads, params.seqlen_q},
                 packed[] = {params.num_heads, params.total_q};
-  Results results{empty_like_dense(q_given, params.head_dim_v, "out"),
-                  params.is_varlen_q() ? empty_contiguous(2, packed, dtype, q_given, "lse")
-                                       : empty_contiguous(3, dense, dtype, q_given, "lse")};
+  Results results;
+  results.out = empty_like_dense(q_given, params.head_dim_v, "out");
   params.out = tensor_view(info_of(results.out, "out"), heads_first);
+  if (!lse_is_read && !params.is_varlen_q()) {
+    const int64_t heads = params.num_heads * params.seqlen_q;
+    params.lse = {backend_of(params.device).unread(params.device_index, params.batch * heads * size_of(dtype)), heads,
+                  params.seqlen_q, 1};
+    if (params.lse.data != nullptr) return results;
+  }
+  results.lse = params.is_varlen_q() ? empty_contiguous(2, packed, dtype, q_given, "lse")
+                                     : empty_contiguous(3, dense, dtype, q_given, "lse");
   params.lse = row_view(info_of(results.lse, "lse"));
   return results;
 }

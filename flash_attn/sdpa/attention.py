@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from .. import tensor_subclasses
 from ..autocast import autocast
 from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
 from ..torch_op import checks, plain
-from ..torch_op.arguments import plain_options
-from ..torch_op.private import ops_are_watched, torch_sdpa
+from ..torch_op.arguments import PLAIN_EQUAL_HEADS, plain_options
+from ..torch_op.private import torch_sdpa
 from . import context_parallel, shapes
 from .arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 
 _PLAIN = [plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT)]
+_EQUAL_HEADS = [_PLAIN[causal] | PLAIN_EQUAL_HEADS for causal in (ops.NONE, ops.TOP_LEFT)]
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -71,7 +72,7 @@ def scaled_dot_product_attention(
     """
     if F.scaled_dot_product_attention is not torch_sdpa:
         context_parallel.refuse("scaled_dot_product_attention")
-    if has_torch_function((query, key, value, attn_mask)):
+    if has_torch_function_variadic(query, key, value, attn_mask):
         given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return overridden(scaled_dot_product_attention, given)
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -90,32 +91,28 @@ def attend(
     """The same, once nobody overrides torch functions and torch's `context_parallel` is known not to be active."""
     if (
         attn_mask is None
+        and type(query) is type(key) is type(value) is Tensor
+        and type(is_causal) is type(enable_gqa) is bool
+        and (scale is None or type(scale) is float)
         and (type(dropout_p) is float or type(dropout_p) is int)
-        and _is_common(query, key, value, is_causal, scale, enable_gqa)
     ):
-        causal = ops.TOP_LEFT if is_causal else ops.NONE
-        if dropout_p == 0 and not ops_are_watched():
-            return plain.attend(query, key, value, scale, _PLAIN[causal])
-        return ops.attention(
-            query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
-        )[0]
+        if dropout_p == 0:
+            options = _PLAIN[is_causal] if enable_gqa else _EQUAL_HEADS[is_causal]
+            out = plain.try_attend(query, key, value, scale, options)
+            if out is not None:
+                return out
+        elif _is_common(query, key, value):
+            causal = ops.TOP_LEFT if is_causal else ops.NONE
+            return ops.attention(
+                query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
+            )[0]
     return _attend(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
-def _is_common(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> bool:
-    """Whether the op takes the arguments as they are. Decided in about a microsecond: the general way costs five."""
+def _is_common(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the op takes the tensors as they are. Decided in about a microsecond: the general way costs five."""
     return (
-        type(query) is type(key) is type(value) is Tensor
-        and type(is_causal) is type(enable_gqa) is bool
-        and (scale is None or type(scale) is float)
-        and not (query.is_nested or key.is_nested or value.is_nested)
+        not (query.is_nested or key.is_nested or value.is_nested)
         and not torch.compiler.is_compiling()  # there, a length known only at run time can't be compared
         and query.shape == key.shape == value.shape
         and query.dim() == 4

@@ -50,6 +50,8 @@ def plain_options(causal: int, heads_first: bool, deterministic: bool) -> int:
 
 
 PLAIN_DETERMINISTIC = plain_options(0, False, True)
+PLAIN_EQUAL_HEADS = 16  # heads of k and v that do not broadcast to those of q are refused
+PLAIN_WITHOUT_LSE = 32  # forward returns None for it
 
 
 def from_plain(q: Tensor, k: Tensor, softmax_scale: float | None, plain: int) -> Options:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import private
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, from_plain
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, PLAIN_WITHOUT_LSE, from_plain
 from .autograd import call_backward, raise_out_of_memory
 from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
 
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
@@ -36,16 +37,42 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
+    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now.
+
+    Most of what `takes` asks the op asks too, in a tenth of the time, so that it is tried. Who gets None goes the long
+    way, which can do more, or says why nobody can.
+    """
+    if (
+        _is_compiling()
+        or not (q.is_cuda or q.is_cpu)
+        or private.ops_are_watched()
+        or (private.any_autocast() and _autocast_changes(q, k, v))
+    ):
+        return None
+    try:
+        return attend(q, k, v, softmax_scale, options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+
+
+def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    device = "cuda" if q.is_cuda else "cpu"
+    return torch.is_autocast_enabled(device) and not q.dtype == k.dtype == v.dtype == torch.get_autocast_dtype(device)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor:
     """The first result of :func:`flash_attn.torch_op.attention.attention`, of plain tensors of four dimensions on one
     device, while no torch function mode is active and nobody watches. `options` are those of `plain_options`; gradients
     are repeatable where these or torch say so."""
     try:
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             if torch.are_deterministic_algorithms_enabled():
                 options |= PLAIN_DETERMINISTIC
             return cast(Tensor, _apply(q, k, v, (softmax_scale, options)))
-        return cast(Tensor, _forward(q, k, v, softmax_scale, options)[0])
+        return cast(Tensor, _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)[0])
     except RuntimeError as error:
         raise_out_of_memory(error)
         raise

@@ -114,6 +114,16 @@ ops_are_watched = _ops_are_watched()
 compiler is asked for by its public name. True where torch does not say."""
 
 
+def _any_autocast() -> Callable[[], bool]:
+    if asked := getattr(torch._C, "_is_any_autocast_enabled", None):
+        return cast(Callable[[], bool], asked)
+    return lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+any_autocast = _any_autocast()
+"""Whether autocast is on for any device, asked in half the time of the question for one of them."""
+
+
 def past_torch_function(op: Any) -> Callable[..., Any]:
     """`op` for arguments of which none overrides torch functions, outside of modes that do: the search for those costs
     more than a small kernel. The op itself where torch has no such way."""

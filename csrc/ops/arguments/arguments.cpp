@@ -279,6 +279,14 @@ MaskView mask_view(const TensorInfo& mask) {
   return view;
 }
 
+void check_equal_heads(const Arguments& a) {
+  if (a.q.ndim != 4 || a.k.ndim != 4) return;  // refused below
+  const int head = a.heads_first ? 1 : 2;
+  if (a.k.size[head] != a.q.size[head] && a.k.size[head] != 1) {
+    refuse("k must have as many heads as q, or one, but has ", a.k.size[head], " and q ", a.q.size[head]);
+  }
+}
+
 void check_saved(const Arguments& arguments, const ForwardParams& params, const Saved& saved) {
   const TensorInfo out = expected_out(arguments.q, params.head_dim_v), lse = expected_lse(arguments.q, params);
   check_like("dout", saved.dout, out);

@@ -73,10 +73,19 @@ struct Arguments {
 struct PlainOptions {
   int64_t causal;
   bool heads_first, deterministic;
+  bool equal_heads;  // see check_equal_heads()
+  bool lse_is_read;  // else forward returns none
 
   explicit constexpr PlainOptions(int64_t number)
-      : causal(number & 3), heads_first((number & 4) != 0), deterministic((number & 8) != 0) {}
+      : causal(number & 3),
+        heads_first((number & 4) != 0),
+        deterministic((number & 8) != 0),
+        equal_heads((number & 16) != 0),
+        lse_is_read((number & 32) == 0) {}
 };
+
+/// Refuses heads of k and v that several of q share, unless there is but one: what broadcasts, and no more.
+void check_equal_heads(const Arguments& arguments);
 
 /// A mask (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1) as it lies.
 MaskView mask_view(const TensorInfo& mask);

@@ -32,12 +32,13 @@ void Inputs::take_plain_tensors(Stack& stack) {
   for (int i = 0; i < 3; ++i) tensors_[i] = stack.take<Tensor>();
 }
 
-void Inputs::take_plain_options(Stack& stack) {
+PlainOptions Inputs::take_plain_options(Stack& stack) {
   arguments_.softmax_scale = stack.take<std::optional<double>>();
   const PlainOptions options(stack.take<int64_t>());
   arguments_.causal = options.causal;
   arguments_.heads_first = options.heads_first;
   arguments_.deterministic = options.deterministic;
+  return options;
 }
 
 void Inputs::describe() {

@@ -43,7 +43,7 @@ class Inputs {
   void take_options(Stack& stack);
   /// In place of these two, for the plain ops. Between q, k, v and options may stand what only backward takes.
   void take_plain_tensors(Stack& stack);
-  void take_plain_options(Stack& stack);
+  PlainOptions take_plain_options(Stack& stack);
   /// To be called once everything is taken.
   void describe();
 
