@@ -61,10 +61,14 @@ def random_problem(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, max_seql
     )
 
 
-def random_masked_problem(seed: int, head_dims: tuple[int, ...] = (64, 128)) -> Problem:
+def random_masked_problem(
+    seed: int,
+    head_dims: tuple[int, ...] = (64, 128),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+) -> Problem:
     """For tensor-core kernels: tensors as they want them, mostly with a mask, several tiles, other features as well."""
     rng = random.Random(seed)
-    p = random_problem(seed, (torch.bfloat16, torch.float16))
+    p = random_problem(seed, dtypes)
     head_dim = rng.choice((*head_dims, *head_dims, 8, 40, 96, 192, 256))
     rows = (1, 16, 64, 100, 192, 200, rng.randint(1, 700), rng.randint(1, 700))
     return dataclasses.replace(

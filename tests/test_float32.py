@@ -270,8 +270,16 @@ class TestPlan:
             {"seqlen_q": 64, "seqlen_k": 4096},
             {"head_dim_v": 48},
             {"tensors": {"sinks": (1 << 20, "float32", 0, [16], [1])}},
+            {"softmax_scale": -1.0},
+            {"softcap": 3.0},
+            {"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}},
+            {"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}},
+            {"tensors": {"attn_mask": (1 << 20, "float32", 0, [4, 16, 4096, 4096], [1 << 28, 1 << 24, 4096, 1])}},
         ],
-        ids=["full", "window", "grouped", "cross", "few queries", "other v", "sinks"],
+        ids=[
+            *("full", "window", "grouped", "cross", "few queries", "other v", "sinks"),
+            *("scale below 0", "softcap", "alibi", "bool mask", "bias"),
+        ],
     )
     def test_pairs_where_tensor_cores_are_faster(
         self, options: dict[str, Any], head_dims: tuple[int, ...], device: tuple[int, int, int, int]
@@ -315,10 +323,6 @@ class TestPlan:
         [
             ({"head_dim": 136}, "head_dim is over 128"),
             ({"head_dim": 16}, "few columns"),
-            ({"softmax_scale": -1.0}, "softmax_scale"),
-            ({"softcap": 3.0}, "softcap"),
-            ({"tensors": {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}}, "alibi_slopes"),
-            ({"tensors": {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}}, "attn_mask"),
         ],
     )
     def test_what_they_do_not_take(self, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

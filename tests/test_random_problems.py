@@ -45,6 +45,7 @@ def test_random_float32_problems_on_cuda(first: int, request: pytest.FixtureRequ
     end = request.config.getoption("--seed") + request.config.getoption("--problems")
     seeds = range(first, min(first + CHUNK, end))
     check_all([random_problem(seed, (torch.float32,), max_seqlen=400) for seed in seeds], "cuda")
+    check_all([random_masked_problem(seed, dtypes=(torch.float32,)) for seed in seeds], "cuda")
 
 
 def test_a_problem_can_be_reproduced_from_its_repr() -> None:

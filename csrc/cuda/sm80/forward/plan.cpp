@@ -47,14 +47,6 @@ int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   return int(std::min(kv_heads * p.group_size(), p.batch * p.num_heads));
 }
 
-/// A boolean mask always: bits cost an eighth of its bytes. An additive one where reading it once more is cheap beside
-/// the scores that it is added to.
-bool packs_mask(const ForwardParams& p) {
-  if (p.mask.data == nullptr) return false;
-  const int64_t size = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
-  return p.mask.packed != nullptr || p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
-}
-
 /// Blocks of keys that a tile visits, over a head: on average, and at most.
 struct TileLengths {
   double mean = 0, longest = 1;
@@ -132,6 +124,12 @@ bool is_extended(const ForwardParams& p) {
   // Plain kernels look for the largest q.k before they scale it, which a factor below 0 makes the smallest.
   return !(p.softmax_scale > 0.0) || p.mask.data != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0 ||
          p.dropout_p > 0.0;
+}
+
+bool packs_mask(const ForwardParams& p) {
+  if (p.mask.data == nullptr) return false;
+  const int64_t size = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
+  return p.mask.packed != nullptr || p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
 }
 
 bool is_aligned(const ForwardParams& p) {

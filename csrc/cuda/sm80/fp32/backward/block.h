@@ -1,6 +1,7 @@
 // A block of a backward kernel for float32: what it holds, and the loop over tiles of the other rows. See kernel.h.
 #pragma once
 
+#include "../../../../philox.h"
 #include "../../softmax.h"
 #include "../products.h"
 #include "../tiles.h"
@@ -10,11 +11,16 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <typename Config>
+struct ShownScores;
+
+template <typename Config>
 struct BackwardBlock {
   using Tile = SharedTile<2 * Config::kHeadDim>;
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kStages = Config::kStages;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  static constexpr bool kOfKeys = Config::kOfKeys;
+  static constexpr bool kOfKeys = Config::kOfKeys, kExtended = Config::kExtended;
+  // ptxas would begin dV's and dK's products at once, and spill.
+  static constexpr bool kSlowly = kExtended && kOfKeys && Config::kHeadDim > 64;
   using Scores = float[kMTiles][kNTiles][4];
   using Pairs = PairFragment[kNTiles / 2][kMTiles];
   using Gradient = float[kMTiles][Config::kHeadDim / 8][4];
@@ -28,6 +34,7 @@ struct BackwardBlock {
   float x_unit, y_unit;                      // of this warp's rows
   float lse[kMTiles][2], delta[kMTiles][2];  // of own query rows
   Gradient dx, dy;                           // dK and dV; or dQ, and nothing
+  float slope_sum[2];                        // of own query rows: of dS times distance, this lane's columns
 
   SM80_DEVICE BackwardBlock(const BackwardKernelParams& kernel_params, const BackwardTile& t, uint32_t shared_memory)
       : params(kernel_params),
@@ -38,11 +45,16 @@ struct BackwardBlock {
         block(t.block_begin),
         next_head(t.head_begin),
         next_block(t.block_begin) {
-    const int row = tile.own_begin + min(warp() * Config::kWarpRows, tile.own_rows - 1);
-    x_unit = tile.x.units[row / kTileRows];
-    y_unit = tile.y.units[row / kTileRows];
+    x_unit = own_unit(tile.x);
+    y_unit = own_unit(tile.y);
     clear(dx);
     clear(dy);
+    slope_sum[0] = slope_sum[1] = 0.f;
+    if constexpr (kExtended) {  // the first tile of which attn_mask shows something
+      --block, --next_block;
+      advance(head, block);
+      advance(next_head, next_block);
+    }
     if constexpr (!kOfKeys) {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
@@ -62,10 +74,16 @@ struct BackwardBlock {
   /// Of the block's rows.
   SM80_DEVICE int own_row(int m, int half) const { return warp() * Config::kWarpRows + 16 * m + 8 * half + lane() / 4; }
 
+  /// Of this warp's rows.
+  SM80_DEVICE float own_unit(const PlaneRows& rows) const {
+    return __ldg(rows.units + (tile.own_begin + min(warp() * Config::kWarpRows, tile.own_rows - 1)) / kTileRows);
+  }
   /// Of the sequence's query rows.
+  SM80_DEVICE int64_t statistics_place(int of_head) const {
+    return int64_t{of_head} * p.total_q + (p.cu_seqlens_q != nullptr ? tile.sequence.q_row : tile.batch * p.seqlen_q);
+  }
   SM80_DEVICE const float* statistics_of(int of_head, const void* rows) const {
-    return static_cast<const float*>(rows) + int64_t{of_head} * p.total_q +
-           (p.cu_seqlens_q != nullptr ? tile.sequence.q_row : tile.batch * p.seqlen_q);
+    return static_cast<const float*>(rows) + statistics_place(of_head);
   }
 
   // -- loading
@@ -115,9 +133,27 @@ struct BackwardBlock {
   }
 
   SM80_DEVICE void advance(int& of_head, int& of_block) const {
-    if (++of_block < tile.block_end) return;
-    of_block = tile.block_begin;
-    ++of_head;
+    do {
+      if (++of_block < tile.block_end) continue;
+      of_block = tile.block_begin;
+      if (++of_head == tile.head_end) return;
+    } while (is_hidden(of_head, of_block));
+  }
+
+  /// Whether attn_mask shows nothing of a tile.
+  SM80_DEVICE bool is_hidden(int of_head, int of_block) const {
+    if constexpr (kExtended) {
+      if (params.packed.seen == nullptr) return false;
+      const int own = tile.own_begin, other = of_block * kBlockN;
+      uint32_t classes;
+      if constexpr (kOfKeys) {
+        classes = params.packed.tile_classes<kBlockN, kBlockM>(tile.batch, of_head, other, own);
+      } else {
+        classes = params.packed.tile_classes<kBlockM, kBlockN>(tile.batch, of_head, own, other);
+      }
+      return (classes & mask::kSeen) == 0;
+    }
+    return false;
   }
 
   // -- P and dS
@@ -206,6 +242,16 @@ struct BackwardBlock {
   }
 
   SM80_DEVICE static float power_of_2(int exponent) { return __uint_as_float(uint32_t(127 + exponent) << 23); }
+
+  // -- the same with every rule, see extended.h
+
+  /// From products s and dp to P, of which dropout has taken away, and dS.
+  SM80_DEVICE void take_extended(Scores& s, Scores& dp, float s_unit, float dp_unit, uint32_t statistics, int at);
+  template <bool kBias>
+  SM80_DEVICE void find_extended(Scores& s, Scores& dp, float dp_unit, uint32_t statistics, int at);
+  SM80_DEVICE void find_shown(ShownScores<Config>& shown, bool biased, int at) const;
+  SM80_DEVICE void store_slope_sums() const;
+
   // -- the loop over tiles
 
   SM80_DEVICE void process() {
@@ -217,21 +263,41 @@ struct BackwardBlock {
     Scores s, dp;
     multiply_rows<Config::kHeadDim, Config::kSumSteps>(s, address_by_rows<Tile>(shared + Config::kX, own, at),
                                                        address_by_columns<Tile>(x, 0, at));
-    take_exponentials(s, x_unit * other_x_unit * float(p.softmax_scale), statistics, at);
-    Pairs pairs;
-    if constexpr (kOfKeys) {
-      split_fragments(s, pairs, [](int, int) { return kPScale; });
-      const float unit = other_y_unit / kPScale;
-      add_product<Config::kHeadDim>(dy, pairs, address_by_rows<Tile>(y, 0, at), [=](int, int) { return unit; });
+    if constexpr (kExtended) {
+      multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
+                                                         address_by_columns<Tile>(y, 0, at));
+      __syncwarp();
+      take_extended(s, dp, x_unit * other_x_unit, y_unit * other_y_unit, statistics, at);
+    } else {
+      take_exponentials(s, x_unit * other_x_unit * float(p.softmax_scale), statistics, at);
     }
-    multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
-                                                       address_by_columns<Tile>(y, 0, at));
-    find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
+    if constexpr (kOfKeys) {
+      if (!kExtended || params.problem.dv.data != nullptr) add_to_dy(s, y, other_y_unit, at);
+    }
+    if constexpr (!kExtended) {
+      multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
+                                                         address_by_columns<Tile>(y, 0, at));
+      find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
+    }
+    if (!kExtended || !kOfKeys || params.problem.dk.data != nullptr) add_to_dx(dp, x, other_x_unit, at);
+  }
+
+  /// dV += P^T dO.
+  SM80_DEVICE void add_to_dy(const Scores& probabilities, uint32_t y, float unit, int at) {
+    Pairs pairs;
+    split_fragments(probabilities, pairs, [](int, int) { return kPScale; });
+    unit /= kPScale;
+    add_product<Config::kHeadDim, kSlowly>(dy, pairs, address_by_rows<Tile>(y, 0, at), [=](int, int) { return unit; });
+  }
+
+  /// dX += dS X'.
+  SM80_DEVICE void add_to_dx(const Scores& ds, uint32_t x, float unit, int at) {
     int exponent[kMTiles][2];
-    find_row_exponents(dp, exponent);
-    split_fragments(dp, pairs, [&](int m, int half) { return power_of_2(exponent[m][half]); });
-    add_product<Config::kHeadDim>(dx, pairs, address_by_rows<Tile>(x, 0, at), [&](int m, int half) {
-      return fminf(power_of_2(-exponent[m][half]) * other_x_unit, 0x1p127f);  // not infinity times 0
+    find_row_exponents(ds, exponent);
+    Pairs pairs;
+    split_fragments(ds, pairs, [&](int m, int half) { return power_of_2(exponent[m][half]); });
+    add_product<Config::kHeadDim, kSlowly>(dx, pairs, address_by_rows<Tile>(x, 0, at), [&](int m, int half) {
+      return fminf(power_of_2(-exponent[m][half]) * unit, 0x1p127f);  // not infinity times 0
     });
   }
 
@@ -252,9 +318,14 @@ struct BackwardBlock {
     }
     cp_async_wait<0>();
     if constexpr (kOfKeys) {
+      float dropout_scale = 1.f;
+      if constexpr (kExtended) {
+        if (p.dropout_p > 0.0) dropout_scale = float(make_dropout(p.rng_state, p.dropout_p).scale);
+      }
       store(params.problem.dk, dx, p.head_dim, float(p.softmax_scale), params.pairs_k);
-      store(params.problem.dv, dy, p.head_dim_v, 1.f, params.pairs_v);
+      store(params.problem.dv, dy, p.head_dim_v, dropout_scale, params.pairs_v);
     } else {
+      if constexpr (kExtended) store_slope_sums();
       store(params.problem.dq, dx, p.head_dim, float(p.softmax_scale), params.pairs_q);
     }
   }

@@ -9,7 +9,7 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSumSteps_, int kStages_, int kBlocksPerSm_,
-          bool kOfKeys_>
+          bool kOfKeys_, bool kExtended_>
 struct BackwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
@@ -19,6 +19,7 @@ struct BackwardConfig {
   static constexpr int kStages = kStages_;                         // of streamed tiles
   static constexpr int kBlocksPerSm = kBlocksPerSm_;               // that registers are bounded for
   static constexpr bool kOfKeys = kOfKeys_;                        // owns keys, for dK and dV; or query rows, for dQ
+  static constexpr bool kExtended = kExtended_;                    // softcap, ALiBi, masks, dropout
 
   // Shared memory, in bytes from its start: X (K or Q) and Y (V or dO) of the block's rows, then stages of the others'.
   static constexpr int kRowBytes = 2 * kHeadDim * 2;

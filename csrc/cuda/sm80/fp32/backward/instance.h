@@ -7,15 +7,17 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kStages, int kBlocksPerSm,
-          bool kOfKeys>
+          bool kOfKeys, bool kExtended>
 BackwardVariant backward_variant(const char* name) {
-  using Config = BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kOfKeys>;
+  using Config =
+      BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kOfKeys, kExtended>;
   return {name,
           kHeadDim,
           Config::kBlockM,
           kBlockN,
           Config::kThreads,
           kOfKeys,
+          kExtended,
           Config::kSharedBytes,
           backward_kernel<Config>};
 }

@@ -5,11 +5,12 @@
 //   wait for the tile     S = X X'^T     P = exp(S - lse)     dV += P^T dO     dP = Y Y'^T     dS = P (dP - delta)
 //                         dX += dS X'
 //
-// P and dS, as accumulated, are A operands. The wait ends in a barrier, which also says that all warps are done with
-// the tile before: its stage is filled anew.
+// P and dS, as accumulated, are A operands. With softcap, ALiBi, attn_mask or dropout dP comes before P. The wait ends
+// in a barrier, which also says that all warps are done with the tile before: its stage is filled anew.
 #pragma once
 
 #include "block.h"
+#include "extended.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 

@@ -1,5 +1,6 @@
 #include "../../../common/launch.h"
 
+#include "../../../mask/unpacked_mask.h"
 #include "../../../universal/backward_launch.h"
 #include "../split.h"
 #include "plan.h"
@@ -52,9 +53,13 @@ void launch_backward(const BackwardParams& problem, const DeviceInfo& device, vo
                                  {p.k, params.k, int(p.head_dim), false, true},
                                  {p.v, params.v, int(p.head_dim_v), false, true}};
   split(p, sources, 4, flags, stream);
+  if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, workspace + plan.packed_mask, stream);
   if (problem.dk.data != nullptr || problem.dv.data != nullptr) launch(*plan.of_keys, params, stream);
-  if (problem.dq.data != nullptr) launch(*plan.of_queries, params, stream);
-  universal::launch_backward<float>(problem, flags, stream);
+  if (problem.dq.data != nullptr || problem.dslopes != nullptr) launch(*plan.of_queries, params, stream);
+  BackwardParams rest = problem;
+  rest.forward.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
+  universal::launch_backward<float>(rest, flags, stream);
+  if (rest.dmask != nullptr) universal::launch_mask_gradient<float>(rest, stream);
   universal::reduce_rows(problem, stream);
 }
 

@@ -1,6 +1,7 @@
 // What a backward kernel for float32 is given.
 #pragma once
 
+#include "../../../mask/packed_mask.h"
 #include "../../../universal/rows.h"
 #include "../planes.h"
 
@@ -10,6 +11,7 @@ struct BackwardKernelParams {
   BackwardParams problem;
   universal::RowWorkspace rows;  // lse and delta
   Planes q, k, v, dout;
+  mask::PackedMask packed;         // seen null: attn_mask, if any, is read where it lies
   const int* flags;                // (batch, KV heads): not 0 is left to the universal kernels
   SequenceBlocks blocks;           // of the rows that the kernel's blocks own
   int64_t first_block;             // see launch_blocks()

@@ -2,15 +2,19 @@
 
 #include <algorithm>
 
+#include "../../../mask/unpacked_mask.h"
+#include "../../forward/plan.h"
+
 namespace flash_attn::cuda::sm80::fp32 {
 namespace {
 
 constexpr int kStaticBytes = 256;  // of shared memory, beside the tiles
 constexpr int64_t kAlignment = 256;
 
+/// Those that take every rule of scores are for 64 columns at least.
 const BackwardVariants& variants_for(const ForwardParams& p) {
   const BackwardVariants* const all[] = {&kBackwardD32, &kBackwardD64, &kBackwardD128};
-  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
+  const int64_t columns = std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
   for (const BackwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;
   }
@@ -20,7 +24,8 @@ const BackwardVariants& variants_for(const ForwardParams& p) {
 /// The first that fits.
 const BackwardVariant* choose_variant(const ForwardParams& p, const DeviceInfo& device, bool of_keys) {
   for (const BackwardVariant& variant : variants_for(p)) {
-    if (variant.of_keys == of_keys && variant.shared_bytes + kStaticBytes <= device.shared_memory_per_block) {
+    if (variant.of_keys == of_keys && variant.extended == is_extended(p) &&
+        variant.shared_bytes + kStaticBytes <= device.shared_memory_per_block) {
       return &variant;
     }
   }
@@ -49,6 +54,9 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   plan.dout_units = take(plan.q.unit_bytes(q_batches));
   plan.k_units = take(plan.k.unit_bytes(k_batches));
   plan.v_units = take(plan.v.unit_bytes(k_batches));
+  plan.packs_mask = packs_mask(p);
+  plan.packed_mask = take(plan.packs_mask ? mask::packing_workspace(p.mask) : 0);
+  plan.unpacked_mask = take(mask::unpacked_bytes(p.mask));
   plan.workspace_bytes = end;
 }
 
@@ -66,6 +74,7 @@ Plan describe(const BackwardPlan& chosen) {
   Plan plan{chosen.of_keys->name, chosen.of_keys->block_n, chosen.of_keys->block_m, chosen.workspace_bytes};
   plan.decide("products", "of pairs of fp16");
   plan.decide("dq", chosen.of_queries->name);
+  if (chosen.packs_mask) plan.decide("mask", "packed first");
   return plan;
 }
 

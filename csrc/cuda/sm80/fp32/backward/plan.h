@@ -13,6 +13,8 @@ struct BackwardPlan {
   // Of the workspace, in bytes from its start, where universal::RowWorkspace is.
   int64_t flags = 0;
   int64_t q_data = 0, k_data = 0, v_data = 0, dout_data = 0, q_units = 0, k_units = 0, v_units = 0, dout_units = 0;
+  bool packs_mask = false;                     // as in the forward pass
+  int64_t packed_mask = 0, unpacked_mask = 0;  // the other one is for flagged heads and dmask
   int64_t workspace_bytes = 0;
 };
 

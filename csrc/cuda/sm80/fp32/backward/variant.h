@@ -11,6 +11,7 @@ struct BackwardVariant {
   int head_dim;                   // the largest that it takes, of q and of v
   int block_m, block_n, threads;  // rows that a block owns, that a tile of others has
   bool of_keys;                   // owns keys, for dk and dv; or query rows, for dq
+  bool extended;                  // takes softcap, ALiBi, attn_mask, dropout
   int shared_bytes;
   void (*kernel)(const BackwardKernelParams);
 };

@@ -1,9 +1,9 @@
 // A block of the forward kernel for float32: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
-#include "../../../common/scores/scores.h"
 #include "../../forward/schedule/tile.h"
 #include "../products.h"
+#include "../rules.h"
 #include "config.h"
 #include "params.h"
 #include "softmax.h"
@@ -30,6 +30,7 @@ struct ForwardBlock {
   using Tile = SharedTile<2 * Config::kHeadDim>;
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kDTiles = Config::kDTiles;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr bool kExtended = Config::kExtended;
   using Scores = float[kMTiles][kNTiles][4];
 
   const ForwardKernelParams& params;
@@ -49,8 +50,8 @@ struct ForwardBlock {
         p(kernel_params.problem),
         shared(shared_memory),
         k_slot(slots_begin()),
-        load_block(t.block_end - 1),
-        softmax(float(p.softmax_scale)) {
+        load_block(visited_block(t.block_end - 1)),
+        softmax(kExtended ? 1.f : float(p.softmax_scale)) {
     const int row = min(t.m_begin + warp() * Config::kWarpRows, int(t.sequence.seqlen_q) - 1);
     q_unit = t.q_units[row / kTileRows];
     clear(o);
@@ -62,6 +63,20 @@ struct ForwardBlock {
 
   SM80_DEVICE bool is_packed_q() const { return p.cu_seqlens_q != nullptr; }
   SM80_DEVICE bool is_packed_k() const { return p.cu_seqlens_k != nullptr; }
+
+  /// The last tile up to `block` of which attn_mask shows something; one before block_begin: none.
+  SM80_DEVICE int visited_block(int block) const {
+    if constexpr (kExtended) {
+      if (params.packed.seen == nullptr) return block;
+      for (; block >= tile.block_begin; --block) {
+        if ((params.packed.tile_classes<kBlockM, kBlockN>(tile.batch, tile.head, tile.m_begin, block * kBlockN) &
+             mask::kSeen) != 0) {
+          break;
+        }
+      }
+    }
+    return block;
+  }
 
   // -- shared memory
 
@@ -116,6 +131,45 @@ struct ForwardBlock {
     return {tile.m_begin + warp() * Config::kWarpRows + at / 4, col + 2 * (at % 4)};
   }
 
+  /// Scores in natural units: softcap, ALiBi, attn_mask.
+  SM80_DEVICE void apply_rules(int col, float unit) {
+    const FragmentOrigin at{place(col).row, place(col).col};
+    const HeadRules<false, kMTiles, kNTiles> rules(p, tile.sequence, tile.batch, tile.head);
+    rules.scale_scores(s, unit);
+    if (rules.slope != 0.f) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = rules.add_slope(s[m][n][i], rules.distance(at, m, n, i));
+    }
+    if (p.mask.data == nullptr) return;
+    const int row = tile.m_begin + warp() * Config::kWarpRows;
+    if (!__any_sync(~0u,
+                    adds_values<Config::kWarpRows, kBlockN>(p.mask, params.packed, tile.batch, tile.head, row, col))) {
+      MaskFragments<kMTiles, kNTiles> shown;
+      shown.load(params.packed, tile.batch, tile.head, row, col);
+      return shown.apply(s);
+    }
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float2 bias = rules.bias_of(at, m, n, r);
+          s[m][n][2 * r] = rules.add_bias(s[m][n][2 * r], bias.x);
+          s[m][n][2 * r + 1] = rules.add_bias(s[m][n][2 * r + 1], bias.y);
+        }
+  }
+
+  SM80_DEVICE void drop(int col) {
+    if (p.dropout_p > 0.0) {
+      apply_dropout(s, make_dropout(p.rng_state, p.dropout_p), tile.batch * p.num_heads + tile.head, place(col));
+    }
+  }
+
   SM80_DEVICE void rescale(const float (&factor)[kMTiles][2]) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -133,15 +187,21 @@ struct ForwardBlock {
 
   /// On entry S of the tile is computed; on exit, with kNext, that of the next one.
   template <bool kNext>
-  SM80_DEVICE void process(int block) {
+  SM80_DEVICE void process(int block, int next) {
     const int col = block * kBlockN;
-    const float score_unit = q_unit * k_unit, value_unit = v_unit / kPScale;
-    if constexpr (kNext) load_units(block - 1);
+    float score_unit = q_unit * k_unit;
+    const float value_unit = v_unit / kPScale;
+    if constexpr (kNext) load_units(next);
+    if constexpr (kExtended) {
+      apply_rules(col, score_unit);
+      score_unit = 1.f;
+    }
     if (col < tile.full_begin || col + kBlockN > tile.full_end) {
       mask_columns(s, place(col), ColumnBounds(p, tile.sequence));
     }
     float factor[kMTiles][2];
     if (softmax.advance(s, score_unit, factor)) rescale(factor);
+    if constexpr (kExtended) drop(col);
     PairFragment pairs[kNTiles / 2][kMTiles];
     split_fragments(s, pairs, [](int, int) { return kPScale; });
     wait_v();
@@ -155,7 +215,7 @@ struct ForwardBlock {
 
   SM80_DEVICE void run() {
     load_q();  // arrives with the first tile
-    int block = tile.block_end - 1;
+    int block = load_block;
     if (block >= tile.block_begin) {
       load_units(block);
       const int ahead = params.slots - 1;
@@ -163,8 +223,11 @@ struct ForwardBlock {
       wait_tile();  // Q and the first K
       load_next(slots_begin() + ahead * Config::kSlotBytes, ahead % 2 == 0);
       multiply_qk();
-      for (; block > tile.block_begin; --block) process<true>(block);
-      process<false>(block);
+      for (int next = visited_block(block - 1); next >= tile.block_begin; next = visited_block(block - 1)) {
+        process<true>(block, next);
+        block = next;
+      }
+      process<false>(block, block);
     }
     cp_async_wait<0>();
     store();

@@ -1,6 +1,7 @@
 #include "../../../common/launch.h"
 
 #include "../../../common/tiles/visibility.h"
+#include "../../../mask/unpacked_mask.h"
 #include "../../../universal/forward_launch.h"
 #include "../../../universal/rows.h"
 #include "../split.h"
@@ -47,10 +48,13 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
                                  {p.k, params.k, int(p.head_dim), false, true},
                                  {p.v, params.v, int(p.head_dim_v), false, true}};
   split(p, sources, 3, flags, stream);
+  if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, workspace + plan.packed_mask, stream);
   const ForwardVariant& variant = *plan.variant;
   cuda::launch_blocks(variant.kernel, params, plan.schedule.num_tiles, variant.threads, plan.shared_bytes(), stream,
                       variant.name);
-  universal::launch_forward<float>(p, flags, stream);
+  ForwardParams flagged = p;
+  flagged.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
+  universal::launch_forward<float>(flagged, flags, stream);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32

@@ -27,7 +27,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_next(uint32_t slot, bool load_k) {
                                                    begin <= 0 && end >= kBlockN,
                                                    [=](int row) { return row >= begin && row < end; });
   }
-  if (!load_k) --load_block;
+  if (!load_k) load_block = visited_block(load_block - 1);
   cp_async_commit();
 }
 

@@ -8,6 +8,8 @@
 #include "../../../../select_kernel.h"
 #include "../../../../sequence.h"
 #include "../../../common/tiles/visibility.h"
+#include "../../../mask/unpacked_mask.h"
+#include "../../forward/plan.h"
 #include "../../forward/schedule/schedule.h"
 #include "../code.h"
 
@@ -25,9 +27,10 @@ constexpr int64_t kFewColumns = 32, kTooFewColumns = 16;
 constexpr const char* kFewColumnsReason = "in float32 plain multiply-adds are more exact over so few columns";
 constexpr int64_t kAlignment = 256;
 
+/// Those that take every rule of scores are for 64 columns at least.
 const ForwardVariants& variants_for(const ForwardParams& p) {
   const ForwardVariants* const all[] = {&kForwardD32, &kForwardD64, &kForwardD128};
-  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
+  const int64_t columns = std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
   for (const ForwardVariants* variants : all) {
     if (columns <= variants->begin()->head_dim) return *variants;
   }
@@ -95,6 +98,9 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
   plan.q_units = take(plan.q.unit_bytes(q_batches));
   plan.k_units = take(plan.k.unit_bytes(k_batches));
   plan.v_units = take(plan.v.unit_bytes(k_batches));
+  plan.packs_mask = packs_mask(p);
+  plan.packed_mask = take(plan.packs_mask ? mask::packing_workspace(p.mask) : 0);
+  plan.unpacked_mask = take(mask::unpacked_bytes(p.mask));
   plan.workspace_bytes = end;
 }
 
@@ -113,12 +119,6 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (!has_code(10 * device.compute_capability, variants_for(p).begin()->head_dim)) {
     return "its kernels for float32 are for compute capability 8 and 9, with a head_dim over 64 for 9.0 alone";
   }
-  // The kernels look for the largest q.k before they scale it, which a factor below 0 makes the smallest.
-  if (!(p.softmax_scale > 0.0)) return "in float32 its kernels want a softmax_scale above 0";
-  if (p.mask.data != nullptr) return "in float32 its kernels take no attn_mask";
-  if (p.alibi_slopes != nullptr) return "in float32 its kernels take no alibi_slopes";
-  if (p.softcap > 0.0) return "in float32 its kernels take no softcap";
-  if (p.dropout_p > 0.0) return "in float32 its kernels take no dropout";
   return nullptr;
 }
 
@@ -128,6 +128,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (forced != nullptr && std::string(forced).rfind("mma fp32 ", 0) != 0) forced = nullptr;
   ForwardPlan plan;
   for (const ForwardVariant& variant : variants_for(p)) {
+    if (variant.extended != is_extended(p)) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
     if (!fit(variant, device, plan)) continue;
     plan.variant = &variant;
@@ -151,6 +152,7 @@ Plan describe(const ForwardPlan& chosen) {
   plan.decide("products", "of pairs of fp16");
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
   plan.decide("slots", chosen.slots);
+  if (chosen.packs_mask) plan.decide("mask", "packed first");
   return plan;
 }
 

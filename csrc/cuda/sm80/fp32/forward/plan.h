@@ -18,6 +18,8 @@ struct ForwardPlan {
   Planes q, k, v;  // without addresses
   // Of the workspace, in bytes from its start, where the flags are.
   int64_t q_data = 0, k_data = 0, v_data = 0, q_units = 0, k_units = 0, v_units = 0;
+  bool packs_mask = false;                     // see sm80::packs_mask()
+  int64_t packed_mask = 0, unpacked_mask = 0;  // the other one is for flagged heads
   int64_t workspace_bytes = 0;
 
   int shared_bytes() const { return variant->query_bytes + slots * variant->slot_bytes; }

@@ -9,8 +9,8 @@ struct ForwardVariant {
   const char* name;
   int head_dim;  // the largest that it takes, of q and of v
   int block_m, block_n, threads;
-  int blocks_per_sm;  // that its registers allow
-  bool extended;
+  int blocks_per_sm;            // that its registers allow
+  bool extended;                // takes softcap, ALiBi, attn_mask, dropout, any softmax_scale
   int query_bytes, slot_bytes;  // of shared memory
   void (*kernel)(const ForwardKernelParams);
 };

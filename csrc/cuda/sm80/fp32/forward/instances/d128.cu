@@ -6,6 +6,7 @@ namespace {
 const ForwardVariant kVariants[] = {
     forward_variant<128, 8, 1, 64, 4, 1, false>("mma fp32 d128 128x64"),
     forward_variant<128, 4, 1, 32, 4, 2, false>("mma fp32 d128 64x32"),
+    forward_variant<128, 8, 1, 64, 4, 1, true>("mma fp32 d128 128x64 extended"),
 };
 
 }  // namespace
