@@ -7,6 +7,7 @@
 
 #include "../../../sequence.h"
 #include "../code.h"
+#include "../forward/plan.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {
@@ -61,15 +62,6 @@ int blocks_per_sm(const BackwardVariant& variant, const DeviceInfo& device) {
 }
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
-
-/// A mask of bools is used as bits alone. Reading another one ahead, to pass over what it hides, pays where many heads
-/// have it in common.
-bool packs_mask(const ForwardParams& p) {
-  if (p.mask.data == nullptr) return false;
-  const bool common = p.mask.batch_size * p.mask.head_size * 4 <= p.batch * p.num_heads;
-  return p.mask.packed != nullptr || p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 ||
-         p.mask.col_size == 1;
-}
 
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;

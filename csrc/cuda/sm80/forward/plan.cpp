@@ -47,6 +47,8 @@ int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   return int(std::min(kv_heads * p.group_size(), p.batch * p.num_heads));
 }
 
+constexpr int64_t kLeastSharing = 4;  // of is_read_ahead()
+
 /// Blocks of keys that a tile visits, over a head: on average, and at most.
 struct TileLengths {
   double mean = 0, longest = 1;
@@ -126,11 +128,7 @@ bool is_extended(const ForwardParams& p) {
          p.dropout_p > 0.0;
 }
 
-bool packs_mask(const ForwardParams& p) {
-  if (p.mask.data == nullptr) return false;
-  const int64_t size = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
-  return p.mask.packed != nullptr || p.has_bool_mask() || 4 * size <= p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
-}
+bool packs_mask(const ForwardParams& p) { return mask::is_read_ahead(p, kLeastSharing); }
 
 bool is_aligned(const ForwardParams& p) {
   const auto whole = [](const TensorView& view) {

@@ -45,19 +45,24 @@ flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   plan.decide("order", name_of(chosen.schedule.order));
   plan.decide("counter", chosen.dynamic);
   plan.decide("key_splits", chosen.schedule.num_splits);
-  if (p.mask.data != nullptr) plan.decide("mask", p.mask.packed != nullptr ? "prepared" : "packed first");
+  if (p.mask.data != nullptr) {
+    plan.decide("mask", p.mask.packed != nullptr ? "prepared" : chosen.packs_mask ? "packed first" : "read by tiles");
+  }
   return plan;
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   Plan chosen = choose_plan(p, device);
   place_workspace(chosen, p, p.workspace);
-  if (p.mask.data != nullptr) {
-    chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, static_cast<cudaStream_t>(stream));
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (chosen.packs_mask) {
+    chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, cuda_stream);
+  } else if (p.mask.data != nullptr) {
+    chosen.bad_rows = mask::find_bad_rows(p, chosen.mask_workspace, cuda_stream);
   }
   const Variant& variant = *chosen.variant;
   const auto launch_variant = p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16;
-  launch_variant(p, chosen, static_cast<cudaStream_t>(stream));
+  launch_variant(p, chosen, cuda_stream);
 }
 
 }  // namespace

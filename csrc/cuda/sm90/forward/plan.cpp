@@ -110,6 +110,8 @@ void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& l
   plan.dynamic = int64_t{schedule.num_tiles} * schedule.num_splits > num_sms;
 }
 
+constexpr int64_t kLeastSharing = 8;  // of is_read_ahead()
+
 /// Heads whose K and V together take a share of L2 that grows with their length, but where copies weigh less, at head
 /// dim 64: benchmarks/experiments/006.
 int64_t heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
@@ -152,6 +154,8 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
   const TileLengths lengths = tile_lengths(mean_problem(params), variant);
   const Cost cost(variant);
   Plan plan;
+  plan.packs_mask =
+      params.mask.data != nullptr && (mask::is_read_ahead(params, kLeastSharing) || params.cu_seqlens_k != nullptr);
   plan.variant = &variant;
   TileSchedule& schedule = plan.schedule;
   const int64_t num_m_blocks = ceil_div(params.seqlen_q, variant.block_m);
@@ -227,7 +231,7 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
   place(schedule.partial_statistics, partial_rows);
   if (params.mask.data != nullptr) {
     if (workspace != nullptr) plan.mask_workspace = static_cast<char*>(workspace) + bytes;
-    bytes += mask::packing_workspace(params.mask);
+    bytes += plan.packs_mask ? mask::packing_workspace(params.mask) : mask::bad_rows_bytes(params);
   }
   return bytes;
 }

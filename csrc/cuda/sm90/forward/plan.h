@@ -6,6 +6,7 @@
 
 #include "../../../kernel.h"
 #include "../../common/tiles/schedule.h"
+#include "../../mask/bad_rows.h"
 #include "../../mask/packed_mask.h"
 
 namespace flash_attn::cuda::sm90::forward {
@@ -45,8 +46,10 @@ struct Plan {
   int grid = 0;
   bool dynamic = false;            // CTAs take tiles from a common counter
   double clocks = 0;               // what the model expects, to compare plans
-  mask::PackedMask packed;         // of attn_mask, if there is one
-  void* mask_workspace = nullptr;  // for packing it; set by place_workspace() as well
+  bool packs_mask = false;         // reads attn_mask once before, see mask/packed_mask.h
+  mask::PackedMask packed;         // then
+  mask::BadRows bad_rows;          // of V, where an additive mask is not packed
+  void* mask_workspace = nullptr;  // for one of the two; set by place_workspace() as well
 
   bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
   bool is_split() const { return schedule.num_splits > 1; }

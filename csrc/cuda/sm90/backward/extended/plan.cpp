@@ -1,6 +1,7 @@
 // What the plan of a kernel of extended/ decides beside plan.cpp.
 #include "../plan.h"
 
+#include "../../../mask/packed_mask.h"
 #include "../../../sm80/sm80.h"
 #include "../../hopper/tensor_map.h"
 #include "../launch.h"
@@ -8,13 +9,7 @@
 namespace flash_attn::cuda::sm90::backward {
 namespace {
 
-/// Reading an additive mask ahead, to pass over what it hides, pays where many heads have it in common.
-bool packs_mask(const ForwardParams& p) {
-  if (p.mask.data == nullptr) return false;
-  const bool common = p.mask.batch_size * p.mask.head_size * 8 <= p.batch * p.num_heads;
-  return p.mask.packed != nullptr || p.mask.dtype == DType::kBool || common || p.mask.row_size == 1 ||
-         p.mask.col_size == 1;
-}
+constexpr int64_t kLeastSharing = 8;  // of is_read_ahead()
 
 // Of adds_dmask(): a tile takes a step to add and to say so, which those after it wait for.
 constexpr int64_t kMaxDmaskTurns = 16;
@@ -76,7 +71,7 @@ const Variant* extended_variant_for(const BackwardParams& params) {
 
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
   ExtendedPlan extended;
-  extended.packs_mask = packs_mask(params.forward);
+  extended.packs_mask = mask::is_read_ahead(params.forward, kLeastSharing);
   extended.bias_by_tma = has_mask_map(params.forward);
   plan_dmask(extended, plan, params, device);
   return extended;

@@ -146,7 +146,9 @@ struct ExtendedConsumer : Consumer<Config> {
       const uint64_t seen = params.packed.seen == nullptr
                                 ? without_first_columns(tile, col - col % 64, ~uint64_t{0})
                                 : seen_columns<Config>(params.packed, tile, col - col % 64, by_consumer);
-      if ((seen >> (col % 64) & 1) != 0) continue;
+      bool clean = (seen >> (col % 64) & 1) != 0;
+      if (clean && params.bad_rows.words != nullptr) clean = !is_bad_and_unseen(params, tile, col, kBlockM);
+      if (clean) continue;
       const uint32_t zero[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int i = 0; i < Config::kPanelsV * 8; ++i) {

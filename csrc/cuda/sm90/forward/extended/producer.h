@@ -32,7 +32,7 @@ FLASH_ATTN_DEVICE void schedule_extended_tiles(const ExtendedParams& params, Ext
       if (Config::kRules) tile.slope = ScoreRules(params.problem, SequenceInfo{}, tile.batch, tile.head).slope;
     }
     __syncwarp();
-    list_visited_blocks<Config>(params.packed, tile, shared.lists[tiles.slot()]);
+    list_visited_blocks<Config>(params, tile, shared.lists[tiles.slot()]);
     if (is_first()) {
       mbarrier_arrive(&shared.tile_ready);
       if (counted() && tiles.count == 0) await_counter(schedule.next_tile, params.launch_id);

@@ -33,9 +33,42 @@ FLASH_ATTN_DEVICE uint64_t seen_columns(const mask::PackedMask& packed, const Ex
   return without_first_columns(tile, col, all);
 }
 
+/// Whether one of the tile's columns is a bad row of V. By all lanes of a warp.
+FLASH_ATTN_DEVICE bool has_bad_rows(const mask::BadRows& bad_rows, const ExtendedTile& tile) {
+  const uint64_t* const words = bad_rows.of_head(tile.kv_batch, tile.kv_head);
+  const int end = (tile.col_begin + tile.num_cols + 63) / 64;
+  bool bad = false;
+#pragma unroll 1
+  for (int i = tile.col_begin / 64 + lane_id(); i < end; i += 32) bad |= __ldg(words + i) != 0;
+  return __any_sync(~0u, bad);
+}
+
+/// Of the bits of 64 columns from `col` on, all but those of bad rows of V that no row of the tile sees, by a thread
+/// for one column of its own: it reads attn_mask once more.
+FLASH_ATTN_DEVICE bool is_bad_and_unseen(const ExtendedParams& params, const ExtendedTile& tile, int col, int rows) {
+  const int mask_col = tile.col_begin + col;
+  if (col >= tile.num_cols) return false;
+  const uint64_t bad = __ldg(params.bad_rows.of_head(tile.kv_batch, tile.kv_head) + mask_col / 64);
+  if ((bad >> (mask_col % 64) & 1) == 0) return false;
+  const MaskView& mask = params.problem.mask;
+  const int64_t first = tile.batch * mask.batch + tile.head * mask.head + mask_col * mask.col;
+  const Band band = tile.band();
+#pragma unroll 1
+  for (int row = tile.m_begin; row < min(tile.m_begin + rows, tile.seqlen_q); ++row) {
+    if (col < row + band.left || col > row + band.right) continue;
+    const int64_t place = first + row * mask.row;
+    const bool hidden = mask.dtype == DType::kFloat32 ? static_cast<const float*>(mask.data)[place] == -INFINITY
+                                                      : static_cast<const uint16_t*>(mask.data)[place] ==
+                                                            (mask.dtype == DType::kBFloat16 ? 0xff80 : 0xfc00);
+    if (!hidden) return false;
+  }
+  return true;
+}
+
 /// Fills a tile's list, by all lanes of a warp. Counts from right to left, as the blocks are visited.
 template <typename Config>
-FLASH_ATTN_DEVICE void list_visited_blocks(const mask::PackedMask& packed, ExtendedTile& tile, VisitedBlock* list) {
+FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, ExtendedTile& tile, VisitedBlock* list) {
+  const mask::PackedMask& packed = params.packed;
   const int num_blocks = tile.num_cols > 0 ? tile.num_blocks : 0;
   int count = num_blocks;
   bool listed = false;
@@ -70,6 +103,8 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const mask::PackedMask& packed, Exten
       count = num_blocks;
       unlisted |= VisitedBlock::kUnclean;
     }
+  } else if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) {
+    unlisted |= VisitedBlock::kUnclean;
   }
   if (lane_id() == 0) {
     tile.num_visited = count;
