@@ -114,8 +114,8 @@ struct Consumer : single::Consumer<Config> {
 
   FLASH_ATTN_DEVICE void draw(const Tile& tile, const Step& at) {
     const int batch = params.split.heads.divide(tile.batch_head);
-    draw_kept(kept, shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head,
-              tile.n_begin + 64 * warpgroup + 16 * warp, at.m_block * kBlockM, lane_id());
+    draw_kept<4>(kept, shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head,
+                 tile.n_begin + 64 * warpgroup + 16 * warp, at.m_block * kBlockM, lane_id());
   }
 
   FLASH_ATTN_DEVICE void pack_piece(int k) {
@@ -263,7 +263,6 @@ struct Consumer : single::Consumer<Config> {
     this->issue_transposed(dp, shared.v[tiles.stage_kv()], shared.dout[q.stage], 0);
     Scores scores = scores_of_step(tile, at, partial);
     if ((scores.rules & kHidden) != 0) load_seen(scores);
-    if (!Config::kManyRegisters && (scores.rules & kDropout) != 0) draw(tile, at);
     wgmma_wait<1>();  // S, and dK of the last step
     wgmma_results(s);
     wgmma_results(dk);
@@ -274,10 +273,9 @@ struct Consumer : single::Consumer<Config> {
     // Both halves of dS are there; also, dQ of the last step has read the other buffer.
     named_barrier_sync(single::kDsReady, 256);
     this->issue_dq();
+    // While dV and dQ run; issuing dK, whose operand is in registers, waits for most of both.
+    if (next != nullptr && (params.extended.rules & kDropout) != 0) draw(tile, *next);
     this->issue_accumulate(dk, ds, shared.q[q.stage]);
-    if (Config::kManyRegisters && next != nullptr && (params.extended.rules & kDropout) != 0) {
-      draw(tile, *next);  // while the products run
-    }
     if constexpr (Config::kDqPath == DqPath::kRegisters) await_turn(params, shared.dq_turns, step);
     wgmma_wait<1>();  // dV and dQ
     wgmma_results(dv);
@@ -321,7 +319,7 @@ struct Consumer : single::Consumer<Config> {
     int head = -1;  // of the last step
     steps.template for_each<false>(shared, [&](const Step& at, bool starts_chunk, bool ends_chunk) {
       const bool first = head < 0;
-      if (Config::kManyRegisters && starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
+      if (starts_chunk && (params.extended.rules & kDropout) != 0) draw(tile, at);
       if (at.head != head) {
         first ? begin_tile() : store_slope_sum(tile, head);
         head = at.head;

@@ -71,7 +71,9 @@ const Variant* extended_variant_for(const BackwardParams& params) {
 
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
   ExtendedPlan extended;
-  extended.packs_mask = mask::is_read_ahead(params.forward, kLeastSharing);
+  // Tiles add up the gradient of what they have not read ahead.
+  extended.packs_mask =
+      mask::is_read_ahead(params.forward, params.dmask != nullptr ? kMaxDmaskTurns + 1 : kLeastSharing);
   extended.bias_by_tma = has_mask_map(params.forward);
   plan_dmask(extended, plan, params, device);
   return extended;

@@ -38,18 +38,20 @@ FLASH_ATTN_DEVICE uint32_t transpose_bits(uint32_t x, int lane) {
   return x;
 }
 
-/// Dropout::block() of rows `row` and `row + step` side by side: a round of one hides the latency of the other's.
-FLASH_ATTN_DEVICE void draw_two_blocks(Philox4 (&random)[2], const Dropout& dropout, int64_t batch_head, int row,
-                                       int step, int col) {
+/// Dropout::block() of kCount rows from `row` on, `step` apart, side by side: the rounds of one hide the latency of the
+/// others'.
+template <int kCount>
+FLASH_ATTN_DEVICE void draw_blocks(Philox4 (&random)[kCount], const Dropout& dropout, int64_t batch_head, int row,
+                                   int step, int col) {
   uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
+  for (int n = 0; n < kCount; ++n) {
     random[n] = {{uint32_t(col / Dropout::kColumns), uint32_t(row + n * step), uint32_t(batch_head), dropout.offset}};
   }
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kCount; ++n) {
       uint32_t (&c)[4] = random[n].word;
       const uint64_t product0 = uint64_t{0xD2511F53u} * c[0];
       const uint64_t product1 = uint64_t{0xCD9E8D57u} * c[2];
@@ -63,10 +65,24 @@ FLASH_ATTN_DEVICE void draw_two_blocks(Philox4 (&random)[2], const Dropout& drop
   }
 }
 
+/// Dropout::keep() of all eight columns, as bits.
+FLASH_ATTN_DEVICE uint32_t kept_bits(const Dropout& dropout, const Philox4& random) {
+  uint32_t bits = 0;
+  // Of an upper half the lower one decides nothing: it is not shifted out. A threshold of 2^16 keeps nothing.
+  const uint32_t upper = dropout.threshold << 16;
+  const bool some = dropout.threshold < 0x10000u;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    bits |= uint32_t((random.word[j] & 0xffffu) >= dropout.threshold) << (2 * j);
+    bits |= uint32_t(some && random.word[j] >= upper) << (2 * j + 1);
+  }
+  return bits;
+}
+
 /// Which scores of a warp, sixteen keys by 64 kWords queries from these first ones on, dropout keeps. A Philox block
 /// serves eight neighbouring keys of a query: those of eight lanes. Lane 4 a + t draws, of each sixteen queries, for
 /// the one whose bits have place a, and the lanes of equal t exchange them.
-template <int kWords>
+template <int kAtOnce, int kWords>
 FLASH_ATTN_DEVICE void draw_kept(ScoreBits<kWords>& kept, const Dropout& dropout, int64_t batch_head, int first_key,
                                  int first_query, int lane) {
   const int a = lane / 4, key = first_key + a / 4 * 8, query = first_query + lane % 4 * 2 + a / 2 % 2 * 8 + a % 2;
@@ -74,16 +90,11 @@ FLASH_ATTN_DEVICE void draw_kept(ScoreBits<kWords>& kept, const Dropout& dropout
   for (int w = 0; w < kWords; ++w) {
     uint32_t drawn = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      Philox4 random[2];
-      draw_two_blocks(random, dropout, batch_head, query + 16 * (4 * w + i), 16, key);
+    for (int i = 0; i < 4; i += kAtOnce) {
+      Philox4 random[kAtOnce];
+      draw_blocks(random, dropout, batch_head, query + 16 * (4 * w + i), 16, key);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        uint32_t bits = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) bits |= uint32_t(dropout.keep(random[n], j)) << j;
-        drawn |= bits << (8 * (i + n));
-      }
+      for (int n = 0; n < kAtOnce; ++n) drawn |= kept_bits(dropout, random[n]) << (8 * (i + n));
     }
     kept.word[w] = transpose_bits(drawn, lane);
   }
