@@ -1,7 +1,8 @@
-// What neither pass of the family takes, whatever its kernels.
+// What neither pass of the family takes, whatever its kernels, and what both ask of attn_mask.
 #pragma once
 
 #include "../../kernel.h"
+#include "../mask/packed_mask.h"
 #include "code.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -21,5 +22,8 @@ inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& dev
   if (p.seqlen_q >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^27 rows";
   return nullptr;
 }
+
+/// Whether attn_mask is read once before the kernels of a pass.
+inline bool packs_mask(const ForwardParams& params) { return mask::is_read_ahead(params, 4); }
 
 }  // namespace flash_attn::cuda::sm80

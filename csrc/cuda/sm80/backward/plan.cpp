@@ -7,7 +7,7 @@
 
 #include "../../../sequence.h"
 #include "../code.h"
-#include "../forward/plan.h"
+#include "../refusals.h"
 
 namespace flash_attn::cuda::sm80 {
 namespace {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../../sequence.h"
+#include "../refusals.h"
 #include "schedule/schedule.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -46,8 +47,6 @@ int heads_per_group(const ForwardParams& p, int64_t l2_bytes) {
   const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, bytes_per_head));
   return int(std::min(kv_heads * p.group_size(), p.batch * p.num_heads));
 }
-
-constexpr int64_t kLeastSharing = 4;  // of is_read_ahead()
 
 /// Blocks of keys that a tile visits, over a head: on average, and at most.
 struct TileLengths {
@@ -127,8 +126,6 @@ bool is_extended(const ForwardParams& p) {
   return !(p.softmax_scale > 0.0) || p.mask.data != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0 ||
          p.dropout_p > 0.0;
 }
-
-bool packs_mask(const ForwardParams& p) { return mask::is_read_ahead(p, kLeastSharing); }
 
 bool is_aligned(const ForwardParams& p) {
   const auto whole = [](const TensorView& view) {

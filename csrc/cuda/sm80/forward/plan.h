@@ -33,8 +33,6 @@ struct ForwardPlan {
 bool is_aligned(const ForwardParams& params);
 /// Anything beyond scaling by a positive factor, lengths, windows and sinks?
 bool is_extended(const ForwardParams& params);
-/// Whether attn_mask is read once before, see mask::is_read_ahead().
-bool packs_mask(const ForwardParams& params);
 
 /// Without a variant where none fits. Throws when FLASH_ATTN_FORWARD_KERNEL names one ("mma d128 128x64") that does not
 /// take the problem.

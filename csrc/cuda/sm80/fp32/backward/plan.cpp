@@ -4,6 +4,7 @@
 
 #include "../../../mask/unpacked_mask.h"
 #include "../../forward/plan.h"
+#include "../../refusals.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 namespace {

@@ -11,6 +11,7 @@
 #include "../../../mask/unpacked_mask.h"
 #include "../../forward/plan.h"
 #include "../../forward/schedule/schedule.h"
+#include "../../refusals.h"
 #include "../code.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
