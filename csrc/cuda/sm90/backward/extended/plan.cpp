@@ -73,7 +73,7 @@ ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const
   ExtendedPlan extended;
   // Tiles add up the gradient of what they have not read ahead.
   extended.packs_mask =
-      mask::is_read_ahead(params.forward, params.dmask != nullptr ? kMaxDmaskTurns + 1 : kLeastSharing);
+      mask::is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
   extended.bias_by_tma = has_mask_map(params.forward);
   plan_dmask(extended, plan, params, device);
   return extended;
