@@ -25,10 +25,13 @@ FORCED = os.environ.get("FLASH_ATTN_FORCE")
 SEEDS = 8
 PAIRS = "of pairs of fp16"
 
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+FAMILY = FORCED or ("sm90" if ON_HOPPER else "sm80")  # whose pairs are tested on the GPU that is there
+
 gpu = [
     pytest.mark.gpu,
     needs_kernels("sm80"),
-    pytest.mark.skipif(FORCED not in (None, "sm80"), reason="another family is forced"),
+    pytest.mark.skipif(FORCED not in (None, "sm80", "sm90"), reason="another family is forced"),
 ]
 
 
@@ -136,7 +139,7 @@ def _found(family: str, inputs: list[Tensor], causal: bool, monkeypatch: pytest.
 def _check(kind: str, seqlen: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _inputs(kind, (SEEDS, 1, seqlen, head_dim))
     want = _exact(*inputs, causal)
-    pairs, universal = (_found(family, inputs, causal, monkeypatch) for family in ("sm80", "universal"))
+    pairs, universal = (_found(family, inputs, causal, monkeypatch) for family in (FAMILY, "universal"))
     for name, exact in want.items():
         mine, yardstick = ((x[name].double() - exact) for x in (pairs, universal))
         rms = float(mine.square().mean().sqrt() / yardstick.square().mean().sqrt())
@@ -171,7 +174,7 @@ class TestSizes:
     def test_short_sequences(self, seqlen: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if seqlen == 1:
             inputs = _inputs("normal", (SEEDS, 1, 1, head_dim))
-            found = _found("sm80", inputs, causal, monkeypatch)
+            found = _found(FAMILY, inputs, causal, monkeypatch)
             torch.testing.assert_close(found["out"], inputs[2], rtol=2**-22, atol=0)
             return
         _check("normal", seqlen, head_dim, causal, monkeypatch)
@@ -180,7 +183,7 @@ class TestSizes:
         """A sum that stayed in the tensor core would be 70 times as far off, and each row by as much toward zero."""
         q, k, v, dout = _inputs("V mean 1", (1, 1, 16384, 128))
         want = _exact(q[:, :, :64], k, v, dout[:, :, :64], False)["out"]
-        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        monkeypatch.setenv("FLASH_ATTN_FORCE", FAMILY)
         error = ops.attention(q, k, v, heads_first=True)[0][:, :, :64].double() - want
         assert float(error.square().mean().sqrt()) < 1e-6
         assert abs(float((error * want.sign()).mean())) < 5e-7
@@ -193,7 +196,7 @@ class TestFlags:
 
     @staticmethod
     def _flagged(inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
-        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
+        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in (FAMILY, "universal"))
         same = [
             pairs[name].nan_to_num().eq(universal[name].nan_to_num()).flatten(2).all(2)
             for name in ("out", "dq", "dk", "dv")
@@ -228,7 +231,7 @@ class TestFlags:
         found = self._flagged(inputs, monkeypatch) if which < 3 else None
         if found is not None:
             assert found.tolist() == [[False, True]]
-        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in ("sm80", "universal"))
+        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in (FAMILY, "universal"))
         for name in pairs:
             finite = universal[name][universal[name].isfinite()]
             atol = 1e-4 * float(finite.abs().max())
@@ -241,16 +244,16 @@ class TestFlags:
     ) -> None:
         inputs = _inputs("normal", (2, 2, 150, 64))
         inputs[which][1, 0, 70, 3] = value
-        pairs, universal = (_found(family, inputs, True, monkeypatch) for family in ("sm80", "universal"))
+        pairs, universal = (_found(family, inputs, True, monkeypatch) for family in (FAMILY, "universal"))
         for name, mine in pairs.items():
             assert torch.equal(mine.isnan(), universal[name].isnan()), name
             assert torch.equal(mine.isinf(), universal[name].isinf()), name
 
     def test_a_flagged_head_leaves_the_others_as_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = _inputs("normal", (2, 3, 200, 64))
-        before = _found("sm80", inputs, False, monkeypatch)
+        before = _found(FAMILY, inputs, False, monkeypatch)
         inputs[1][1, 2, 7] *= 2.0**-30
-        after = _found("sm80", inputs, False, monkeypatch)
+        after = _found(FAMILY, inputs, False, monkeypatch)
         for name, mine in after.items():
             same = (mine == before[name]).flatten(2).all(2)
             assert int(same.sum()) == 5 and not same[1, 2], name
@@ -286,9 +289,10 @@ class TestPlan:
     ) -> None:
         if str(device[0]) not in _C.build_info()["cuda_archs"]:
             pytest.skip("built for a part of the GPUs")
+        family = "sm90" if device is H200 else "sm80"
         for head_dim in head_dims:
             for choice in plan(head_dim=head_dim, dtype="float32", device=device, **options).values():
-                assert (choice["family"], choice["decisions"]["products"]) == ("sm80", PAIRS)
+                assert (choice["family"], choice["decisions"]["products"]) == (family, PAIRS)
 
     @pytest.mark.parametrize(
         "device, changes, reason",
@@ -321,7 +325,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         "changes, reason",
         [
-            ({"head_dim": 136}, "head_dim is over 128"),
+            ({"head_dim": 72}, "head_dim is over 64"),
             ({"head_dim": 16}, "few columns"),
         ],
     )

@@ -1,6 +1,8 @@
 // What neither pass of the family takes, whatever its kernels, and what both ask of attn_mask.
 #pragma once
 
+#include <algorithm>
+
 #include "../../kernel.h"
 #include "../mask/packed_mask.h"
 #include "code.h"
@@ -25,5 +27,20 @@ inline const char* refuses_problem(const ForwardParams& p, const DeviceInfo& dev
 
 /// Whether attn_mask is read once before the kernels of a pass.
 inline bool packs_mask(const ForwardParams& params) { return mask::is_read_ahead(params, 4); }
+
+inline const char* refuses_forward_tiles(const ForwardParams& p) {
+  const bool many = double(p.batch) * double(p.num_heads) * (double(p.seqlen_q) / 64 + 1) >= kMaxTiles;
+  return many ? "there are over 2^30 tiles" : nullptr;
+}
+
+inline const char* refuses_backward_tiles(const ForwardParams& p) {
+  if (p.batch == 0 || p.num_heads == 0 || p.head_dim == 0 || p.head_dim_v == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 ||
+      p.total_q == 0 || p.total_k == 0) {
+    return "a tensor is empty";
+  }
+  const double heads = double(p.batch) * double(p.num_heads);
+  const bool many = heads * (double(std::max(p.seqlen_q, p.seqlen_k)) / 32 + 2) >= kMaxTiles;
+  return many ? "there are over 2^30 tiles" : nullptr;
+}
 
 }  // namespace flash_attn::cuda::sm80

@@ -1,6 +1,4 @@
 // The family's backward entry: what it takes, its plan, its launch.
-#include <algorithm>
-
 #include "../fp32/backward/plan.h"
 #include "../fp32/forward/plan.h"
 #include "../refusals.h"
@@ -15,22 +13,18 @@ constexpr const char* kNoKernel = "no kernel of this head dimension does what is
 const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   if (const char* reason = refuses_problem(p, device, FLASH_ATTN_SM80_ARCHS)) return reason;
-  if (p.batch == 0 || p.num_heads == 0 || p.head_dim == 0 || p.head_dim_v == 0 || p.seqlen_q == 0 || p.seqlen_k == 0 ||
-      p.total_q == 0 || p.total_k == 0) {
-    return "a tensor is empty";
-  }
-  const double heads = double(p.batch) * double(p.num_heads);
-  if (heads * (double(std::max(p.seqlen_q, p.seqlen_k)) / 32 + 2) >= kMaxTiles) return "there are over 2^30 tiles";
+  if (const char* reason = refuses_backward_tiles(p)) return reason;
   if (p.dtype == DType::kFloat32) {
-    if (const char* reason = fp32::refuses(p, device)) return reason;
-    return fp32::plan_backward(params, device).of_queries == nullptr ? kNoKernel : nullptr;
+    if (const char* reason = fp32::refuses(p, device, fp32::kMmaKernels)) return reason;
+    return fp32::plan_backward(params, device, fp32::kMmaKernels).of_queries == nullptr ? kNoKernel : nullptr;
   }
   if (plan_backward(params, device).variant == nullptr) return kNoKernel;
   return nullptr;
 }
 
 Plan plan(const BackwardParams& params, const DeviceInfo& device) {
-  if (params.forward.dtype == DType::kFloat32) return fp32::describe(fp32::plan_backward(params, device));
+  if (params.forward.dtype == DType::kFloat32)
+    return fp32::describe(fp32::plan_backward(params, device, fp32::kMmaKernels));
   const BackwardPlan chosen = plan_backward(params, device);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   if (chosen.ordered) plan.decide("dq", "added in a fixed order");
@@ -40,7 +34,9 @@ Plan plan(const BackwardParams& params, const DeviceInfo& device) {
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  if (params.forward.dtype == DType::kFloat32) return fp32::launch_backward(params, device, stream);
+  if (params.forward.dtype == DType::kFloat32) {
+    return fp32::launch_backward(params, fp32::plan_backward(params, device, fp32::kMmaKernels), stream);
+  }
   launch_backward(plan_backward(params, device), params, static_cast<cudaStream_t>(stream));
 }
 

@@ -12,19 +12,17 @@ constexpr const char* kNoKernel = "no kernel of this head dimension does what is
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (const char* reason = refuses_problem(p, device, FLASH_ATTN_SM80_ARCHS)) return reason;
-  if (double(p.batch) * double(p.num_heads) * (double(p.seqlen_q) / 64 + 1) >= kMaxTiles) {
-    return "there are over 2^30 tiles";
-  }
+  if (const char* reason = refuses_forward_tiles(p)) return reason;
   if (p.dtype == DType::kFloat32) {
-    if (const char* reason = fp32::refuses(p, device)) return reason;
-    return fp32::plan_forward(p, device).variant == nullptr ? kNoKernel : nullptr;
+    if (const char* reason = fp32::refuses(p, device, fp32::kMmaKernels)) return reason;
+    return fp32::plan_forward(p, device, fp32::kMmaKernels).variant == nullptr ? kNoKernel : nullptr;
   }
   if (plan_forward(p, device).variant == nullptr) return kNoKernel;
   return nullptr;
 }
 
 Plan plan(const ForwardParams& p, const DeviceInfo& device) {
-  if (p.dtype == DType::kFloat32) return fp32::describe(fp32::plan_forward(p, device));
+  if (p.dtype == DType::kFloat32) return fp32::describe(fp32::plan_forward(p, device, fp32::kMmaKernels));
   const ForwardPlan chosen = plan_forward(p, device);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
@@ -35,7 +33,10 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device) {
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
-  (p.dtype == DType::kFloat32 ? fp32::launch_forward : launch_forward)(p, device, stream);
+  if (p.dtype == DType::kFloat32) {
+    return fp32::launch_forward(p, fp32::plan_forward(p, device, fp32::kMmaKernels), stream);
+  }
+  launch_forward(p, device, stream);
 }
 
 }  // namespace

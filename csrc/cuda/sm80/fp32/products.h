@@ -56,14 +56,12 @@ SM80_DEVICE void multiply_rows(float (&s)[kM][kN][4], uint32_t a_lane, uint32_t 
 }
 
 /// o (16 kM, kHeadDim) += a b, of which a (16 kM, 16 kK) is in registers and b lies by rows. `unit(m, half)` is what a
-/// number of o is of those of a b, for each of the lane's rows. kSlowly: operands of 16 columns are read after the
-/// products of those before have begun, where ptxas would read so many ahead that it spills.
-template <int kHeadDim, bool kSlowly = false, int kM, int kK, typename Unit>
+/// number of o is of those of a b, for each of the lane's rows.
+template <int kHeadDim, int kM, int kK, typename Unit>
 SM80_DEVICE void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment (&a)[kK][kM], uint32_t b_lane,
                              const Unit& unit) {
 #pragma unroll
   for (int d = 0; d < kHeadDim / 8; d += 2) {
-    if constexpr (kSlowly) __syncwarp();
     float sum[kM][2][4], rest[kM][2][4];
     clear(sum);
     clear(rest);

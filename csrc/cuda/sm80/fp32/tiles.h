@@ -5,11 +5,32 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
+/// A tile as warpgroup products want it: panels of 64 columns, see sm90/hopper/wgmma.h.
+template <int kRows, int kColumns>
+struct PanelTile {
+  static constexpr int kChunks = kColumns / 8, kRowBytes = 128;  // within a panel
+  static constexpr int kPanelBytes = kRows * kRowBytes;
+
+  /// Bytes from the tile's start.
+  SM80_DEVICE static uint32_t offset(int row, int chunk) {
+    return uint32_t(chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk ^ row) % 8 << 4));
+  }
+};
+
+// Bytes between a chunk and the one that is a multiple of eight further on.
+template <int kColumns>
+SM80_DEVICE constexpr int bytes_of_chunks(SharedTile<kColumns>, int chunks) {
+  return chunks * 16;
+}
+template <int kRows, int kColumns>
+SM80_DEVICE constexpr int bytes_of_chunks(PanelTile<kRows, kColumns>, int chunks) {
+  return chunks / 8 * PanelTile<kRows, kColumns>::kPanelBytes;
+}
+
 /// Rows [0, kRows) of a tile from planes, whose rows follow each other; those for which `exists` is false become zeros.
 /// The caller commits and waits. A thread has one chunk of each group of chunks, and every kStep-th row.
-template <int kRows, int kColumns, int kThreads, typename Exists>
+template <typename Tile, int kRows, int kColumns, int kThreads, typename Exists>
 SM80_DEVICE void load_rows(uint32_t tile, const __half* source, int thread, bool all_exist, const Exists& exists) {
-  using Tile = SharedTile<kColumns>;
   constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
   constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
   constexpr int kStep = kThreads / kGroup;
@@ -22,7 +43,7 @@ SM80_DEVICE void load_rows(uint32_t tile, const __half* source, int thread, bool
     for (int step = 0; step < kRows; step += kStep) {
 #pragma unroll
       for (int group = 0; group < Tile::kChunks; group += kGroup) {
-        cp_async_16(to + step * Tile::kRowBytes + group * 16, from + step * kColumns + 8 * group);
+        cp_async_16(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group), from + step * kColumns + 8 * group);
       }
     }
     return;
@@ -32,7 +53,7 @@ SM80_DEVICE void load_rows(uint32_t tile, const __half* source, int thread, bool
     const bool inside = exists(row + step);
 #pragma unroll 1
     for (int group = 0; group < Tile::kChunks; group += kGroup) {
-      cp_async_16_or_zeros(to + step * Tile::kRowBytes + group * 16,
+      cp_async_16_or_zeros(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group),
                            inside ? from + step * kColumns + 8 * group : source, inside);
     }
   }

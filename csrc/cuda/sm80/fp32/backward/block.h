@@ -2,9 +2,11 @@
 #pragma once
 
 #include "../../../../philox.h"
+#include "../../../sm90/hopper/tma.h"
 #include "../../softmax.h"
 #include "../products.h"
 #include "../tiles.h"
+#include "../wgmma.h"
 #include "config.h"
 #include "tile.h"
 
@@ -19,8 +21,6 @@ struct BackwardBlock {
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kStages = Config::kStages;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr bool kOfKeys = Config::kOfKeys, kExtended = Config::kExtended;
-  // ptxas would begin dV's and dK's products at once, and spill.
-  static constexpr bool kSlowly = kExtended && kOfKeys && Config::kHeadDim > 64;
   using Scores = float[kMTiles][kNTiles][4];
   using Pairs = PairFragment[kNTiles / 2][kMTiles];
   using Gradient = float[kMTiles][Config::kHeadDim / 8][4];
@@ -95,17 +95,18 @@ struct BackwardBlock {
   SM80_DEVICE void load_own(uint32_t to, const PlaneRows& rows) const {
     constexpr int kColumns = 2 * Config::kHeadDim;
     const int end = tile.own_rows;
-    load_rows<kBlockM, kColumns, Config::kThreads>(to, rows.data + int64_t{tile.own_begin} * kColumns, int(threadIdx.x),
-                                                   end >= kBlockM, [end](int row) { return row < end; });
+    load_rows<typename Config::OwnTile, kBlockM, kColumns, Config::kThreads>(
+        to, rows.data + int64_t{tile.own_begin} * kColumns, int(threadIdx.x), end >= kBlockM,
+        [end](int row) { return row < end; });
   }
 
   SM80_DEVICE void load_other(uint32_t to, bool of_y) const {
     constexpr int kColumns = 2 * Config::kHeadDim;
     const PlaneRows rows = other_rows<kOfKeys>(params, tile, next_head, of_y);
     const int first = next_block * kBlockN, begin = tile.other_begin - first, end = tile.other_end - first;
-    load_rows<kBlockN, kColumns, Config::kThreads>(to, rows.data + int64_t{first} * kColumns, int(fresh_thread(step)),
-                                                   begin <= 0 && end >= kBlockN,
-                                                   [=](int row) { return row >= begin && row < end; });
+    load_rows<typename Config::OtherTile, kBlockN, kColumns, Config::kThreads>(
+        to, rows.data + int64_t{first} * kColumns, int(fresh_thread(step)), begin <= 0 && end >= kBlockN,
+        [=](int row) { return row >= begin && row < end; });
   }
 
   /// The next tile, if there is one; in any case a group of copies, so that groups can be counted.
@@ -252,34 +253,50 @@ struct BackwardBlock {
   SM80_DEVICE void find_shown(ShownScores<Config>& shown, bool biased, int at) const;
   SM80_DEVICE void store_slope_sums() const;
 
+  // -- products
+
+  /// s = own rows times those of a tile; `own` is where they begin, from the start of shared memory.
+  SM80_DEVICE void multiply(Scores& s, int own, uint32_t other, int at) const {
+    if constexpr (Config::kWgmma) {
+      wgmma::multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(
+          s, shared + own + warp() / 4 * 64 * 128, other);
+    } else {
+      multiply_rows<Config::kHeadDim, Config::kSumSteps>(
+          s, address_by_rows<Tile>(shared + own, warp() * Config::kWarpRows, at),
+          address_by_columns<Tile>(other, 0, at));
+    }
+  }
+  template <typename Unit>
+  SM80_DEVICE void add(Gradient& sum, const Pairs& pairs, uint32_t other, int at, const Unit& unit) const {
+    if constexpr (Config::kWgmma) {
+      wgmma::add_product<Config::kHeadDim, kBlockN, kOfKeys ? 1 : Config::kHeadDim / 64>(sum, pairs, other, unit);
+    } else {
+      add_product<Config::kHeadDim>(sum, pairs, address_by_rows<Tile>(other, 0, at), unit);
+    }
+  }
+
   // -- the loop over tiles
 
   SM80_DEVICE void process() {
-    const int at = lane(), own = warp() * Config::kWarpRows;
+    const int at = lane();
     const uint32_t x = stage(step), y = x + Config::kTileBytes, statistics = x + Config::kStatistics;
     const int unit_at = block * kBlockN / kTileRows;
     const float other_x_unit = __ldg(other_rows<kOfKeys>(params, tile, head, false).units + unit_at);
     const float other_y_unit = __ldg(other_rows<kOfKeys>(params, tile, head, true).units + unit_at);
     Scores s, dp;
-    multiply_rows<Config::kHeadDim, Config::kSumSteps>(s, address_by_rows<Tile>(shared + Config::kX, own, at),
-                                                       address_by_columns<Tile>(x, 0, at));
+    multiply(s, Config::kX, x, at);
     if constexpr (kExtended) {
-      multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
-                                                         address_by_columns<Tile>(y, 0, at));
-      __syncwarp();
+      multiply(dp, Config::kY, y, at);
       take_extended(s, dp, x_unit * other_x_unit, y_unit * other_y_unit, statistics, at);
     } else {
       take_exponentials(s, x_unit * other_x_unit * float(p.softmax_scale), statistics, at);
     }
-    if constexpr (kOfKeys) {
-      if (!kExtended || params.problem.dv.data != nullptr) add_to_dy(s, y, other_y_unit, at);
-    }
+    if constexpr (kOfKeys) add_to_dy(s, y, other_y_unit, at);
     if constexpr (!kExtended) {
-      multiply_rows<Config::kHeadDim, Config::kSumSteps>(dp, address_by_rows<Tile>(shared + Config::kY, own, at),
-                                                         address_by_columns<Tile>(y, 0, at));
+      multiply(dp, Config::kY, y, at);
       find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
     }
-    if (!kExtended || !kOfKeys || params.problem.dk.data != nullptr) add_to_dx(dp, x, other_x_unit, at);
+    add_to_dx(dp, x, other_x_unit, at);
   }
 
   /// dV += P^T dO.
@@ -287,7 +304,7 @@ struct BackwardBlock {
     Pairs pairs;
     split_fragments(probabilities, pairs, [](int, int) { return kPScale; });
     unit /= kPScale;
-    add_product<Config::kHeadDim, kSlowly>(dy, pairs, address_by_rows<Tile>(y, 0, at), [=](int, int) { return unit; });
+    add(dy, pairs, y, at, [=](int, int) { return unit; });
   }
 
   /// dX += dS X'.
@@ -296,7 +313,7 @@ struct BackwardBlock {
     find_row_exponents(ds, exponent);
     Pairs pairs;
     split_fragments(ds, pairs, [&](int m, int half) { return power_of_2(exponent[m][half]); });
-    add_product<Config::kHeadDim, kSlowly>(dx, pairs, address_by_rows<Tile>(x, 0, at), [&](int m, int half) {
+    add(dx, pairs, x, at, [&](int m, int half) {
       return fminf(power_of_2(-exponent[m][half]) * unit, 0x1p127f);  // not infinity times 0
     });
   }
@@ -309,6 +326,7 @@ struct BackwardBlock {
 #pragma unroll 1
       while (head < tile.head_end) {
         cp_async_wait<kStages - 2>();
+        if constexpr (Config::kWgmma) sm90::async_proxy_fence();
         __syncthreads();  // this tile is there for all warps, who all are done with the one before
         load_next(step + kStages - 1);
         process();

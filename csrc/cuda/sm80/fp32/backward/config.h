@@ -3,13 +3,15 @@
 // warp has of P and dS no other needs; for that both kernels compute S and dP, 7 products where 5 would do.
 #pragma once
 
-#include "../../shared_tile.h"
+#include <type_traits>
+
 #include "../code.h"
+#include "../tiles.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSumSteps_, int kStages_, int kBlocksPerSm_,
-          bool kOfKeys_, bool kExtended_>
+          bool kOfKeys_, bool kExtended_, bool kWgmma_ = false>
 struct BackwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
@@ -21,14 +23,20 @@ struct BackwardConfig {
   static constexpr bool kOfKeys = kOfKeys_;                        // owns keys, for dK and dV; or query rows, for dQ
   static constexpr bool kExtended = kExtended_;                    // softcap, ALiBi, masks, dropout
 
+  static constexpr bool kWgmma = kWgmma_;  // products by warpgroups of four warps
+  using OwnTile = std::conditional_t<kWgmma, PanelTile<kBlockM, 2 * kHeadDim>, SharedTile<2 * kHeadDim>>;
+  using OtherTile = std::conditional_t<kWgmma, PanelTile<kBlockN, 2 * kHeadDim>, SharedTile<2 * kHeadDim>>;
+  static constexpr int kAlignment = kWgmma ? 1024 : 128;  // of tiles
+
   // Shared memory, in bytes from its start: X (K or Q) and Y (V or dO) of the block's rows, then stages of the others'.
   static constexpr int kRowBytes = 2 * kHeadDim * 2;
   static constexpr int kX = 0, kY = kBlockM * kRowBytes, kStreamed = 2 * kBlockM * kRowBytes;
   static constexpr int kTileBytes = kBlockN * kRowBytes, kStatistics = 2 * kTileBytes;
-  static constexpr int kStageBytes = kStatistics + (kOfKeys ? 2 * kBlockN * 4 : 0);
-  static constexpr int kSharedBytes = kStreamed + kStages * kStageBytes;
+  static constexpr int kStageBytes =
+      (kStatistics + (kOfKeys ? 2 * kBlockN * 4 : 0) + kAlignment - 1) / kAlignment * kAlignment;
+  static constexpr int kSharedBytes = kStreamed + kStages * kStageBytes + (kWgmma ? kAlignment : 0);
 #ifdef __CUDA_ARCH__
-  static constexpr bool kHasCode = has_code(__CUDA_ARCH__, kHeadDim);
+  static constexpr bool kHasCode = has_code(__CUDA_ARCH__);
 #else
   static constexpr bool kHasCode = true;
 #endif

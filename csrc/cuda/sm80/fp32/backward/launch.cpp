@@ -23,10 +23,9 @@ void launch(const BackwardVariant& variant, BackwardKernelParams& params, cudaSt
 
 }  // namespace
 
-void launch_backward(const BackwardParams& problem, const DeviceInfo& device, void* stream_pointer) {
+void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const ForwardParams& p = problem.forward;
-  const BackwardPlan plan = plan_backward(problem, device);
   universal::fill_gradients(problem, stream);
   universal::prepare_rows(problem, stream);
   char* const workspace = static_cast<char*>(p.workspace);

@@ -12,19 +12,11 @@ namespace {
 constexpr int kStaticBytes = 256;  // of shared memory, beside the tiles
 constexpr int64_t kAlignment = 256;
 
-/// Those that take every rule of scores are for 64 columns at least.
-const BackwardVariants& variants_for(const ForwardParams& p) {
-  const BackwardVariants* const all[] = {&kBackwardD32, &kBackwardD64, &kBackwardD128};
+/// The first that fits. Those that take every rule of scores are for 64 columns at least.
+const BackwardVariant* choose_variant(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels,
+                                      bool of_keys) {
   const int64_t columns = std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
-  for (const BackwardVariants* variants : all) {
-    if (columns <= variants->begin()->head_dim) return *variants;
-  }
-  return kBackwardD128;
-}
-
-/// The first that fits.
-const BackwardVariant* choose_variant(const ForwardParams& p, const DeviceInfo& device, bool of_keys) {
-  for (const BackwardVariant& variant : variants_for(p)) {
+  for (const BackwardVariant& variant : variants_for(kernels.backward, columns)) {
     if (variant.of_keys == of_keys && variant.extended == is_extended(p) &&
         variant.shared_bytes + kStaticBytes <= device.shared_memory_per_block) {
       return &variant;
@@ -63,10 +55,10 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& kernels) {
   BackwardPlan plan;
-  plan.of_keys = choose_variant(params.forward, device, true);
-  plan.of_queries = choose_variant(params.forward, device, false);
+  plan.of_keys = choose_variant(params.forward, device, kernels, true);
+  plan.of_queries = choose_variant(params.forward, device, kernels, false);
   if (plan.of_keys != nullptr && plan.of_queries != nullptr) lay_out_workspace(plan, params);
   return plan;
 }

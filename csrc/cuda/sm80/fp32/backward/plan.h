@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../../../kernel.h"
-#include "variant.h"
+#include "../kernels.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
@@ -19,10 +19,10 @@ struct BackwardPlan {
 };
 
 /// Without variants where none fits.
-BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& kernels);
 
 Plan describe(const BackwardPlan& plan);
 
-void launch_backward(const BackwardParams& params, const DeviceInfo& device, void* stream);
+void launch_backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
 }  // namespace flash_attn::cuda::sm80::fp32

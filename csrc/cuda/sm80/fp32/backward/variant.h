@@ -23,6 +23,6 @@ struct BackwardVariants {
   const BackwardVariant* end() const { return first + count; }
 };
 
-extern const BackwardVariants kBackwardD32, kBackwardD64, kBackwardD128;
+extern const BackwardVariants kBackwardD32, kBackwardD64;
 
 }  // namespace flash_attn::cuda::sm80::fp32

@@ -1,9 +1,11 @@
 // A block of the forward kernel for float32: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
+#include "../../../sm90/hopper/tma.h"
 #include "../../forward/schedule/tile.h"
 #include "../products.h"
 #include "../rules.h"
+#include "../wgmma.h"
 #include "config.h"
 #include "params.h"
 #include "softmax.h"
@@ -101,6 +103,7 @@ struct ForwardBlock {
       case 3: cp_async_wait<1>(); break;
       default: cp_async_wait<2>(); break;
     }
+    if constexpr (Config::kWgmma) sm90::async_proxy_fence();
     __syncthreads();
   }
   /// V of the tile whose K is in k_slot.
@@ -119,6 +122,10 @@ struct ForwardBlock {
 
   /// s = Q K^T of a tile, in units of q_unit * k_unit.
   SM80_DEVICE void multiply_qk() {
+    if constexpr (Config::kWgmma) {
+      return wgmma::multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(
+          s, q_tile() + warp() / 4 * 64 * 128, k_slot);
+    }
     const int at = lane();
     multiply_rows<Config::kHeadDim, Config::kSumSteps>(
         s, address_by_rows<Tile>(q_tile(), warp() * Config::kWarpRows, at), address_by_columns<Tile>(k_slot, 0, at));
@@ -205,8 +212,13 @@ struct ForwardBlock {
     PairFragment pairs[kNTiles / 2][kMTiles];
     split_fragments(s, pairs, [](int, int) { return kPScale; });
     wait_v();
-    add_product<Config::kHeadDim>(o, pairs, address_by_rows<Tile>(slot_after(k_slot, 1), 0, lane()),
-                                  [=](int, int) { return value_unit; });
+    const uint32_t v_slot = slot_after(k_slot, 1);
+    const auto unit = [=](int, int) { return value_unit; };
+    if constexpr (Config::kWgmma) {
+      wgmma::add_product<Config::kHeadDim, kBlockN, Config::kHeadDim / 64>(o, pairs, v_slot, unit);
+    } else {
+      add_product<Config::kHeadDim>(o, pairs, address_by_rows<Tile>(v_slot, 0, lane()), unit);
+    }
     if constexpr (kNext) {
       wait_k();
       multiply_qk();

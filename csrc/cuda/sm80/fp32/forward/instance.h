@@ -6,9 +6,10 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended>
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended,
+          bool kWgmma = false>
 ForwardVariant forward_variant(const char* name) {
-  using Config = ForwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kBlocksPerSm, kExtended>;
+  using Config = ForwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kBlocksPerSm, kExtended, kWgmma>;
   return {name,
           kHeadDim,
           Config::kBlockM,
@@ -16,7 +17,7 @@ ForwardVariant forward_variant(const char* name) {
           Config::kThreads,
           kBlocksPerSm,
           kExtended,
-          Config::kQueryBytes,
+          Config::kQueryBytes + (kWgmma ? Config::kAlignment : 0),
           Config::kSlotBytes,
           forward_kernel<Config>};
 }

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (threadIdx.x == 0) shared_tile = tile;
     }
     __syncthreads();  // the tile is there
-    ForwardBlock<Config>(params, shared_tile, shared_address(shared)).run();
+    constexpr uint32_t kMask = Config::kAlignment - 1;
+    ForwardBlock<Config>(params, shared_tile, (shared_address(shared) + kMask) & ~kMask).run();
   }
 }
 

@@ -17,9 +17,8 @@ bool has_pairs(const TensorView& view) {
 
 }  // namespace
 
-void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stream_pointer) {
+void launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const ForwardPlan plan = plan_forward(p, device);
   if (p.is_varlen_q() || p.seqused_q != nullptr) {
     // Rows of no sequence: the kernels write those that take part alone.
     const bool packed = p.is_varlen_q();

@@ -20,7 +20,6 @@ namespace {
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kStaticBytes = 256;     // of it, by the kernel
 constexpr int kMinSlots = 2, kMaxSlots = 4;
-constexpr int64_t kMaxHeadDim = 128;
 // Up to here a sum of float32 is nearly exact, and the roundings of pairs are seen: RMS errors of short sequences up to
 // 1.15 times those of multiply-adds, and with so few columns that not even a forced family is to have them, 1.25
 // (benchmarks/experiments/085).
@@ -28,14 +27,9 @@ constexpr int64_t kFewColumns = 32, kTooFewColumns = 16;
 constexpr const char* kFewColumnsReason = "in float32 plain multiply-adds are more exact over so few columns";
 constexpr int64_t kAlignment = 256;
 
-/// Those that take every rule of scores are for 64 columns at least.
-const ForwardVariants& variants_for(const ForwardParams& p) {
-  const ForwardVariants* const all[] = {&kForwardD32, &kForwardD64, &kForwardD128};
-  const int64_t columns = std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
-  for (const ForwardVariants* variants : all) {
-    if (columns <= variants->begin()->head_dim) return *variants;
-  }
-  return kForwardD128;
+/// Columns that the kernels have to be for. Those that take every rule of scores are for 64 at least.
+int64_t columns_of(const ForwardParams& p) {
+  return std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
 }
 
 /// How many blocks of the variant an SM holds, and with how many slots each; false: none.
@@ -109,26 +103,27 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 
 // Asks of forward's parameters alone, so that both passes agree: P = exp(S - lse) of one with lse of the other would
 // lose the rounding errors of S that they have in common.
-const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
-  if (!is_forced("sm80")) {
+const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels) {
+  if (!is_forced(kernels.family)) {
     if (std::min(p.head_dim, p.head_dim_v) <= kFewColumns) return kFewColumnsReason;
     if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
     if (!pays(p)) return "in float32 so few scores do not pay for splitting numbers into pairs";
   }
   if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
-  if (p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) return "in float32 head_dim is over 128";
-  if (!has_code(10 * device.compute_capability, variants_for(p).begin()->head_dim)) {
-    return "its kernels for float32 are for compute capability 8 and 9, with a head_dim over 64 for 9.0 alone";
+  if (columns_of(p) > kernels.max_head_dim()) {
+    return kernels.max_head_dim() == 64 ? "in float32 head_dim is over 64" : "in float32 head_dim is over 128";
   }
+  if (!has_code(10 * device.compute_capability)) return "its kernels for float32 are for compute capability 8 and 9";
   return nullptr;
 }
 
-ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
+ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels) {
+  const ForwardVariants& variants = variants_for(kernels.forward, columns_of(p));
   const char* forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   // Names of other kernels are not meant for these.
-  if (forced != nullptr && std::string(forced).rfind("mma fp32 ", 0) != 0) forced = nullptr;
+  if (forced != nullptr && std::string(forced).rfind(kernels.prefix, 0) != 0) forced = nullptr;
   ForwardPlan plan;
-  for (const ForwardVariant& variant : variants_for(p)) {
+  for (const ForwardVariant& variant : variants) {
     if (variant.extended != is_extended(p)) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
     if (!fit(variant, device, plan)) continue;
@@ -138,8 +133,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (plan.variant == nullptr && forced == nullptr) return plan;
   if (plan.variant == nullptr) {
     std::string names;
-    for (const ForwardVariant& variant : variants_for(p))
-      names += std::string(names.empty() ? "" : ", ") + variant.name;
+    for (const ForwardVariant& variant : variants) names += std::string(names.empty() ? "" : ", ") + variant.name;
     throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
                              " does not take this problem; the kernels of its head dimension are: " + names);
   }

@@ -5,7 +5,7 @@
 
 #include "../../../../kernel.h"
 #include "../../../common/tiles/schedule.h"
-#include "variant.h"
+#include "../kernels.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
@@ -26,14 +26,14 @@ struct ForwardPlan {
 };
 
 /// Why its kernels, of either pass, are not for this problem or not for this device; null: nothing speaks against it.
-const char* refuses(const ForwardParams& params, const DeviceInfo& device);
+const char* refuses(const ForwardParams& params, const DeviceInfo& device, const Kernels& kernels);
 
 /// Without a variant where none fits. Throws when FLASH_ATTN_FORWARD_KERNEL names one ("mma fp32 d128 128x64") that
 /// does not take the problem.
-ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device);
+ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, const Kernels& kernels);
 
 Plan describe(const ForwardPlan& plan);
 
-void launch_forward(const ForwardParams& params, const DeviceInfo& device, void* stream);
+void launch_forward(const ForwardParams& params, const ForwardPlan& plan, void* stream);
 
 }  // namespace flash_attn::cuda::sm80::fp32

@@ -22,6 +22,6 @@ struct ForwardVariants {
   const ForwardVariant* end() const { return first + count; }
 };
 
-extern const ForwardVariants kForwardD32, kForwardD64, kForwardD128;
+extern const ForwardVariants kForwardD32, kForwardD64;
 
 }  // namespace flash_attn::cuda::sm80::fp32
