@@ -62,7 +62,6 @@ def test_the_smallest_kernel_that_holds_the_head_dims(
 @pytest.mark.parametrize(
     "changes, reason, family",
     [
-        ({"dtype": "float32"}, "dtype", "sm80"),
         ({"dtype": "float64"}, "dtype", "universal"),
         ({"head_dim": 264}, "over 256", "sm80"),
         ({"head_dim": 520}, "over 256", "universal"),
