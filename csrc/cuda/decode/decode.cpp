@@ -73,12 +73,9 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_point
   params.group = Divisor(p.group_size());
   params.page = Divisor(p.cache.block_table != nullptr ? p.cache.page_size : 1);
   params.whole_rows = p.head_dim == variant.head_dim && p.head_dim_v == variant.head_dim && p.cache.page_size % 16 == 0;
-  params.same_strides = p.k.batch == p.v.batch && p.k.row == p.v.row;
   params.scores_as_they_are = p.softcap == 0.0 && p.alibi_slopes == nullptr;
-  params.step_k = variant.row_step * p.k.row, params.step_v = variant.row_step * p.v.row;
-  const bool paged = p.cache.block_table != nullptr;
-  params.block_k = paged ? 0 : variant.block_n * p.k.row, params.block_v = paged ? 0 : variant.block_n * p.v.row;
   params.alike = p.is_dense() && p.cache.first == nullptr;
+  params.early = params.alike && p.cache.block_table == nullptr && p.cache.batch_index == nullptr;
   params.num_heads_k = int(p.num_heads_k);
   params.stages = chosen.stages;
   params.min_units = chosen.min_units;

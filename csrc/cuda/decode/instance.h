@@ -16,8 +16,7 @@ Variant variant(const char* name) {
           Bf16::kBlockN,
           Bf16::kThreads,
           kBlocksPerSm,
-          Bf16::kRowStep,
-          (Merge<Bf16>::kBytes + 127) / 128 * 128,
+          Memory<Bf16>::kFixedBytes,
           Bf16::kStageBytes,
           int64_t{2} * kBlockM * (kHeadDim * 4 + 8),
           {decode_kernel<Bf16>, decode_kernel<Fp16>}};

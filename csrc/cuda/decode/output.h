@@ -1,120 +1,10 @@
-// The end of a tile: the warps' sums come together, and become rows of out and lse, or a part of a tile.
+// The end of a tile: the warps' sums become rows of out and lse, or a part of a tile.
 #pragma once
 
-#include "block.h"
-#include "loading.h"
+#include "merge.h"
 #include "parts.h"
 
 namespace flash_attn::cuda::decode {
-
-/// Shared memory beside the stages.
-template <typename C>
-struct Merge {
-  float* sum;          // (kBlockM, kHeadDim): O
-  float2* statistics;  // (kWarpsN, kBlockM): row_max, row_sum
-  unsigned char* queries;
-  int* words;  // for find_share, and who is last
-  Board board;
-
-  FLASH_ATTN_DEVICE explicit Merge(unsigned char* memory) {
-    sum = reinterpret_cast<float*>(memory);
-    statistics = reinterpret_cast<float2*>(memory += C::kSumBytes);
-    queries = memory += C::kStatisticsBytes;
-    words = reinterpret_cast<int*>(memory += C::kQueryBytes);
-    board.tiles = reinterpret_cast<TileInfo*>(memory += 64);
-    board.blocks = reinterpret_cast<BlockInfo*>(board.tiles + Board::kTiles);
-  }
-  static constexpr int kBytes = C::kSumBytes + C::kStatisticsBytes + C::kQueryBytes + 64 + Board::kBytes;
-
-  /// Few rows have a place for each warp's sum, (kWarpsN, rows, kHeadDim); else all warps add to one, (kBlockM,
-  /// kHeadDim), relative to the row's maximum.
-  FLASH_ATTN_DEVICE static bool apart(const TileInfo& t) { return t.rows * C::kWarpsN <= C::kBlockM; }
-
-  /// Of all warps together: row_max and row_sum of a row.
-  FLASH_ATTN_DEVICE float2 row(int row) const {
-    float high = -INFINITY, sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < C::kWarpsN; ++w) high = fmaxf(high, statistics[w * C::kBlockM + row].x);
-#pragma unroll
-    for (int w = 0; w < C::kWarpsN; ++w) {
-      const float2 part = statistics[w * C::kBlockM + row];
-      if (part.y != 0.f) sum += sm80::fast_exp2(part.x - high) * part.y;
-    }
-    return {high, sum};
-  }
-
-  /// Four columns of O, relative to `high`, the row's maximum.
-  FLASH_ATTN_DEVICE float4 columns(const TileInfo& t, int row, int column, float high) const {
-    if (!apart(t)) return *reinterpret_cast<const float4*>(sum + row * C::kHeadDim + column);
-    float4 o = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int w = 0; w < C::kWarpsN; ++w) {
-      const float2 part = statistics[w * C::kBlockM + row];
-      if (part.y == 0.f) continue;  // the warp has seen nothing of the row, whose O may be NaN there
-      const float weight = sm80::fast_exp2(part.x - high);
-      const float4 x = *reinterpret_cast<const float4*>(sum + (w * t.rows + row) * C::kHeadDim + column);
-      o.x += weight * x.x, o.y += weight * x.y, o.z += weight * x.z, o.w += weight * x.w;
-    }
-    return o;
-  }
-};
-
-/// O of all warps into merge.sum. All threads call it.
-template <typename C>
-FLASH_ATTN_DEVICE void merge_warps(const TileInfo& t, const WarpState<C>& state, const WarpPlace<C>& place,
-                                   Merge<C>& merge) {
-  const int lane = threadIdx.x % 32, first = place.first_row;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = sm80::quad_sum(state.softmax.row_sum[r]);
-    if (lane % 4 == 0 && place.part == 0)
-      merge.statistics[place.n * C::kBlockM + first + 8 * r] = {state.softmax.row_max[r], sum};
-  }
-  const auto line = [&](int row) {
-    return reinterpret_cast<float2*>(merge.sum + row * C::kHeadDim + place.part * C::kColumns) + lane % 4;
-  };
-  if (Merge<C>::apart(t)) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (first + 8 * r >= t.rows) continue;
-      float2* const to = line(place.n * t.rows + first + 8 * r);
-#pragma unroll
-      for (int n = 0; n < WarpState<C>::kTiles; ++n) to[4 * n] = {state.o[n][2 * r], state.o[n][2 * r + 1]};
-    }
-    __syncthreads();  // everything is there
-    return;
-  }
-  __syncthreads();  // statistics are there
-  float weight[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float high = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < C::kWarpsN; ++w) high = fmaxf(high, merge.statistics[w * C::kBlockM + first + 8 * r].x);
-    weight[r] = state.softmax.row_max[r] == -INFINITY ? 0.f : sm80::fast_exp2(state.softmax.row_max[r] - high);
-  }
-#pragma unroll 1
-  for (int w = 0; w < C::kWarpsN; ++w) {
-    if (w == place.n) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (first + 8 * r >= t.rows) continue;
-        float2* const to = line(first + 8 * r);
-#pragma unroll
-        for (int n = 0; n < WarpState<C>::kTiles; ++n) {
-          float2 x = {0.f, 0.f};
-          if (w > 0) x = to[4 * n];
-          if (weight[r] != 0.f) {
-            x.x += weight[r] * state.o[n][2 * r];
-            x.y += weight[r] * state.o[n][2 * r + 1];
-          }
-          to[4 * n] = x;
-        }
-      }
-    }
-    __syncthreads();  // warps of a row add in order
-  }
-}
 
 /// Where a packed row of a tile is written.
 template <typename C>
@@ -162,96 +52,120 @@ FLASH_ATTN_DEVICE void store_out(typename C::Element* to, float4 o, float factor
                                    sm80::pack<typename C::Element>(o.z * factor, o.w * factor)};
 }
 
-/// A warp has a row at a time, a lane four columns.
+/// A row of out, or where others have parts of the tile too (`part` is not null), of this CTA's part. By a warp, a lane
+/// four columns.
 template <typename C>
-FLASH_ATTN_DEVICE void store_tile(const DecodeParams& params, const TileInfo& t, const Merge<C>& merge) {
+FLASH_ATTN_DEVICE void store_row(const DecodeParams& params, const TileInfo& t, const Merge<C>& merge, int row,
+                                 int place, const RowSums& part) {
+  using Element = typename C::Element;
   const ForwardParams& p = params.problem;
   const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < t.rows; row += C::kThreads / 32) {
+  const typename Merge<C>::Row statistics = merge.row(row);
+  Element* to = nullptr;
+  float factor = 0.f;
+  if (part.out == nullptr) {
     const OutputRow<C> output(params, t, row);
-    const float2 statistics = merge.row(row);
-    const float factor = output.finish(p, t, statistics, lane == 0);
-    typename C::Element* const to = output.out(p, t);
-    for (int column = 4 * lane; column < p.head_dim_v; column += 128) {
-      store_out<C>(to + column, merge.columns(t, row, column, statistics.x), factor);
+    factor = output.finish(p, t, {statistics.high, statistics.sum}, lane == 0);
+    to = output.out(p, t);
+  } else if (lane == 0) {
+    part.statistics[row] = {statistics.high, statistics.sum};
+  }
+#pragma unroll 1
+  for (int column = 4 * lane; column < p.head_dim_v; column += 128) {
+    const float4 o = merge.columns(statistics, place, column);
+    if (part.out == nullptr) {
+      store_out<C>(to + column, o, factor);
+    } else {
+      *reinterpret_cast<float4*>(part.out + row * C::kHeadDim + column) = o;
     }
   }
 }
 
+/// The parts of CTAs [owner, last] of a tile. A warp has a row at a time, a lane four columns of all parts, which come
+/// through `memory`, a stage, and of every kAtOnce parts the statistics of one.
 template <typename C>
-FLASH_ATTN_DEVICE void store_part(const DecodeParams& params, const TileInfo& t, const Merge<C>& merge, int64_t place) {
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < t.rows; row += C::kThreads / 32) {
-    const int64_t line = place * C::kBlockM + row;
-    const float2 statistics = merge.row(row);
-    if (lane == 0) params.partial_statistics[line] = statistics;
-    for (int column = 4 * lane; column < params.problem.head_dim_v; column += 128) {
-      *reinterpret_cast<float4*>(params.partial_out + line * C::kHeadDim + column) =
-          merge.columns(t, row, column, statistics.x);
-    }
-  }
-}
-
-/// The parts of CTAs [owner, last] of a tile. A warp has a row at a time, a lane four columns of all parts, and of
-/// every 32 parts the statistics of one.
-template <typename C>
-FLASH_ATTN_DEVICE void combine_parts(const DecodeParams& params, const TileInfo& t, int owner, int last) {
-  constexpr int kAtOnce = 8;  // loads under way
+FLASH_ATTN_DEVICE void combine_parts(const DecodeParams& params, const TileInfo& t, int owner, int last,
+                                     float* memory) {
+  constexpr int kWarps = C::kConsumers / 32, kLineBytes = 32 * 16;
+  constexpr int kRoom = C::kStageBytes / kWarps / kLineBytes, kAtOnce = kRoom >= 16 ? 16 : kRoom >= 8 ? 8 : 4;
+  static_assert(kWarps * kAtOnce * kLineBytes <= C::kStageBytes);
+  constexpr int kNext = 2 * C::kBlockM;  // rows from a CTA's part to the next one's, but for the owner's: part_place()
   const ForwardParams& p = params.problem;
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < t.rows; row += C::kThreads / 32) {
-    const auto line = [&](int cta) { return part_place(cta, owner) * C::kBlockM + row; };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float4* const mine = reinterpret_cast<float4*>(memory) + warp * kAtOnce * 32 + lane;
+  const uint32_t to = shared_address(mine);
+#pragma unroll 1
+  for (int row = warp; row < t.rows; row += kWarps) {
+#pragma unroll 1
     for (int column = 4 * lane; column - 4 * lane < p.head_dim_v; column += 128) {
-      const bool mine = column < p.head_dim_v;
+      const bool exists = column < p.head_dim_v;
       float4 o = {0.f, 0.f, 0.f, 0.f};
       float high = -INFINITY, sum = 0.f;
+#pragma unroll 1
       for (int first = owner; first <= last; first += kAtOnce) {
-        float4 x[kAtOnce];
+        const int count = min(kAtOnce, last - first + 1);
+        const int64_t line = part_place(first, -1) * C::kBlockM + row;
+        const int shift = first == owner ? C::kBlockM : 0;  // of the owner's own
+        float2 part = {-INFINITY, 0.f};
+        if (lane < count) {
+          part = __ldcg(params.partial_statistics + line + lane * kNext + (lane == 0 ? shift : 0));
+        }
+        const float* from = params.partial_out + line * C::kHeadDim + column;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (mine && first + i <= last) {
-            x[i] = __ldcg(reinterpret_cast<const float4*>(params.partial_out + line(first + i) * C::kHeadDim + column));
+          if (i < count && exists) {
+            sm80::cp_async_16(to + i * kLineBytes, from + (i * kNext + (i == 0 ? shift : 0)) * C::kHeadDim);
           }
         }
-        float2 part = {-INFINITY, 0.f};
-        if (lane < kAtOnce && first + lane <= last) part = __ldcg(&params.partial_statistics[line(first + lane)]);
+        sm80::cp_async_commit();
         float higher = part.x;
 #pragma unroll
         for (int step = kAtOnce / 2; step > 0; step /= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, step));
         higher = fmaxf(high, __shfl_sync(~0u, higher, 0));
         const float shrink = high == -INFINITY ? 0.f : sm80::fast_exp2(high - higher);
         high = higher;
-        o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
+        // 0: the part has seen nothing of the row, and its O may be NaN there.
         const float weight = part.y == 0.f ? 0.f : sm80::fast_exp2(part.x - high);
-        sum *= shrink;
+        float part_sum = weight * part.y;
+#pragma unroll
+        for (int step = kAtOnce / 2; step > 0; step /= 2) part_sum += __shfl_xor_sync(~0u, part_sum, step);
+        sum = sum * shrink + __shfl_sync(~0u, part_sum, 0);
+        o.x *= shrink, o.y *= shrink, o.z *= shrink, o.w *= shrink;
+        sm80::cp_async_wait<0>();  // each lane reads what it has copied
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const float w = __shfl_sync(~0u, weight, i);
-          sum += w * __shfl_sync(~0u, part.y, i);
-          if (w == 0.f || !mine) continue;  // the part has seen nothing of the row, whose O may be NaN there
-          o.x += w * x[i].x, o.y += w * x[i].y, o.z += w * x[i].z, o.w += w * x[i].w;
+          if (w == 0.f || !exists) continue;
+          const float4 x = mine[i * 32];
+          o.x += w * x.x, o.y += w * x.y, o.z += w * x.z, o.w += w * x.w;
         }
       }
       const OutputRow<C> output(params, t, row);
       const float factor = output.finish(p, t, {high, sum}, column == 0);
-      if (mine) store_out<C>(output.out(p, t) + column, o, factor);
+      if (exists) store_out<C>(output.out(p, t) + column, o, factor);
     }
   }
 }
 
-/// All threads call it at the end of what this CTA has of a tile.
+/// All consumers of a CTA call it at the end of what it has of a tile; `merge` is in the stage that was used last.
 template <typename C>
 FLASH_ATTN_DEVICE void finish_tile(const DecodeParams& params, const TileInfo& t, const Share& share,
-                                   const WarpState<C>& state, const WarpPlace<C>& place, Merge<C>& merge) {
-  merge_warps(t, state, place, merge);
+                                   const WarpState<C>& state, const WarpPlace<C>& place,
+                                   const Merge<C>& merge, int* word) {
   const int owner = share.owner(t.first_unit), last = share.owner(t.first_unit + t.units - 1);
-  if (owner == last) return store_tile(params, t, merge);
-  store_part(params, t, merge, part_place(blockIdx.x, owner));
-  __syncthreads();  // the part is written
-  if (threadIdx.x == 0) merge.words[0] = arrive(params, owner) == last - owner;
-  __syncthreads();  // it is known who is last
-  if (merge.words[0] == 0) return;
-  combine_parts<C>(params, t, owner, last);
+  RowSums part{nullptr, nullptr};
+  if (owner != last) {
+    const int64_t line = part_place(blockIdx.x, owner) * C::kBlockM;
+    part = {params.partial_out + line * C::kHeadDim, params.partial_statistics + line};
+  }
+  merge_warps(t, state, place, merge,
+              [&](int row, int row_place) { store_row(params, t, merge, row, row_place, part); });
+  if (owner == last) return;
+  consumers_sync<C>();  // the part is written
+  if (threadIdx.x == 0) *word = arrive(params, owner) == last - owner;
+  consumers_sync<C>();  // it is known who is last
+  if (*word == 0) return;
+  combine_parts<C>(params, t, owner, last, merge.sum);
   if (threadIdx.x == 0) close_arrivals(params, owner);
 }
 

@@ -13,12 +13,10 @@ struct DecodeParams {
   Divisor group;            // query heads that read the same keys
   Divisor page;             // rows of one; 1 without pages
   bool whole_rows;          // head_dim and head_dim_v are the kernel's, and rows of 16 lie in one page
-  bool same_strides;        // of k and v
   bool scores_as_they_are;  // neither softcap nor ALiBi
   bool alike;               // no length on the device: every sequence is like the first
+  bool early;               // alike, and no entries and pages: where everything is can be told before any read
   int num_heads_k;
-  int64_t step_k, step_v;    // elements from a row that a thread copies to the next, of k and v
-  int64_t block_k, block_v;  // from block to block; 0 with pages
   int stages;                // blocks of keys and values in shared memory
   int min_units;             // that a CTA should have
   // Of CTAs that share tiles with others; see parts.h.

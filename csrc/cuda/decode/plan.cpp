@@ -38,29 +38,50 @@ double max_units(const ForwardParams& p, const Variant& variant) {
   return double(p.batch) * tiles * (keys / variant.block_n + 2);
 }
 
+namespace {
+
+/// Where nearly all CTAs still have a share, as many of them for each tile or of tiles for each: then none has parts of
+/// two. Of parts best a multiple of as many as are put together at once.
+int even_ctas(int ctas, int64_t tiles) {
+  constexpr int kAtOnce = 16;
+  int first = 0;
+  for (int fewer = ctas; fewer * 20 >= ctas * 19; --fewer) {
+    if (tiles <= 0 || (tiles % fewer != 0 && fewer % tiles != 0)) continue;
+    if (first == 0) first = fewer;
+    if (fewer < tiles || fewer / tiles % kAtOnce == 0) return fewer;
+  }
+  return first > 0 ? first : ctas;
+}
+
+/// The variant with as many stages as fit with as many CTAs an SM as it is made for; null if not even two do.
+DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
+  DecodePlan plan;
+  for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
+    const int bytes = (device.shared_memory_per_block + kReservedBytes) / blocks - kReservedBytes;
+    const int stages = std::min(kMaxStages, (bytes - variant.fixed_bytes) / variant.stage_bytes);
+    if (stages < 2) continue;
+    plan.variant = &variant;
+    plan.stages = std::clamp(forced("stages", stages), 2, stages);
+    plan.ctas = forced("ctas", blocks * device.num_sms);
+    return plan;
+  }
+  return plan;
+}
+
+}  // namespace
+
 DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device) {
   const Variants& variants = variants_for(std::max(p.head_dim, p.head_dim_v));
   const int64_t rows = p.seqlen_q * p.group_size();
+  int wanted = 0;
+  while (wanted + 1 < variants.count && rows > variants.first[wanted].block_m) ++wanted;
   DecodePlan plan;
-  for (int i = rows <= variants.first[0].block_m ? 0 : 1; i < variants.count; ++i) {
-    const Variant& variant = variants.first[i];
-    for (int blocks = variant.blocks_per_sm; blocks >= 1 && plan.variant == nullptr; --blocks) {
-      const int bytes = (device.shared_memory_per_block + kReservedBytes) / blocks - kReservedBytes;
-      const int stages = std::min(kMaxStages, (bytes - variant.fixed_bytes) / variant.stage_bytes);
-      if (stages < 2) continue;
-      plan.variant = &variant;
-      plan.stages = std::clamp(forced("stages", stages), 2, stages);
-      plan.ctas = forced("ctas", blocks * device.num_sms);
-    }
-    if (plan.variant != nullptr) break;
-  }
+  for (int i = wanted; i >= 0 && plan.variant == nullptr; --i) plan = fitting(variants.first[i], device);
   if (plan.variant == nullptr) return plan;
   plan.min_units = std::max(1, forced("min_units", 1));
-  plan.ctas = int(std::clamp(max_units(p, *plan.variant), 1.0, double(plan.ctas)));
-  // Where nearly all CTAs still have a share, as many for each tile: then none has parts of two.
   const int64_t tiles = p.batch * p.num_heads_k * ceil_div(rows, plan.variant->block_m);
-  const int64_t even = tiles > 0 && tiles <= plan.ctas ? plan.ctas / tiles * tiles : 0;
-  if (even * 20 >= plan.ctas * 19) plan.ctas = int(even);
+  plan.ctas = int(std::clamp(max_units(p, *plan.variant), 1.0, double(plan.ctas)));
+  plan.ctas = even_ctas(plan.ctas, tiles);
   return plan;
 }
 

@@ -22,9 +22,9 @@ struct TileInfo {
 /// One block of a tile, in a stage.
 struct BlockInfo {
   int first_key;
-  int slot;           // of the tile, in shared memory
-  bool begins, ends;  // the tile, or what this CTA has of it
-  bool partial;       // some row does not see some key
+  int slot;      // of the tile, in shared memory
+  bool ends;     // the tile, or what this CTA has of it
+  bool partial;  // some row does not see some key
 };
 
 template <typename C>

@@ -9,6 +9,10 @@
 
 namespace flash_attn::cuda::decode {
 
+FLASH_ATTN_DEVICE void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 /// A sequence as its tiles see it, in 32 bits. Blocks of keys are aligned to rows of the cache, not to the first key.
 struct Sequence {
   int q_row, seqlen_q, rows_q;  // rows_q: also those that take no part, which are written as 0
@@ -76,9 +80,15 @@ FLASH_ATTN_DEVICE Share share_of(const DecodeParams& params, int total) {
   return share;
 }
 
-/// This CTA's share and the first unit of it. All threads call it; `scratch` has room for a word a warp and four more.
+/// What find_share needs of shared memory.
+struct ShareScratch {
+  int sums[16];  // of the warps
+  Unit first;
+};
+
+/// This CTA's share and the first unit of it. All threads call it.
 template <typename C>
-FLASH_ATTN_DEVICE Share find_share(const DecodeParams& params, int* scratch, Unit& first) {
+FLASH_ATTN_DEVICE Share find_share(const DecodeParams& params, ShareScratch* scratch, Unit& first) {
   const int batch = int(params.problem.batch), heads = params.num_heads_k;
   if (params.alike) {
     first.sequence = sequence_of<C>(params, 0);
@@ -91,44 +101,52 @@ FLASH_ATTN_DEVICE Share find_share(const DecodeParams& params, int* scratch, Uni
     first.block = rest % first.sequence.blocks;
     return share;
   }
-  // Thread i has sequences [i * each, (i + 1) * each).
+  // Thread i has sequences [i * each, (i + 1) * each): it counts their units, and who has the share's first finds it.
+  static_assert(C::kThreads / 32 <= 16);
   const int each = (batch + C::kThreads - 1) / C::kThreads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b_begin = min(int(threadIdx.x) * each, batch), b_end = min(b_begin + each, batch);
-  int own = 0;
-  for (int b = b_begin; b < b_end; ++b) own += sequence_of<C>(params, b).units(heads);
-  int before = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == 31) scratch[warp] = before;
-  __syncthreads();  // the warps' sums are there
-  int total = 0;
-  before -= own;
-#pragma unroll
-  for (int w = 0; w < C::kThreads / 32; ++w) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
-  }
-  const Share share = share_of(params, total);
-  int* const found = scratch + C::kThreads / 32;
-  if (share.begin >= before && share.begin < before + own) {
-    int b = b_begin, units = sequence_of<C>(params, b).units(heads);
-    while (share.begin >= before + units) {
-      before += units;
-      units = sequence_of<C>(params, ++b).units(heads);
+  int before = 0, own = 0, b = b_begin;
+  Sequence s;
+  Share share;
+  bool found = false;
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    int units = 0;
+    if (turn == 0 || (found && each > 1)) {
+#pragma unroll 1
+      for (b = b_begin; b < b_end; ++b) {
+        s = sequence_of<C>(params, b);
+        units = s.units(heads);
+        if (turn > 0 && share.begin < before + units) break;
+        (turn == 0 ? own : before) += units;
+      }
     }
-    found[0] = b;
-    found[1] = share.begin - before;
+    if (turn > 0) break;
+    int until = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, until, step);
+      if (lane >= step) until += other;
+    }
+    if (lane == 31) scratch->sums[warp] = until;
+    __syncthreads();  // the warps' sums are there
+    int total = 0;
+    before = until - own;
+#pragma unroll
+    for (int w = 0; w < C::kThreads / 32; ++w) {
+      if (w < warp) before += scratch->sums[w];
+      total += scratch->sums[w];
+    }
+    share = share_of(params, total);
+    found = share.begin >= before && share.begin < before + own;
+    if (each == 1) b = b_begin;
+  }
+  if (found) {
+    const int in_sequence = share.begin - before, tile = in_sequence / s.blocks;
+    scratch->first = {share.begin, b, tile, in_sequence - tile * s.blocks, s};
   }
   __syncthreads();  // what was found is there
-  if (share.begin >= share.end) return share;
-  first.index = share.begin;
-  first.b = found[0];
-  first.sequence = sequence_of<C>(params, first.b);
-  first.tile = found[1] / first.sequence.blocks;
-  first.block = found[1] % first.sequence.blocks;
+  first = scratch->first;
   return share;
 }
 

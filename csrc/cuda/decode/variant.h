@@ -1,8 +1,6 @@
 // The kernels of one head dimension.
 #pragma once
 
-#include <initializer_list>
-
 #include "params.h"
 
 namespace flash_attn::cuda::decode {
@@ -10,10 +8,9 @@ namespace flash_attn::cuda::decode {
 struct Variant {
   const char* name;
   int head_dim, block_m, block_n, threads, blocks_per_sm;
-  int row_step;                     // between the rows that a thread copies
   int fixed_bytes, stage_bytes;     // of shared memory
   int64_t partial_bytes;            // of the workspace, a CTA
-  void (*kernel[2])(DecodeParams);  // bfloat16, float16
+  void (*kernel[2])(DecodeParams);  // by q's dtype: bfloat16, float16
 };
 
 /// Few rows first.

@@ -5,6 +5,7 @@ namespace {
 
 const Variant kVariants[] = {
     variant<128, 16, 2>("decode d128 16x64"),
+    variant<128, 32, 2>("decode d128 32x64"),
     variant<128, 64, 1>("decode d128 64x64"),
 };
 

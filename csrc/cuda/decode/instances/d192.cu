@@ -5,6 +5,7 @@ namespace {
 
 const Variant kVariants[] = {
     variant<192, 16, 1>("decode d192 16x64"),
+    variant<192, 32, 1>("decode d192 32x64"),
     variant<192, 64, 1>("decode d192 64x32"),
 };
 

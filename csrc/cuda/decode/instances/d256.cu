@@ -5,6 +5,7 @@ namespace {
 
 const Variant kVariants[] = {
     variant<256, 16, 1>("decode d256 16x64"),
+    variant<256, 32, 1>("decode d256 32x64"),
     variant<256, 64, 1>("decode d256 64x32"),
 };
 

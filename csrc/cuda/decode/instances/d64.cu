@@ -5,6 +5,7 @@ namespace {
 
 const Variant kVariants[] = {
     variant<64, 16, 2>("decode d64 16x64"),
+    variant<64, 32, 2>("decode d64 32x64"),
     variant<64, 64, 1>("decode d64 64x64"),
 };
 
