@@ -51,6 +51,8 @@ LONG = [
     CacheProblem(torch.bfloat16, (2000, 100), 2048, 4, 2, 200, 40, 192, 192, 256, causal=True, window=(300, 0)),
     CacheProblem(torch.float16, (2000, 2000), 2048, 24, 2, 7, 7, 256, 256, causal=True, softcap=20.0, slopes="batch"),
     CacheProblem(torch.bfloat16, (1500, 20), 2048, 6, 2, 2, 2, 96, 96, 48, window=(64, 0), causal=True),
+    CacheProblem(torch.bfloat16, (3000, 17), 3072, 32, 4, 4, 4, 128, 128, 16, causal=True),
+    CacheProblem(torch.float16, (1500, 0, 2000), 2048, 8, 2, 8, 8, 256, 256, causal=True, sinks=True),
 ]
 
 

@@ -98,6 +98,7 @@ def test_other_families_refuse_pages() -> None:
 
 def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None:
     assert _plan(batch=1, keys=64)["decisions"]["ctas"] <= 3 * 8
-    assert _plan(batch=64)["decisions"]["ctas"] == 2 * 132
+    assert _plan(batch=67)["decisions"]["ctas"] == 2 * 132
+    assert _plan(batch=64)["decisions"]["ctas"] == 256  # two tiles each
     small = _plan(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
     assert small % 8 == 0 and small >= 0.95 * 2 * 132
