@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "float8.h"
 #include "host_device.h"
 #include "kernel.h"
 #include "row_copies.h"
@@ -13,6 +14,8 @@ struct Backend {
   /// Fastest family first; the last one refuses nothing.
   std::vector<const ForwardKernel*> forward;
   std::vector<const BackwardKernel*> backward;
+  /// Forward over float8 caches.
+  std::vector<const Kernel<Float8Params>*> float8;
   void (*copy_rows)(const RowCopies&, void* stream);
   /// Packs attn_mask into packed_bytes() at `data`, see packed_mask.h.
   void (*pack_mask)(const MaskView& mask, void* data, void* stream);

@@ -29,6 +29,7 @@ TensorInfo tensor_info(const char* name, const TensorTuple& tensor) {
   for (int i = 0; i < int(DType::kOther); ++i) {
     if (dtype == kDTypes[i]) info.dtype = DType(i);
   }
+  if (dtype == dtype_name(kFloat8E4M3)) info.dtype = kFloat8E4M3;
   info.device = device < 0 ? DeviceType::kCPU : DeviceType::kCUDA;
   info.device_index = device == -1 ? 0 : device;
   check_ndim(name, int64_t(sizes.size()));
@@ -139,7 +140,9 @@ py::dict plan_cache(const TensorTuples& tensors, const py::dict& options, const 
   dense_strides_like(a.q, p.head_dim_v, out.stride);
   p.out = tensor_view(out, /*heads_first=*/false);
   const Backend& backend = backend_of(p.device);
-  return describe(backend.forward, p, device ? device_info(*device) : backend.device_info(p.device_index));
+  const DeviceInfo info = device ? device_info(*device) : backend.device_info(p.device_index);
+  if (is_float8(a.k_cache)) return describe(backend.float8, make_float8_params(a, p), info);
+  return describe(backend.forward, p, info);
 }
 
 py::dict build_info() {

@@ -1,6 +1,7 @@
 // Copies of rows, turned by rotary embeddings on the way or not: into a cache, or into a tensor like the first.
 #pragma once
 
+#include "float8.h"
 #include "params.h"
 #include "sequence.h"
 
@@ -41,8 +42,10 @@ struct RowCopies {
   const int32_t* cu_seqlens = nullptr;  // (sequences + 1): rows after the last sequence are not turned
   int64_t sequences = 0;
 
-  CacheView cache;       // where `to` is one
-  int64_t capacity = 0;  // rows of a sequence in it
+  CacheView cache;         // where `to` is one
+  int64_t capacity = 0;    // rows of a sequence in it
+  bool to_float8 = false;  // `to` are, and hold multiples of the descales
+  Descale descales[kMaxCopies];
 };
 
 /// Where a row comes from, what it is turned by, and where it goes.

@@ -75,6 +75,9 @@ const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& ke
 template FLASH_ATTN_EXPORT const ForwardKernel& select_kernel(const std::vector<const ForwardKernel*>&,
                                                               const ForwardParams&, const DeviceInfo&,
                                                               std::vector<Rejection>*);
+template FLASH_ATTN_EXPORT const Kernel<Float8Params>& select_kernel(const std::vector<const Kernel<Float8Params>*>&,
+                                                                     const Float8Params&, const DeviceInfo&,
+                                                                     std::vector<Rejection>*);
 template FLASH_ATTN_EXPORT const BackwardKernel& select_kernel(const std::vector<const BackwardKernel*>&,
                                                                const BackwardParams&, const DeviceInfo&,
                                                                std::vector<Rejection>*);

@@ -44,6 +44,7 @@ class CacheProblem:
     slopes: str = ""  # "head" or "batch"
     sinks: bool = False
     one_length: bool = False  # cache_seqlens is an int: that of all
+    float8: str = ""  # the caches are, with a descale for each "head" or for each of each sequence ("batch")
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -99,6 +100,15 @@ def random_cache_problem(seed: int, dtypes: tuple[torch.dtype, ...] = problems.D
     )
 
 
+def random_float8_problem(seed: int) -> CacheProblem:
+    """As random_cache_problem, over float8 caches."""
+    problem = random_cache_problem(seed, (torch.bfloat16, torch.float16))
+    head_dim, head_dim_v = (max(16, n // 16 * 16) for n in (problem.head_dim, problem.head_dim_v))
+    rotary_dim = min(problem.rotary_dim, head_dim)
+    kind = random.Random(seed).choice(("head", "batch"))
+    return dataclasses.replace(problem, head_dim=head_dim, head_dim_v=head_dim_v, rotary_dim=rotary_dim, float8=kind)
+
+
 @dataclass
 class Inputs:
     """The arguments of a call, on the CPU, and where each row of each sequence lies in the cache."""
@@ -115,6 +125,8 @@ class Inputs:
     table: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
     places: Tensor  # (batch, capacity): rows of the cache as (entries * rows, ...)
 
 
@@ -141,9 +153,11 @@ def make_inputs(problem: CacheProblem) -> Inputs:
         shape = (batch + (p.spare if p.batch_index else 0), p.capacity)
     caches = []
     for columns in (p.head_dim, p.head_dim_v):
-        cache = torch.full((*shape, p.heads_k, columns), math.nan, dtype=p.dtype)
+        cache = torch.full((*shape, p.heads_k, columns), math.nan, dtype=torch.float32 if p.float8 else p.dtype)
         for b, length in enumerate(p.lengths):
-            cache.view(-1, p.heads_k, columns)[places[b, :length]] = random_tensor(length, p.heads_k, columns)
+            cache.view(-1, p.heads_k, columns)[places[b, :length]] = random_tensor(length, p.heads_k, columns).to(
+                cache.dtype
+            )
         caches.append(cache)
     filled = [n + p.appended for n in p.lengths]
     leftpad = torch.tensor([int(torch.randint(0, n + 1, (), generator=g)) for n in p.lengths]) if p.leftpad else None
@@ -157,6 +171,14 @@ def make_inputs(problem: CacheProblem) -> Inputs:
         (p.capacity if not p.page_size else places.shape[1] + p.page_size, p.rotary_dim // 2), generator=g
     )
     assert max(filled) <= p.capacity
+    descales = [
+        torch.rand((batch, p.heads_k) if p.float8 == "batch" else (p.heads_k,), generator=g) + 0.25
+        if p.float8
+        else None
+        for _ in range(2)
+    ]
+    if p.float8:
+        caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
     return Inputs(
         random_tensor(batch, p.seqlen_q, p.heads, p.head_dim),
         *caches,
@@ -171,6 +193,7 @@ def make_inputs(problem: CacheProblem) -> Inputs:
         if p.slopes
         else None,
         torch.randn(p.heads, generator=g, dtype=statistics) if p.sinks else None,
+        *descales,
         places,
     )
 
@@ -186,25 +209,43 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     return torch.cat((both, exact[..., 2 * half :]), -1).to(x.dtype)
 
 
+def descale_of(descale: Tensor | None, b: int) -> Tensor:
+    """(heads, 1), of sequence b."""
+    if descale is None:
+        return torch.ones(1, 1)
+    return (descale[b] if descale.dim() == 2 else descale)[:, None]
+
+
+def as_numbers(problem: CacheProblem, cache: Tensor) -> Tensor:
+    """In a dtype that can be indexed."""
+    return cache.float() if problem.float8 else cache
+
+
 def expected_cache(problem: CacheProblem, given: Inputs) -> tuple[Tensor, Tensor]:
-    """The caches after the call."""
-    p, caches = problem, (given.k_cache.clone(), given.v_cache.clone())
+    """The caches after the call, float8 ones in float32."""
+    p, caches = problem, (as_numbers(problem, given.k_cache).clone(), as_numbers(problem, given.v_cache).clone())
     for b, length in enumerate(p.lengths):
         rows = torch.arange(p.appended) + length
-        for cache, new, turns in zip(caches, (given.k, given.v), (True, False), strict=True):
+        descales = (given.k_descale, given.v_descale)
+        for cache, new, turns, descale in zip(caches, (given.k, given.v), (True, False), descales, strict=True):
             if new is None:
                 continue
             x = new[b]
             if turns and given.cos is not None and given.sin is not None:
                 x = turned(x, given.cos, given.sin, rows, p.interleaved)
+            if p.float8:
+                x = (x.float() / descale_of(descale, b)).clamp(-448, 448).to(torch.float8_e4m3fn).float()
             cache.view(-1, *cache.shape[2:])[given.places[b, rows]] = x
     return caches
 
 
-def expected(problem: CacheProblem, given: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out and lse in `dtype`, by the reference, of each sequence's rows one after the other."""
+def expected(
+    problem: CacheProblem, given: Inputs, caches: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """out and lse in `dtype`, by the reference, of each sequence's rows one after the other; `caches` are those after
+    the call."""
     p = problem
-    k_cache, v_cache = (cache.view(-1, *cache.shape[2:]) for cache in expected_cache(p, given))
+    k_cache, v_cache = (cache.view(-1, *cache.shape[2:]) for cache in caches)
     outs, lses = [], []
     for b, length in enumerate(p.lengths):
         first = 0 if given.leftpad is None else int(given.leftpad[b])
@@ -217,8 +258,8 @@ def expected(problem: CacheProblem, given: Inputs, dtype: torch.dtype) -> tuple[
         slopes = given.slopes if given.slopes is None or given.slopes.dim() == 1 else given.slopes[b]
         out, lse = reference.attention(
             q[None].to(dtype),
-            k_cache[rows][None].to(dtype),
-            v_cache[rows][None].to(dtype),
+            (k_cache[rows][None].double() * descale_of(given.k_descale, b)).to(dtype),
+            (v_cache[rows][None].double() * descale_of(given.v_descale, b)).to(dtype),
             alibi_slopes=slopes,
             sinks=given.sinks,
             softmax_scale=p.scale,
@@ -259,6 +300,8 @@ def call(problem: CacheProblem, given: Inputs, device: str) -> tuple[Tensor, Ten
         0,
         True,
         learnable_sink=on["sinks"],
+        k_descale=on["k_descale"],
+        v_descale=on["v_descale"],
     )
     return *result, k_cache, v_cache
 
@@ -271,13 +314,18 @@ def check(problem: CacheProblem, device: str) -> None:
         if f"FLASH_ATTN_FORCE={os.environ.get('FLASH_ATTN_FORCE')} does not take this problem" in str(error):
             return
         raise
-    truth, eager = expected(p, given, torch.float64), expected(p, given, p.dtype)
+    after = expected_cache(p, given)
+    for name, got, want in zip(("k_cache", "v_cache"), caches, after, strict=True):
+        close = 1e-12 if p.dtype == torch.float64 else 2 * torch.finfo(p.dtype).eps
+        if p.float8:  # neighbours, where the number was about half way
+            close = torch.finfo(torch.float8_e4m3fn).eps
+        same = torch.isclose(as_numbers(p, got.cpu()), want, rtol=close, atol=close, equal_nan=True)
+        assert same.all(), f"{name}: {int((~same).sum())} entries differ, the first at {(~same).nonzero()[0].tolist()}"
+    if p.float8:
+        after = as_numbers(p, caches[0].cpu()), as_numbers(p, caches[1].cpu())
+    truth, eager = expected(p, given, after, torch.float64), expected(p, given, after, p.dtype)
     reference.assert_close("out", out, truth[0], eager[0], 2, p.dtype)
     reference.assert_close("lse", lse, truth[1], eager[1], 2, p.dtype)
-    for name, got, want in zip(("k_cache", "v_cache"), caches, expected_cache(p, given), strict=True):
-        close = 1e-12 if p.dtype == torch.float64 else 2 * torch.finfo(p.dtype).eps
-        same = torch.isclose(got.cpu(), want, rtol=close, atol=close, equal_nan=True)
-        assert same.all(), f"{name}: {int((~same).sum())} entries differ, the first at {(~same).nonzero()[0].tolist()}"
 
 
 def check_all(many: list[CacheProblem], device: str) -> None:

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_problems import CacheProblem, call, check, check_all, make_inputs, random_cache_problem
+from cache_problems import (
+    CacheProblem,
+    call,
+    check,
+    check_all,
+    make_inputs,
+    random_cache_problem,
+    random_float8_problem,
+)
 from flash_attn import flash_attn_func, flash_attn_interface, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.functions import kvcache
 
@@ -40,6 +48,11 @@ def test_random_caches_agree_with_the_reference_on_cuda(
     check_all([random_cache_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
 
 
+@pytest.mark.gpu
+def test_random_float8_caches_agree_with_the_reference_on_cuda(first: int) -> None:
+    check_all([random_float8_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
+
+
 # Over many blocks of keys, shared out over CTAs in several ways.
 LONG = [
     CacheProblem(
@@ -53,6 +66,9 @@ LONG = [
     CacheProblem(torch.bfloat16, (1500, 20), 2048, 6, 2, 2, 2, 96, 96, 48, window=(64, 0), causal=True),
     CacheProblem(torch.bfloat16, (3000, 17), 3072, 32, 4, 4, 4, 128, 128, 16, causal=True),
     CacheProblem(torch.float16, (1500, 0, 2000), 2048, 8, 2, 8, 8, 256, 256, causal=True, sinks=True),
+    CacheProblem(torch.bfloat16, (3000, 0, 70), 3100, 32, 8, 1, 1, 128, 128, 256, float8="batch"),
+    CacheProblem(torch.float16, (1, 900, 2500), 2600, 8, 2, 3, 3, 64, 64, 16, causal=True, sinks=True, float8="head"),
+    CacheProblem(torch.bfloat16, (700, 4000), 4096, 16, 1, 16, 16, 256, 256, 64, causal=True, float8="head"),
 ]
 
 
@@ -139,7 +155,8 @@ def _ones(*shape: int) -> Tensor:
         (ValueError, "two names", {"page_table": torch.zeros(2, 1).int(), "block_table": torch.zeros(2, 1).int()}),
         (NotImplementedError, "qv must be None", {"qv": _ones(1)}),
         (NotImplementedError, "cu_seqlens_q must be None", {"cu_seqlens_q": _ones(1)}),
-        (NotImplementedError, "k_descale must be None", {"k_descale": _ones(1)}),
+        (NotImplementedError, "q_descale must be None", {"q_descale": _ones(1)}),
+        (RuntimeError, "k_descale must be None with caches that are not float8", {"k_descale": _ones(2)}),
         (ValueError, "num_splits must be >= 0", {"num_splits": -1}),
         (TypeError, "unexpected keyword argument 'windows'", {"windows": 1}),
     ],
@@ -187,6 +204,67 @@ def test_bad_values_are_refused_on_the_cpu_and_where_asked_for(
     with pytest.raises(RuntimeError, match=text):
         flash_attn_with_kvcache(**given)
     assert torch.equal(given["k_cache"], before)
+
+
+def _float8_cache(device: str) -> dict[str, Any]:
+    given = _cache(device, torch.bfloat16)
+    return given | {name: given[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("error", "text", "changed"),
+    [
+        (
+            RuntimeError,
+            "v_cache must have k_cache's dtype bfloat16, but is float8",
+            {"k_cache": _ones(2, 8, 2, 16).bfloat16()},
+        ),
+        (RuntimeError, "k must have q's dtype bfloat16, but is float8_e4m3fn", {"k": torch.float8_e4m3fn}),
+        (RuntimeError, "q must be bfloat16 or float16 with caches of float8", dict.fromkeys("qkv", torch.float32)),
+        (RuntimeError, "k_descale must be float32, but is float16", {"k_descale": _ones(2).half()}),
+        (RuntimeError, r"k_descale must have shape \(batch, heads\)", {"k_descale": _ones(3)}),
+        (RuntimeError, r"v_descale must have shape \(batch, heads\)", {"v_descale": _ones(1, 2)}),
+        (RuntimeError, r"v_descale must have shape \(batch, heads\)", {"v_descale": _ones(1, 2, 2)}),
+        (RuntimeError, "v_descale must be on q's device cuda:0", {"v_descale": None}),
+        (RuntimeError, "head_dim is not a multiple of 16", {"head_dim": 8}),
+    ],
+)
+def test_bad_input_to_float8_caches_is_refused_and_they_are_untouched(
+    error: type[Exception], text: str, changed: dict[str, Any]
+) -> None:
+    given = _float8_cache("cuda")
+    for name, x in changed.items():
+        if name == "head_dim":
+            given |= {n: given[n][..., :x] for n in ("q", "k", "v")}
+            given |= {n: given[n].float()[..., :x].to(torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
+        elif x is None:
+            given[name] = _ones(2)
+        else:
+            given[name] = given[name].to(x) if isinstance(x, torch.dtype) else x.to("cuda")
+    before = given["k_cache"].float(), given["v_cache"].float()
+    with pytest.raises(error, match=text):
+        flash_attn_with_kvcache(**given)
+    assert torch.equal(given["k_cache"].float(), before[0]) and torch.equal(given["v_cache"].float(), before[1])
+
+
+def test_float8_caches_on_the_cpu_are_refused() -> None:
+    given = _float8_cache("cpu")
+    for call_given in (given, {name: x for name, x in given.items() if name not in ("k", "v")}):
+        with pytest.raises(RuntimeError, match=r"float8_e4m3fn must be on a GPU of compute capability 8\.9 or later"):
+            flash_attn_with_kvcache(**call_given)
+
+
+@pytest.mark.gpu
+def test_numbers_beyond_float8_become_its_largest() -> None:
+    given = _float8_cache("cuda")
+    given["k"] = torch.full_like(given["k"], 1e4)
+    given["v"] = torch.full_like(given["v"], -1e4)
+    out = flash_attn_with_kvcache(**given, v_descale=torch.full((2,), 0.5, device="cuda"))
+    assert torch.isfinite(out).all()  # type: ignore[arg-type]
+    for name, number in (("k_cache", 448.0), ("v_cache", -448.0)):
+        cache = given[name].float()
+        assert (cache[0, 3] == number).all() and (cache[1, 5] == number).all()
 
 
 @pytest.mark.gpu
@@ -260,7 +338,7 @@ def test_ops_pass_torchs_checks() -> None:
         None,
         None,
         g["cache_seqlens"],
-        *(None,) * 3,
+        *(None,) * 5,
         1,
         *one[1:2],
         *one[:1],
@@ -275,7 +353,7 @@ def test_ops_pass_torchs_checks() -> None:
         g["v"],
         *(None,) * 4,
         g["cache_seqlens"],
-        *(None,) * 4,
+        *(None,) * 6,
         None,
         2,
         -1,

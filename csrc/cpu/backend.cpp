@@ -19,6 +19,7 @@ const Backend& cpu_backend() {
   static const Backend backend = {
       {&cpu::kForward},
       {&cpu::kBackward},
+      {},
       cpu::copy_rows,
       cpu::pack_mask,
       [](int) { return DeviceInfo{}; },

@@ -123,6 +123,11 @@ const Backend& cuda_backend() {
 #endif
           &cuda::universal::kBackward,
       },
+      {
+#ifdef FLASH_ATTN_WITH_DECODE
+          &cuda::decode::kFloat8Forward,
+#endif
+      },
       cuda::copy_rows,
       [](const MaskView& mask, void* data, void* stream) {
         cuda::mask::pack(mask, data, static_cast<cudaStream_t>(stream));

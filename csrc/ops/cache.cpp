@@ -8,10 +8,10 @@ namespace flash_attn {
 
 namespace {
 
-Results attend(ForwardParams params, const TensorInfo& q_given) {
-  const Backend& backend = backend_of(params.device);
+template <typename Params>
+Results attend(const std::vector<const Kernel<Params>*>& kernels, Params params, const TensorInfo& q_given) {
   const Results results = empty_results(params, q_given, /*heads_first=*/false);
-  if (results.lse.numel() > 0) run(backend.forward, backend, params, q_given);
+  if (results.lse.numel() > 0) run(kernels, backend_of(params.device), params, q_given);
   return results;
 }
 
@@ -22,7 +22,12 @@ void attend_cache(StableIValue* values, uint64_t, uint64_t) {
   given.describe();
   const TensorInfo q_given = given.arguments().q;
   given.make_unit_stride("q");
-  const Results results = attend(make_cache_params(given.arguments()), q_given);
+  const CacheArguments& arguments = given.arguments();
+  const ForwardParams params = make_cache_params(arguments);
+  const Backend& backend = backend_of(params.device);
+  const Results results = is_float8(arguments.k_cache)
+                              ? attend(backend.float8, make_float8_params(arguments, params), q_given)
+                              : attend(backend.forward, params, q_given);
   put_results(values, results.out, results.lse);
 }
 
@@ -32,10 +37,16 @@ void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
   const TensorInfo q_given = given.arguments().q;
   for (const char* name : {"q", "k", "v", "rotary_cos", "rotary_sin"}) given.make_unit_stride(name);
   const AppendArguments& arguments = given.arguments();
+  const CacheArguments attention = arguments.attention();
   // All that may be refused is, before the cache is written to.
   const RowCopies append = make_append_params(arguments);
-  ForwardParams params = make_cache_params(arguments.attention());
+  ForwardParams params = make_cache_params(attention);
   RowCopies turn = make_turned_query_params(arguments);
+  const Backend& backend = backend_of(params.device);
+  const bool float8 = is_float8(arguments.k_cache);
+  if (float8) {  // which not every GPU takes, and no head dimension but some
+    select_kernel(backend.float8, make_float8_params(attention, params), backend.device_info(params.device_index));
+  }
   if (append.batch * append.rows > 0) copy_rows(append, arguments.k_cache);
   OptionalTensor turned_q;
   if (turn.count > 0 && turn.batch * turn.rows > 0) {
@@ -43,7 +54,8 @@ void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
     params.q = turn.copies[0].to = tensor_view(info_of(*turned_q, "q"), false);
     copy_rows(turn, arguments.q);
   }
-  const Results results = attend(params, q_given);
+  const Results results = float8 ? attend(backend.float8, make_float8_params(attention, params), q_given)
+                                 : attend(backend.forward, params, q_given);
   put_results(values, results.out, results.lse);
 }
 

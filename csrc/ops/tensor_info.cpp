@@ -21,6 +21,7 @@ std::string shape_string(const TensorInfo& tensor) {
 }
 
 const char* dtype_name(DType dtype) {
+  if (dtype == kFloat8E4M3) return "float8_e4m3fn";
   switch (dtype) {
     case DType::kFloat64: return "float64";
     case DType::kFloat32: return "float32";

@@ -10,6 +10,9 @@
 
 namespace flash_attn {
 
+/// Of tensors that only ops on caches know; kernels get them as float8.h says.
+constexpr DType kFloat8E4M3 = DType(int32_t(DType::kOther) + 1);
+
 /// A tensor as it arrives from the caller. Strides count elements.
 struct TensorInfo {
   static constexpr int kMaxDims = 4, kMeta = -2;
@@ -27,7 +30,7 @@ FLASH_ATTN_EXPORT void check_ndim(const char* name, int64_t ndim);
 
 /// "(2, 8, 128, 64)"
 std::string shape_string(const TensorInfo& tensor);
-const char* dtype_name(DType dtype);
+FLASH_ATTN_EXPORT const char* dtype_name(DType dtype);
 
 /// Views of a tensor that has passed the checks.
 FLASH_ATTN_EXPORT TensorView tensor_view(const TensorInfo& tensor, bool heads_first);

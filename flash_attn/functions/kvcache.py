@@ -62,6 +62,8 @@ def flash_attn_with_kvcache(
     page_table: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     s_aux: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     pack_gqa: bool | None = None,
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,9 +75,12 @@ def flash_attn_with_kvcache(
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float64, float32, bfloat16 or float16.
         k_cache: (entries, seqlen_cache, num_heads_k, head_dim) of q's dtype, or with block_table (pages, page_size,
-            num_heads_k, head_dim); the last stride is 1.
+            num_heads_k, head_dim); the last stride is 1. Or float8_e4m3fn, both caches, on a GPU of compute capability
+            8.9 or later: then q is bfloat16 or float16, head dims are multiples of 16 up to 256, and a key or value is
+            the number in the cache times k_descale or v_descale.
         v_cache: as k_cache, with head_dim_v.
-        k: (batch, seqlen_new, num_heads_k, head_dim), appended. Default: nothing is.
+        k: (batch, seqlen_new, num_heads_k, head_dim) of q's dtype, appended; to a float8 cache divided by k_descale,
+            rounded to nearest, and at most 448. Default: nothing is.
         v: (batch, seqlen_new, num_heads_k, head_dim_v).
         rotary_cos: (positions, rotary_dim / 2), of q's dtype or float32, a position for each row that the cache has
             room for. With it and k, k is turned to the row where it goes, and q to rows cache_seqlens[b] + i, or
@@ -97,6 +102,8 @@ def flash_attn_with_kvcache(
         page_table: another name for block_table.
         learnable_sink: (num_heads), as for `flash_attn_func`.
         s_aux: another name for learnable_sink.
+        k_descale: (batch, num_heads_k) or (num_heads_k), float32, with float8 caches alone. Default 1.
+        v_descale: as k_descale.
         pack_gqa: a hint, which changes no result.
         others: what else FlashAttention 3 and 4 take, turned off (None, or 0): it is not supported.
 
@@ -115,9 +122,11 @@ def flash_attn_with_kvcache(
     if others or num_splits != 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_with_kvcache", others, MISSING_WITH_CACHE)
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+    checks.dtype("q", checks.plain("q", q))
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.plain(name, x)
-        checks.dtype(name, x)
+        if x.dtype != torch.float8_e4m3fn:
+            checks.dtype(name, x)
     block_table = one_of("block_table", block_table, "page_table", page_table)
     causal = checks.flag("causal", causal)
     interleaved = checks.flag("rotary_interleaved", rotary_interleaved)
@@ -140,6 +149,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx,
         cache_leftpad,
         block_table,
+        k_descale,
+        v_descale,
         q.shape[1],
         appended,
         checks.optional_number("softmax_scale", softmax_scale),
@@ -198,6 +209,8 @@ def attention_of_pages(
         None,
         None,
         checks.plain("block_table", block_table),
+        None,
+        None,
         checks.integer("max_seqlen_q", bound),
         0,
         checks.optional_number("softmax_scale", options.softmax_scale),
@@ -260,7 +273,8 @@ def _with_append(
     assert lengths is not None
     # Many query rows over a cache without indirection are ordinary attention, once the lengths count what is new.
     direct = attend.cache_batch_idx is attend.cache_leftpad is attend.block_table is None
-    many = q.shape[1] * q.shape[2] > _MANY_ROWS * attend.k_cache.shape[2]
+    # Not over float8, which kernels for long queries do not take.
+    many = q.shape[1] * q.shape[2] > _MANY_ROWS * attend.k_cache.shape[2] and attend.k_cache.dtype == q.dtype
     return AppendAndAttend(
         attend.k_cache,
         attend.v_cache,
@@ -276,6 +290,8 @@ def _with_append(
         attend.cache_batch_idx,
         attend.cache_leftpad,
         attend.block_table,
+        attend.k_descale,
+        attend.v_descale,
         attend.softmax_scale,
         attend.causal,
         attend.window_left,

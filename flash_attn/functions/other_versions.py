@@ -43,7 +43,7 @@ _FUNCTIONS = (
     "a bias or a mask as a tensor is attn_mask of flash_attn_func, and functions are for "
     "torch.nn.attention.flex_attention"
 )
-_SCALES = "there are no float8 kernels: convert, and multiply with the scale before"
+_SCALES = "float8 is for caches of flash_attn_with_kvcache alone: convert, and multiply with the scale before"
 _SCHEDULER = "kernels are scheduled by the package alone"
 
 # name: (value that turns it off, what to do instead)

@@ -21,7 +21,8 @@ class Attend(NamedTuple):
     seqlen_q, num_heads, head_dim), with cu_seqlens_q (total_q, num_heads, head_dim); k_cache and v_cache (entries,
     seqlen, num_heads_k, head_dim and head_dim_v), with block_table (pages, page_size, ...), last stride 1; alibi_slopes
     and sinks as of attention; the other tensors int32: cu_seqlens_q (batch + 1), cache_seqlens, cache_batch_idx and
-    cache_leftpad (batch), block_table (batch, blocks). `appended` rows are not counted in cache_seqlens."""
+    cache_leftpad (batch), block_table (batch, blocks). `appended` rows are not counted in cache_seqlens. Caches of
+    float8_e4m3fn hold multiples of k_descale and v_descale, (batch, num_heads_k) or (num_heads_k), float32."""
 
     q: Tensor
     k_cache: Tensor
@@ -33,6 +34,8 @@ class Attend(NamedTuple):
     cache_batch_idx: Tensor | None
     cache_leftpad: Tensor | None
     block_table: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
     max_seqlen_q: int
     appended: int
     softmax_scale: float | None
@@ -61,6 +64,8 @@ class AppendAndAttend(NamedTuple):
     cache_batch_idx: Tensor | None
     cache_leftpad: Tensor | None
     block_table: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
     softmax_scale: float | None
     causal: int
     window_left: int
@@ -82,6 +87,8 @@ class AppendAndAttend(NamedTuple):
             self.cache_batch_idx,
             self.cache_leftpad,
             self.block_table,
+            self.k_descale,
+            self.v_descale,
             self.q.shape[1],
             0 if counted else self.k.shape[1],
             self.softmax_scale,

@@ -1,8 +1,11 @@
 // A thread has a unit of a row of one head: kVec pairs of columns that turn together, or kVec columns that only move.
+// Into a float8 cache numbers go as multiples of the head's descale, the largest where they are larger.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "copy_rows.h"
 #include "launch.h"
@@ -43,6 +46,18 @@ __device__ __forceinline__ Acc widened(T x) {
   }
 }
 
+/// `x` as it is stored; `descale` is that of float8.
+template <typename To, typename Acc>
+__device__ __forceinline__ To stored(Acc x, float descale) {
+  if constexpr (std::is_same_v<To, __nv_fp8_e4m3>) {
+    To y;
+    y.__x = __nv_cvt_float_to_fp8(float(x) / descale, __NV_SATFINITE, __NV_E4M3);
+    return y;
+  } else {
+    return To(x);
+  }
+}
+
 template <typename Acc, typename T>
 __device__ __forceinline__ Acc table_entry(const Rotary& rotary, const void* table, int64_t i) {
   return rotary.dtype == DType::kFloat32 ? Acc(static_cast<const float*>(table)[i])
@@ -50,8 +65,9 @@ __device__ __forceinline__ Acc table_entry(const Rotary& rotary, const void* tab
 }
 
 /// Pairs [first, first + kVec) of a row.
-template <typename T, int kVec>
-__device__ __forceinline__ void turn(const Rotary& rotary, int64_t position, int first, const T* from, T* to) {
+template <typename T, typename To, int kVec>
+__device__ __forceinline__ void turn(const Rotary& rotary, int64_t position, int first, const T* from, To* to,
+                                     float descale) {
   using Acc = typename ArithmeticOf<T>::type;
   const int64_t row = table_row(rotary, position);
   Acc cos[kVec], sin[kVec];
@@ -63,28 +79,29 @@ __device__ __forceinline__ void turn(const Rotary& rotary, int64_t position, int
   }
   // Two pieces: those of the two halves, or of neighbours, where elements of a pair take turns.
   const int second = rotary.interleaved ? kVec : int(rotary.pairs), begin = rotary.interleaved ? 2 * first : first;
-  Piece<T, kVec> a = *reinterpret_cast<const Piece<T, kVec>*>(from + begin);
-  Piece<T, kVec> b = *reinterpret_cast<const Piece<T, kVec>*>(from + begin + second);
-  const auto turn_pair = [&](T& x1, T& x2, int i) {
+  const Piece<T, kVec> a = *reinterpret_cast<const Piece<T, kVec>*>(from + begin);
+  const Piece<T, kVec> b = *reinterpret_cast<const Piece<T, kVec>*>(from + begin + second);
+  Piece<To, kVec> c, d;
+  const auto turn_pair = [&](T x1, T x2, To& to1, To& to2, int i) {
     const Acc y1 = widened<Acc>(x1), y2 = widened<Acc>(x2);
-    x1 = T(y1 * cos[i] - y2 * sin[i]);
-    x2 = T(y1 * sin[i] + y2 * cos[i]);
+    to1 = stored<To>(y1 * cos[i] - y2 * sin[i], descale);
+    to2 = stored<To>(y1 * sin[i] + y2 * cos[i], descale);
   };
   if (rotary.interleaved && kVec > 1) {
 #pragma unroll
     for (int i = 0; i < kVec / 2; ++i) {
-      turn_pair(a.x[2 * i], a.x[2 * i + 1], i);
-      turn_pair(b.x[2 * i], b.x[2 * i + 1], kVec / 2 + i);
+      turn_pair(a.x[2 * i], a.x[2 * i + 1], c.x[2 * i], c.x[2 * i + 1], i);
+      turn_pair(b.x[2 * i], b.x[2 * i + 1], d.x[2 * i], d.x[2 * i + 1], kVec / 2 + i);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) turn_pair(a.x[i], b.x[i], i);
+    for (int i = 0; i < kVec; ++i) turn_pair(a.x[i], b.x[i], c.x[i], d.x[i], i);
   }
-  *reinterpret_cast<Piece<T, kVec>*>(to + begin) = a;
-  *reinterpret_cast<Piece<T, kVec>*>(to + begin + second) = b;
+  *reinterpret_cast<Piece<To, kVec>*>(to + begin) = c;
+  *reinterpret_cast<Piece<To, kVec>*>(to + begin + second) = d;
 }
 
-template <typename T, int kVec>
+template <typename T, typename To, int kVec>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyArguments arguments) {
   const RowCopies& p = arguments.copies;
   int64_t item = (arguments.first_block + blockIdx.x) * kThreads + threadIdx.x;
@@ -102,12 +119,23 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
   if (!place.exists) return;
   const T* from = static_cast<const T*>(copy.from.data) + place.entry * copy.from.batch + place.row * copy.from.row +
                   h * copy.from.head;
-  T* to = static_cast<T*>(copy.to.data) + destination(p, copy.to, b, place) + h * copy.to.head;
+  To* to = static_cast<To*>(copy.to.data) + destination(p, copy.to, b, place) + h * copy.to.head;
   const int pairs = copy.turned ? int(p.rotary.pairs) : 0, turning = pairs / kVec;
-  if (unit < turning && place.position >= 0) return turn<T, kVec>(p.rotary, place.position, unit * kVec, from, to);
-  if (from == to) return;
+  const float descale = std::is_same_v<T, To> ? 1.f : p.descales[which].at(b, h);
+  if (unit < turning && place.position >= 0) {
+    return turn<T, To, kVec>(p.rotary, place.position, unit * kVec, from, to, descale);
+  }
+  if (static_cast<const void*>(from) == to) return;
   const auto move = [&](int column) {
-    *reinterpret_cast<Piece<T, kVec>*>(to + column) = *reinterpret_cast<const Piece<T, kVec>*>(from + column);
+    const Piece<T, kVec> piece = *reinterpret_cast<const Piece<T, kVec>*>(from + column);
+    if constexpr (std::is_same_v<T, To>) {
+      *reinterpret_cast<Piece<To, kVec>*>(to + column) = piece;
+    } else {
+      Piece<To, kVec> stored_piece;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) stored_piece.x[i] = stored<To>(widened<float>(piece.x[i]), descale);
+      *reinterpret_cast<Piece<To, kVec>*>(to + column) = stored_piece;
+    }
   };
   if (unit < turning) {
     move(2 * kVec * unit);
@@ -118,20 +146,20 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_consta
 }
 
 /// Whether `vec` elements at a time stay inside the rows, and are aligned.
-bool fits(const RowCopies& p, int vec, int size) {
-  const auto aligned = [&](const TensorView& view) {
+bool fits(const RowCopies& p, int vec, int size, int size_to) {
+  const auto aligned = [&](const TensorView& view, int size) {
     return reinterpret_cast<uintptr_t>(view.data) % uintptr_t(vec * size) == 0 && view.batch % vec == 0 &&
            view.row % vec == 0 && view.head % vec == 0;
   };
   for (int i = 0; i < p.count; ++i) {
     const RowCopy& copy = p.copies[i];
-    if (copy.columns % vec != 0 || !aligned(copy.from) || !aligned(copy.to)) return false;
+    if (copy.columns % vec != 0 || !aligned(copy.from, size) || !aligned(copy.to, size_to)) return false;
     if (copy.turned && p.rotary.pairs % vec != 0) return false;
   }
   return true;
 }
 
-template <typename T, int kVec>
+template <typename T, typename To, int kVec>
 void launch(const RowCopies& p, cudaStream_t stream) {
   CopyArguments arguments{};
   arguments.copies = p;
@@ -144,19 +172,23 @@ void launch(const RowCopies& p, cudaStream_t stream) {
     arguments.items[i] = p.batch * p.rows * p.copies[i].heads * units;
     items += arguments.items[i];
   }
-  launch_blocks(copy_rows_kernel<T, kVec>, arguments, ceil_div(items, kThreads), kThreads, 0, stream, "rows");
+  launch_blocks(copy_rows_kernel<T, To, kVec>, arguments, ceil_div(items, kThreads), kThreads, 0, stream, "rows");
 }
 
-template <typename T>
+template <typename T, typename To = T>
 void launch(const RowCopies& p, cudaStream_t stream) {
   constexpr int kWide = 16 / int(sizeof(T));
-  (fits(p, kWide, sizeof(T)) ? launch<T, kWide> : launch<T, 1>)(p, stream);
+  (fits(p, kWide, sizeof(T), sizeof(To)) ? launch<T, To, kWide> : launch<T, To, 1>)(p, stream);
 }
 
 }  // namespace
 
 void copy_rows(const RowCopies& copies, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  if (copies.to_float8) {
+    return copies.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, __nv_fp8_e4m3>(copies, stream)
+                                            : launch<__half, __nv_fp8_e4m3>(copies, stream);
+  }
   switch (copies.dtype) {
     case DType::kFloat64: return launch<double>(copies, stream);
     case DType::kFloat32: return launch<float>(copies, stream);

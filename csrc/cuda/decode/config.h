@@ -8,19 +8,28 @@
 // 8 rows of each 16 at a time, in the stage whose keys were the tile's last.
 #pragma once
 
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
 #include "../common/ptx.h"
 #include "../sm80/shared_tile.h"
 
 namespace flash_attn::cuda::decode {
 
-template <typename Element_, int kHeadDim_, int kBlockM_, int kBlocksPerSm_>
+/// Element is q's and out's type, Stored that of keys and values, Operand what is multiplied.
+template <typename Element_, typename Stored_, int kHeadDim_, int kBlockM_, int kBlocksPerSm_>
 struct Config {
   using Element = Element_;
-  using Tile = sm80::SharedTile<kHeadDim_>;
+  using Stored = Stored_;
+  static constexpr bool kFloat8 = sizeof(Stored) == 1;
+  using Operand = std::conditional_t<kFloat8, __half, Element>;
+  using Tile = sm80::SharedTile<kHeadDim_* int(sizeof(Stored)) / 2>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
-  static constexpr int kBlockN = kBlockM == 64 && kHeadDim > 128 ? 32 : 64;
+  // Stages of about 32 KB.
+  static constexpr int kBlockN = (kHeadDim <= 64 ? 128 : kBlockM == 64 && kHeadDim > 128 ? 32 : 64) * (kFloat8 ? 2 : 1);
   static constexpr int kWarpsM = kBlockM / 16;
   static constexpr int kParts = kHeadDim > 128 ? 2 : 1;
   static constexpr int kWarpsN = kBlockM == 16 ? 4 : 2 / (kWarpsM * kParts == 8 ? 2 : 1);
@@ -28,11 +37,12 @@ struct Config {
   static constexpr int kThreads = kConsumers + 64;                    // and a warp that loads keys, one values
   static constexpr int kColumns = kHeadDim / kParts;
   static constexpr int kWarpKeys = kBlockN / kWarpsN;
+  static constexpr int kStepKeys = kWarpKeys < 32 ? kWarpKeys : 32;  // that a warp works on at once
   static constexpr int kTileBytes = kBlockN * Tile::kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;                         // keys and values of a block
-  static constexpr bool kQueriesInShared = kHeadDim * (kBlockM > 16 ? 2 : 1) > 128;  // registers are few
+  static constexpr int kStageBytes = 2 * kTileBytes;  // keys and values of a block
+  static constexpr bool kQueriesInShared = kHeadDim * (kBlockM > 16 || kFloat8 ? 2 : 1) > 128;  // registers are few
   static constexpr int kQueryBytes = kQueriesInShared ? kBlockM * kHeadDim * 2 : 0;
-  static_assert(kWarpKeys % 16 == 0 && kColumns % 16 == 0);
+  static_assert(kWarpKeys % 16 == 0 && kColumns % (kFloat8 ? 32 : 16) == 0);
 
   // The warps' sums, in a stage.
   static constexpr int kPassRows = 8 * kWarpsM, kPasses = 2;
@@ -43,6 +53,7 @@ struct Config {
 
   // A loading warp copies kRowStep rows at a time, a lane a 16-byte chunk of each kGroup.
   static constexpr int kChunks = Tile::kChunks;
+  static constexpr int kChunkColumns = 16 / int(sizeof(Stored));
   static constexpr int kPower = kChunks & -kChunks;  // the largest power of 2 that divides a row's chunks
   static constexpr int kGroup = kPower < 32 ? kPower : 32;
   static constexpr int kRowStep = 32 / kGroup;

@@ -14,9 +14,10 @@ constexpr double kMaxUnits = double(1 << 30);
 constexpr int64_t kFewRows = 64;  // packed; with more, tiles read the same keys again
 constexpr int64_t kFewQueries = 16;
 
-bool is_aligned(const TensorView& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % 8 == 0 && view.row % 8 == 0 &&
-         view.head % 8 == 0;
+/// `columns`: elements of 16 bytes.
+bool is_aligned(const TensorView& view, int columns) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % columns == 0 && view.row % columns == 0 &&
+         view.head % columns == 0;
 }
 
 /// Where ordinary kernels would do as well or better; nothing but this one and the universal kernels read caches.
@@ -28,7 +29,7 @@ const char* refuses_ordinary(const ForwardParams& p) {
   return nullptr;
 }
 
-const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
+const char* refuses(const ForwardParams& p, const DeviceInfo& device, bool float8) {
   if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
   if (!sm80::has_code_for(device.compute_capability, FLASH_ATTN_SM80_ARCHS)) {
     return "this build has no code of the family for the device's compute capability";
@@ -36,33 +37,39 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
   if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "a tensor is empty";
   if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if (float8 && device.compute_capability < 89) return "float8 needs compute capability 8.9";
+  if (float8 && (p.head_dim % 16 != 0 || p.head_dim_v % 16 != 0)) {
+    return "head_dim is not a multiple of 16, which float8 needs";
+  }
   if (p.head_dim == 0 || p.head_dim_v == 0 || p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) {
     return "head_dim is not a multiple of 8";
   }
   if (p.mask.data != nullptr) return "there is an attn_mask";
   if (p.dropout_p > 0.0) return "there is dropout";
   if (const char* reason = refuses_ordinary(p)) return reason;
-  if (!is_aligned(p.q) || !is_aligned(p.k) || !is_aligned(p.v) || !is_aligned(p.out)) {
+  const int stored = float8 ? 16 : 8;
+  if (!is_aligned(p.q, 8) || !is_aligned(p.k, stored) || !is_aligned(p.v, stored) || !is_aligned(p.out, 8)) {
     return "rows are not aligned to 16 bytes";
   }
   if (p.seqlen_q * p.group_size() >= kMaxRows || p.seqlen_k >= kMaxRows) return "a sequence is of over 2^28 rows";
-  const DecodePlan plan = plan_decode(p, device);
+  const DecodePlan plan = plan_decode(p, device, float8);
   if (plan.variant == nullptr) return "no kernel of this head dimension fits into shared memory";
   if (max_units(p, *plan.variant) >= kMaxUnits) return "there are over 2^30 blocks of keys";
   return nullptr;
 }
 
-Plan plan(const ForwardParams& p, const DeviceInfo& device) {
-  const DecodePlan chosen = plan_decode(p, device);
+Plan plan(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+  const DecodePlan chosen = plan_decode(p, device, float8);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes()};
   plan.decide("ctas", chosen.ctas);
   plan.decide("stages", chosen.stages);
   return plan;
 }
 
-void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_pointer) {
+/// `float8` is the same problem, or null.
+void launch(const ForwardParams& p, const Float8Params* float8, const DeviceInfo& device, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const DecodePlan chosen = plan_decode(p, device);
+  const DecodePlan chosen = plan_decode(p, device, float8 != nullptr);
   const Variant& variant = *chosen.variant;
   if (p.is_varlen_q()) {  // rows of no sequence
     universal::fill_rows(p.out, p.dtype, 1, p.total_q, p.num_heads, p.head_dim_v, stream);
@@ -70,6 +77,7 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_point
   }
   DecodeParams params;
   params.problem = p;
+  if (float8 != nullptr) params.k_descale = float8->k_descale, params.v_descale = float8->v_descale;
   params.group = Divisor(p.group_size());
   params.page = Divisor(p.cache.block_table != nullptr ? p.cache.page_size : 1);
   params.whole_rows = p.head_dim == variant.head_dim && p.head_dim_v == variant.head_dim && p.cache.page_size % 16 == 0;
@@ -102,6 +110,17 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream_point
 
 }  // namespace
 
-extern const ForwardKernel kForward = {"decode", refuses, plan, launch};
+extern const ForwardKernel kForward = {
+    "decode",
+    [](const ForwardParams& p, const DeviceInfo& device) { return refuses(p, device, false); },
+    [](const ForwardParams& p, const DeviceInfo& device) { return plan(p, device, false); },
+    [](const ForwardParams& p, const DeviceInfo& device, void* stream) { launch(p, nullptr, device, stream); },
+};
+extern const Kernel<Float8Params> kFloat8Forward = {
+    "decode",
+    [](const Float8Params& p, const DeviceInfo& device) { return refuses(p, device, true); },
+    [](const Float8Params& p, const DeviceInfo& device) { return plan(p, device, true); },
+    [](const Float8Params& p, const DeviceInfo& device, void* stream) { launch(p, &p, device, stream); },
+};
 
 }  // namespace flash_attn::cuda::decode

@@ -6,10 +6,12 @@
 
 namespace flash_attn::cuda::decode {
 
-template <int kHeadDim, int kBlockM, int kBlocksPerSm>
+template <int kHeadDim, int kBlockM, int kBlocksPerSm, bool kFloat8 = false>
 Variant variant(const char* name) {
-  using Bf16 = Config<__nv_bfloat16, kHeadDim, kBlockM, kBlocksPerSm>;
-  using Fp16 = Config<__half, kHeadDim, kBlockM, kBlocksPerSm>;
+  using StoredBf16 = std::conditional_t<kFloat8, __nv_fp8_e4m3, __nv_bfloat16>;
+  using StoredFp16 = std::conditional_t<kFloat8, __nv_fp8_e4m3, __half>;
+  using Bf16 = Config<__nv_bfloat16, StoredBf16, kHeadDim, kBlockM, kBlocksPerSm>;
+  using Fp16 = Config<__half, StoredFp16, kHeadDim, kBlockM, kBlocksPerSm>;
   return {name,
           kHeadDim,
           kBlockM,

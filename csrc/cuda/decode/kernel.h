@@ -1,14 +1,14 @@
 // Attention of few query rows over many keys, whose time is that of reading the keys and values once.
 //
-// A CTA has a share of all blocks of keys (units.h). Two of its warps copy them, one keys and one values, through a ring
-// of stages in shared memory (loading.h), whatever tile they belong to, so that the next tile's are under way while this
-// one's results are written; the others compute, with mma.sync on packed rows (config.h). Tiles that several CTAs have a part of are
-// put together by the last (parts.h).
+// A CTA has a share of all blocks of keys (units.h). Two of its warps copy them, one keys and one values, through a
+// ring of stages in shared memory (loading.h), whatever tile they belong to, so that the next tile's are under way
+// while this one's results are written; the others compute, with mma.sync on packed rows (config.h). Tiles that several
+// CTAs have a part of are put together by the last (parts.h).
 #pragma once
 
 #include "../common/dependent_launch.h"
-#include "loading.h"
 #include "output.h"
+#include "stages/loading.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -24,8 +24,7 @@ struct Memory {
   unsigned char* stages;
 
   static constexpr int kBytes =
-      C::kQueryBytes + C::kStatisticsBytes + int(sizeof(StageBarriers)) + Board::kBytes +
-                                int(sizeof(ShareScratch)) + 4;
+      C::kQueryBytes + C::kStatisticsBytes + int(sizeof(StageBarriers)) + Board::kBytes + int(sizeof(ShareScratch)) + 4;
   static constexpr int kFixedBytes = (kBytes + 127) / 128 * 128;
 
   FLASH_ATTN_DEVICE explicit Memory(unsigned char* memory)
@@ -104,6 +103,9 @@ FLASH_ATTN_DEVICE void use_stages(const DecodeParams& params, const Memory<C>& m
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  if constexpr (C::kFloat8) return;  // decode.cpp refuses them
+#endif
   extern __shared__ __align__(128) unsigned char shared[];
   const Memory<C> memory(shared);
   if (threadIdx.x == 0) memory.barriers->init(C::kConsumers / 32);

@@ -71,10 +71,16 @@ FLASH_ATTN_DEVICE void merge_warps(const TileInfo& t, const WarpState<C>& state,
 #pragma unroll 1
   for (int pass = 0; pass < C::kPasses && 8 * pass < t.rows; ++pass) {
     if (pass > 0) consumers_sync<C>();  // the pass before is read
-    const auto pair = [&](const float(&o)[4], int i) { return pass == 0 ? o[i] : o[2 + i]; };
+    const auto pair = [&](const float (&o)[4], int i) { return pass == 0 ? o[i] : o[2 + i]; };
 #pragma unroll
-    for (int n = 0; n < WarpState<C>::kTiles; ++n) {
-      *reinterpret_cast<float2*>(to + 8 * n + lane % 4 * 2) = {pair(state.o[n], 0), pair(state.o[n], 1)};
+    for (int n = 0; n < WarpState<C>::kTiles; n += 2) {
+      const float (&a)[4] = state.o[n], (&b)[4] = state.o[n + 1];
+      if constexpr (C::kFloat8) {  // even columns, and odd ones
+        *reinterpret_cast<float4*>(to + 8 * n + lane % 4 * 4) = {pair(a, 0), pair(b, 0), pair(a, 1), pair(b, 1)};
+      } else {
+        *reinterpret_cast<float2*>(to + 8 * n + lane % 4 * 2) = {pair(a, 0), pair(a, 1)};
+        *reinterpret_cast<float2*>(to + 8 * (n + 1) + lane % 4 * 2) = {pair(b, 0), pair(b, 1)};
+      }
     }
     consumers_sync<C>();  // everything is there
 #pragma unroll 1

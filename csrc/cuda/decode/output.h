@@ -2,7 +2,7 @@
 #pragma once
 
 #include "merge.h"
-#include "parts.h"
+#include "sharing/parts.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -27,7 +27,8 @@ struct OutputRow {
         p.lse.data)[t.b * p.lse.batch + head * p.lse.head + int64_t{t.q_row + query} * p.lse.row];
   }
   /// What O, relative to the maximum, is to be multiplied by; also writes lse, by one of the row's threads.
-  FLASH_ATTN_DEVICE float finish(const ForwardParams& p, const TileInfo& t, float2 statistics, bool writes) const {
+  FLASH_ATTN_DEVICE float finish(const DecodeParams& params, const TileInfo& t, float2 statistics, bool writes) const {
+    const ForwardParams& p = params.problem;
     float high = statistics.x * sm80::kLn2, sum = statistics.y, correction = 1.f;
     if (p.sinks != nullptr) {
       const float sink = static_cast<const float*>(p.sinks)[head];
@@ -40,7 +41,7 @@ struct OutputRow {
     }
     const bool empty = !used || sum == 0.f;
     if (writes) lse(p, t) = empty ? -INFINITY : high + logf(sum);
-    return empty ? 0.f : correction / sum;
+    return empty ? 0.f : correction / sum * (C::kFloat8 ? params.v_descale.at(t.b, t.head_k) : 1.f);
   }
 };
 
@@ -65,7 +66,7 @@ FLASH_ATTN_DEVICE void store_row(const DecodeParams& params, const TileInfo& t, 
   float factor = 0.f;
   if (part.out == nullptr) {
     const OutputRow<C> output(params, t, row);
-    factor = output.finish(p, t, {statistics.high, statistics.sum}, lane == 0);
+    factor = output.finish(params, t, {statistics.high, statistics.sum}, lane == 0);
     to = output.out(p, t);
   } else if (lane == 0) {
     part.statistics[row] = {statistics.high, statistics.sum};
@@ -141,7 +142,7 @@ FLASH_ATTN_DEVICE void combine_parts(const DecodeParams& params, const TileInfo&
         }
       }
       const OutputRow<C> output(params, t, row);
-      const float factor = output.finish(p, t, {high, sum}, column == 0);
+      const float factor = output.finish(params, t, {high, sum}, column == 0);
       if (exists) store_out<C>(output.out(p, t) + column, o, factor);
     }
   }
@@ -150,8 +151,8 @@ FLASH_ATTN_DEVICE void combine_parts(const DecodeParams& params, const TileInfo&
 /// All consumers of a CTA call it at the end of what it has of a tile; `merge` is in the stage that was used last.
 template <typename C>
 FLASH_ATTN_DEVICE void finish_tile(const DecodeParams& params, const TileInfo& t, const Share& share,
-                                   const WarpState<C>& state, const WarpPlace<C>& place,
-                                   const Merge<C>& merge, int* word) {
+                                   const WarpState<C>& state, const WarpPlace<C>& place, const Merge<C>& merge,
+                                   int* word) {
   const int owner = share.owner(t.first_unit), last = share.owner(t.first_unit + t.units - 1);
   RowSums part{nullptr, nullptr};
   if (owner != last) {

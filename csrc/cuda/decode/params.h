@@ -3,6 +3,7 @@
 
 #include <vector_types.h>
 
+#include "../../float8.h"
 #include "../../params.h"
 #include "../common/division.h"
 
@@ -10,15 +11,16 @@ namespace flash_attn::cuda::decode {
 
 struct DecodeParams {
   ForwardParams problem;
-  Divisor group;            // query heads that read the same keys
-  Divisor page;             // rows of one; 1 without pages
-  bool whole_rows;          // head_dim and head_dim_v are the kernel's, and rows of 16 lie in one page
-  bool scores_as_they_are;  // neither softcap nor ALiBi
-  bool alike;               // no length on the device: every sequence is like the first
-  bool early;               // alike, and no entries and pages: where everything is can be told before any read
+  Descale k_descale, v_descale;  // of float8 caches
+  Divisor group;                 // query heads that read the same keys
+  Divisor page;                  // rows of one; 1 without pages
+  bool whole_rows;               // head_dim and head_dim_v are the kernel's, and rows of 16 lie in one page
+  bool scores_as_they_are;       // neither softcap nor ALiBi
+  bool alike;                    // no length on the device: every sequence is like the first
+  bool early;                    // alike, and no entries and pages: where everything is can be told before any read
   int num_heads_k;
-  int stages;                // blocks of keys and values in shared memory
-  int min_units;             // that a CTA should have
+  int stages;     // blocks of keys and values in shared memory
+  int min_units;  // that a CTA should have
   // Of CTAs that share tiles with others; see parts.h.
   uint64_t launch_id;
   uint64_t* arrivals;          // (CTAs)

@@ -12,7 +12,13 @@ namespace {
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kMaxStages = 6;
 
-const Variants& variants_for(int64_t head_dim) {
+const Variants& variants_for(int64_t head_dim, bool float8) {
+  if (float8) {
+    for (const Variants* variants : {&kD64Float8, &kD128Float8, &kD192Float8}) {
+      if (head_dim <= variants->first->head_dim) return *variants;
+    }
+    return kD256Float8;
+  }
   for (const Variants* variants : {&kD64, &kD96, &kD128, &kD192}) {
     if (head_dim <= variants->first->head_dim) return *variants;
   }
@@ -70,8 +76,8 @@ DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
 
 }  // namespace
 
-DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device) {
-  const Variants& variants = variants_for(std::max(p.head_dim, p.head_dim_v));
+DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+  const Variants& variants = variants_for(std::max(p.head_dim, p.head_dim_v), float8);
   const int64_t rows = p.seqlen_q * p.group_size();
   int wanted = 0;
   while (wanted + 1 < variants.count && rows > variants.first[wanted].block_m) ++wanted;

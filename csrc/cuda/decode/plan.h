@@ -13,7 +13,7 @@ struct DecodePlan {
   int64_t workspace_bytes() const { return arrivals_bytes() + ctas * variant->partial_bytes; }
 };
 
-DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device);
+DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8);
 
 /// Units of all sequences together, at most: see units.h.
 double max_units(const ForwardParams& p, const Variant& variant);

@@ -1,4 +1,4 @@
-// Scores of a warp's 16 rows and kWarpKeys keys, and the online softmax over them (Milakov and Gimelshein, "Online
+// Scores of a warp's 16 rows and kStepKeys keys, and the online softmax over them (Milakov and Gimelshein, "Online
 // normalizer calculation for softmax", 2018). Fragments are those of sm80/mma.h: a lane has rows g and g + 8.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "../sm80/softmax.h"
 #include "config.h"
-#include "tile.h"
+#include "sharing/tile.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -14,11 +14,12 @@ namespace flash_attn::cuda::decode {
 struct LaneRows {
   int query[2];    // row of the sequence
   float slope[2];  // of ALiBi, times log2(e)
+  float unit[2];   // of float8 caches: what products of the operands are multiples of
 };
 
 template <typename C>
 struct Softmax {
-  static constexpr int kTiles = C::kWarpKeys / 8;
+  static constexpr int kTiles = C::kStepKeys / 8;
   float row_max[2];  // in log2; -inf: nothing seen
   float row_sum[2];  // this lane's columns
 
@@ -28,9 +29,14 @@ struct Softmax {
   }
 
   /// From q.k to scores in log2; `first` is the key of the lane's first column.
+  template <bool kUnits>
   FLASH_ATTN_DEVICE static void score(const DecodeParams& params, const TileInfo& t, const LaneRows& rows, int first,
                                       bool partial, float (&s)[kTiles][4]) {
     const ForwardParams& p = params.problem;
+    if constexpr (kUnits) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) s[i / 4][i % 4] *= rows.unit[i % 4 / 2];
+    }
     if (params.scores_as_they_are) {
       const float scale = float(p.softmax_scale) * sm80::kLog2E;
 #pragma unroll

@@ -20,5 +20,6 @@ struct Variants {
 };
 
 extern const Variants kD64, kD96, kD128, kD192, kD256;
+extern const Variants kD64Float8, kD128Float8, kD192Float8, kD256Float8;  // of float8 caches
 
 }  // namespace flash_attn::cuda::decode

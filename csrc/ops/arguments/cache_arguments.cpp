@@ -112,6 +112,60 @@ void check_values(const Cache& cache, const int32_t* lengths, int64_t appended, 
   }
 }
 
+bool in_host_memory(const TensorInfo& tensor) {
+  return tensor.device == DeviceType::kCPU && tensor.device_index != TensorInfo::kMeta;
+}
+
+void check_descale(const char* name, const std::optional<TensorInfo>& descale, const TensorInfo& cache, int64_t batch,
+                   const TensorInfo& like) {
+  if (!descale) return;
+  if (!is_float8(cache)) {
+    refuse(name, " must be None with caches that are not float8_e4m3fn, but is given, and they are ",
+           dtype_name(cache.dtype));
+  }
+  if (descale->dtype != DType::kFloat32) refuse(name, " must be float32, but is ", dtype_name(descale->dtype));
+  const int64_t heads = cache.size[2];
+  const bool each = descale->ndim == 2;
+  if ((!each && descale->ndim != 1) || descale->size[descale->ndim - 1] != heads ||
+      (each && descale->size[0] != batch)) {
+    refuse(name, " must have shape (batch, heads) = (", batch, ", ", heads, ") or (heads), but has ",
+           shape_string(*descale));
+  }
+  check_device(name, *descale, like);
+}
+
+/// Also that there are kernels for float8 caches where they are.
+void check_descales(const TensorInfo& cache, const std::optional<TensorInfo>& k_descale,
+                    const std::optional<TensorInfo>& v_descale, int64_t batch, const TensorInfo& like) {
+  check_descale("k_descale", k_descale, cache, batch, like);
+  check_descale("v_descale", v_descale, cache, batch, like);
+  if (is_float8(cache) && in_host_memory(like)) {
+    refuse("caches of float8_e4m3fn must be on a GPU of compute capability 8.9 or later, but k_cache is on cpu");
+  }
+}
+
+Descale descale_of(const std::optional<TensorInfo>& descale) {
+  if (!descale) return {};
+  const int last = descale->ndim - 1;
+  return {static_cast<const float*>(descale->data), last > 0 ? descale->stride[0] : 0, descale->stride[last]};
+}
+
+/// k_cache and v_cache have q's dtype, or are float8_e4m3fn both.
+void check_cache_dtypes(DType dtype, const TensorInfo& k, const TensorInfo& v) {
+  if (is_float8(k) && is_float8(v)) {
+    if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
+      refuse("q must be bfloat16 or float16 with caches of float8_e4m3fn, but is ", dtype_name(dtype));
+    }
+    return;
+  }
+  for (const auto& [name, cache] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}}) {
+    if (cache->dtype != dtype) {
+      refuse(name, " must have q's dtype ", dtype_name(dtype), is_float8(*cache) ? " or both be float8_e4m3fn" : "",
+             ", but is ", dtype_name(cache->dtype));
+    }
+  }
+}
+
 /// What attention would refuse under names of its own.
 void check_queries(const CacheArguments& a) {
   const int rank = a.cu_seqlens_q ? 3 : 4;
@@ -121,12 +175,9 @@ void check_queries(const CacheArguments& a) {
            ", but has shape ", shape_string(a.q));
   }
   check_dtype("q", a.q.dtype);
-  for (const auto& [name, cache] : {std::pair{"k_cache", &a.k_cache}, std::pair{"v_cache", &a.v_cache}}) {
-    if (cache->dtype != a.q.dtype) {
-      refuse(name, " must have q's dtype ", dtype_name(a.q.dtype), ", but is ", dtype_name(cache->dtype));
-    }
-    check_device(name, *cache, a.q);
-  }
+  check_cache_dtypes(a.q.dtype, a.k_cache, a.v_cache);
+  check_device("k_cache", a.k_cache, a.q);
+  check_device("v_cache", a.v_cache, a.q);
   if (a.q.size[rank - 1] != a.k_cache.size[3]) {
     refuse("q and k_cache must have the same head_dim, but have shapes ", shape_string(a.q), " and ",
            shape_string(a.k_cache));
@@ -137,15 +188,13 @@ void check_queries(const CacheArguments& a) {
   }
 }
 
-/// k_cache or v_cache as if each sequence had its rows in a tensor of its own: with the shapes that attention checks.
-TensorInfo as_sequences(TensorInfo tensor, int64_t batch, int64_t capacity) {
+/// k_cache or v_cache as if each sequence had its rows in a tensor of its own: with the shapes and the dtype that
+/// attention checks.
+TensorInfo as_sequences(TensorInfo tensor, DType dtype, int64_t batch, int64_t capacity) {
+  tensor.dtype = dtype;
   tensor.size[0] = batch;
   tensor.size[1] = capacity;
   return tensor;
-}
-
-bool in_host_memory(const TensorInfo& tensor) {
-  return tensor.device == DeviceType::kCPU && tensor.device_index != TensorInfo::kMeta;
 }
 
 }  // namespace
@@ -158,10 +207,11 @@ ForwardParams make_cache_params(const CacheArguments& a, bool read_values) {
   const int64_t batch = a.cu_seqlens_q ? a.cu_seqlens_q->size[0] - 1 : a.q.size[0];
   const Cache cache = cache_of(a.k_cache, a.v_cache, a.cache_batch_idx, a.block_table, batch, a.q);
   check_queries(a);
+  check_descales(a.k_cache, a.k_descale, a.v_descale, batch, a.q);
   Arguments attention;
   attention.q = a.q;
-  attention.k = as_sequences(a.k_cache, batch, cache.capacity);
-  attention.v = as_sequences(a.v_cache, batch, cache.capacity);
+  attention.k = as_sequences(a.k_cache, a.q.dtype, batch, cache.capacity);
+  attention.v = as_sequences(a.v_cache, a.q.dtype, batch, cache.capacity);
   attention.alibi_slopes = a.alibi_slopes;
   attention.sinks = a.sinks;
   attention.cu_seqlens_q = a.cu_seqlens_q;
@@ -174,7 +224,8 @@ ForwardParams make_cache_params(const CacheArguments& a, bool read_values) {
   ForwardParams p = make_forward_params(attention, read_values);
   if (a.appended < 0) refuse("appended must be >= 0, but is ", a.appended);
   p.seqused_k = int_vector("cache_seqlens", a.cache_seqlens, batch, a.q);
-  const bool ordinary = !a.cache_batch_idx && !a.cache_leftpad && !a.block_table && a.appended == 0;
+  const bool ordinary =
+      !a.cache_batch_idx && !a.cache_leftpad && !a.block_table && a.appended == 0 && !is_float8(a.k_cache);
   if (!ordinary) p.cache = cache.view;
   const int32_t* const first = int_vector("cache_leftpad", a.cache_leftpad, batch, a.q);
   p.cache.first = first;
@@ -189,6 +240,10 @@ ForwardParams make_cache_params(const CacheArguments& a, bool read_values) {
   return p;
 }
 
+Float8Params make_float8_params(const CacheArguments& a, const ForwardParams& params) {
+  return {params, descale_of(a.k_descale), descale_of(a.v_descale)};
+}
+
 CacheArguments AppendArguments::attention() const {
   CacheArguments a;
   a.q = q;
@@ -201,6 +256,8 @@ CacheArguments AppendArguments::attention() const {
   a.cache_batch_idx = cache_batch_idx;
   a.cache_leftpad = cache_leftpad;
   a.block_table = block_table;
+  a.k_descale = k_descale;
+  a.v_descale = v_descale;
   a.softmax_scale = softmax_scale;
   a.causal = causal;
   a.window_left = window_left;
@@ -210,17 +267,22 @@ CacheArguments AppendArguments::attention() const {
 }
 
 RowCopies make_append_params(const AppendArguments& a, bool read_values) {
-  check_dtype("k_cache", a.k_cache.dtype);
+  if (!is_float8(a.k_cache)) check_dtype("k_cache", a.k_cache.dtype);
   if (a.q.ndim != 4) refuse("q must be (batch, seqlen, heads, head_dim), but has shape ", shape_string(a.q));
   for (const auto& [name, tensor] : {std::pair{"k", &a.k}, std::pair{"v", &a.v}, std::pair{"v_cache", &a.v_cache}}) {
-    if (tensor->dtype != a.k_cache.dtype) {
-      refuse(name, " must have k_cache's dtype ", dtype_name(a.k_cache.dtype), ", but is ", dtype_name(tensor->dtype));
+    const bool stored = tensor == &a.v_cache;  // new rows of a float8 cache are given as q is
+    const DType dtype = is_float8(a.k_cache) && !stored ? a.q.dtype : a.k_cache.dtype;
+    if (tensor->dtype != dtype) {
+      refuse(name, " must have ", dtype == a.k_cache.dtype ? "k_cache" : "q", "'s dtype ", dtype_name(dtype),
+             ", but is ", dtype_name(tensor->dtype));
     }
     if (tensor->ndim != 4) refuse(name, " must have 4 dimensions, but has shape ", shape_string(*tensor));
     check_device(name, *tensor, a.k_cache, "k_cache");
   }
   const int64_t batch = a.q.size[0];
   const Cache cache = cache_of(a.k_cache, a.v_cache, a.cache_batch_idx, a.block_table, batch, a.k_cache);
+  check_descales(a.k_cache, a.k_descale, a.v_descale, batch, a.k_cache);
+  if (is_float8(a.k_cache)) check_cache_dtypes(a.q.dtype, a.k_cache, a.v_cache);
   const auto check_new = [&](const char* name, const TensorInfo& tensor, const TensorInfo& to) {
     if (tensor.size[0] != batch || tensor.size[1] != a.k.size[1] || tensor.size[2] != to.size[2] ||
         tensor.size[3] != to.size[3]) {
@@ -238,6 +300,9 @@ RowCopies make_append_params(const AppendArguments& a, bool read_values) {
   p.offsets = int_vector("cache_seqlens", a.cache_seqlens, batch, a.k_cache);
   p.cache = cache.view;
   p.capacity = cache.capacity;
+  p.to_float8 = is_float8(a.k_cache);
+  p.descales[0] = descale_of(a.k_descale);
+  p.descales[1] = descale_of(a.v_descale);
   if (p.rows > cache.capacity) {
     refuse("the cache must have room for the rows that are appended, but it has ", cache.capacity, " rows and k has ",
            p.rows);

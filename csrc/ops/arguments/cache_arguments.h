@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "../../float8.h"
 #include "../../host_device.h"
 #include "../../row_copies.h"
 #include "../tensor_info.h"
@@ -15,14 +16,15 @@ struct CacheArguments {
   TensorInfo q;        // (batch, seqlen_q, num_heads, head_dim), with cu_seqlens_q (total_q, num_heads, head_dim)
   TensorInfo k_cache;  // (entries, seqlen, num_heads_k, head_dim), with block_table (pages, page_size, ...)
   TensorInfo v_cache;  // as k_cache, with head_dim_v
-  std::optional<TensorInfo> alibi_slopes, sinks;  // as of attention
-  std::optional<TensorInfo> cu_seqlens_q;         // (batch + 1)
-  std::optional<TensorInfo> cache_seqlens;        // (batch): rows that are filled; without: all
-  std::optional<TensorInfo> cache_batch_idx;      // (batch): the sequence's entry
-  std::optional<TensorInfo> cache_leftpad;        // (batch): rows before it take no part
-  std::optional<TensorInfo> block_table;          // (batch, blocks): the sequence's pages
-  int64_t max_seqlen_q = 0;                       // with cu_seqlens_q
-  int64_t appended = 0;                           // rows that cache_seqlens does not count
+  std::optional<TensorInfo> alibi_slopes, sinks;   // as of attention
+  std::optional<TensorInfo> cu_seqlens_q;          // (batch + 1)
+  std::optional<TensorInfo> cache_seqlens;         // (batch): rows that are filled; without: all
+  std::optional<TensorInfo> cache_batch_idx;       // (batch): the sequence's entry
+  std::optional<TensorInfo> cache_leftpad;         // (batch): rows before it take no part
+  std::optional<TensorInfo> block_table;           // (batch, blocks): the sequence's pages
+  std::optional<TensorInfo> k_descale, v_descale;  // of float8 caches: (batch, num_heads_k) or (num_heads_k), float32
+  int64_t max_seqlen_q = 0;                        // with cu_seqlens_q
+  int64_t appended = 0;                            // rows that cache_seqlens does not count
   std::optional<double> softmax_scale;
   int64_t causal = 0;
   int64_t window_left = -1, window_right = -1;
@@ -40,6 +42,8 @@ struct CacheArguments {
     visit("cache_batch_idx", cache_batch_idx);
     visit("cache_leftpad", cache_leftpad);
     visit("block_table", block_table);
+    visit("k_descale", k_descale);
+    visit("v_descale", v_descale);
   }
 
   template <typename Visit>
@@ -58,6 +62,11 @@ struct CacheArguments {
 /// are in host memory and `read_values` is true.
 FLASH_ATTN_EXPORT ForwardParams make_cache_params(const CacheArguments& arguments, bool read_values = true);
 
+inline bool is_float8(const TensorInfo& cache) { return cache.dtype == kFloat8E4M3; }
+
+/// The same where is_float8(k_cache), `params` made by make_cache_params.
+FLASH_ATTN_EXPORT Float8Params make_float8_params(const CacheArguments& arguments, const ForwardParams& params);
+
 /// The arguments of flash_attn::append_and_attend, which first writes k and v behind the rows of each sequence.
 struct AppendArguments {
   TensorInfo k_cache, v_cache, q;                    // as of CacheArguments
@@ -66,7 +75,7 @@ struct AppendArguments {
   std::optional<TensorInfo> alibi_slopes, sinks;
   TensorInfo cache_seqlens;                 // (batch): rows that are filled before
   std::optional<TensorInfo> total_seqlens;  // (batch): and after, for kernels that do not count seqlen_new
-  std::optional<TensorInfo> cache_batch_idx, cache_leftpad, block_table;
+  std::optional<TensorInfo> cache_batch_idx, cache_leftpad, block_table, k_descale, v_descale;
   std::optional<double> softmax_scale;
   int64_t causal = 0;
   int64_t window_left = -1, window_right = -1;
@@ -89,6 +98,8 @@ struct AppendArguments {
     visit("cache_batch_idx", cache_batch_idx);
     visit("cache_leftpad", cache_leftpad);
     visit("block_table", block_table);
+    visit("k_descale", k_descale);
+    visit("v_descale", v_descale);
   }
 
   template <typename Visit>

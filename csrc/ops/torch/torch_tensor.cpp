@@ -23,6 +23,7 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Bool: return DType::kBool;
     case ScalarType::Int: return DType::kInt32;
     case ScalarType::Long: return DType::kInt64;
+    case ScalarType::Float8_e4m3fn: return kFloat8E4M3;
     default: return DType::kOther;
   }
 }

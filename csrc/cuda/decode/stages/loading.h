@@ -1,9 +1,9 @@
 // Keys and values on their way to shared memory.
 #pragma once
 
-#include "config.h"
+#include "../config.h"
+#include "../sharing/tile.h"
 #include "stages.h"
-#include "tile.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -21,7 +21,7 @@ struct Board {
 /// step of each block.
 template <typename C>
 class Loader {
-  using Element = typename C::Element;
+  using Stored = typename C::Stored;
   static constexpr int kRuns = C::kBlockN / C::kRun;
   static_assert(kRuns <= 32);
 
@@ -50,7 +50,7 @@ class Loader {
     const int blocks = min(min(end_ - unit_.index, unit_.sequence.blocks - unit_.block), params_.stages);
     const int begin = (unit_.sequence.first_block + unit_.block) * C::kBlockN;
     const int rows = min(blocks * C::kBlockN, tile_end_ - begin);
-    constexpr int kLine = 64, kLines = (C::kHeadDim + kLine - 1) / kLine;
+    constexpr int kLine = 128 / int(sizeof(Stored)), kLines = (C::kHeadDim + kLine - 1) / kLine;
     for (int i = lane_; i < rows * kLines; i += 32) {
       const int column = i % kLines * kLine;
       if (column < columns_) prefetch_to_l2(from_ + i / kLines * stride_ + column);
@@ -95,7 +95,7 @@ class Loader {
     const KeyRows rows = key_rows(p.cache, t.b);
     pages_ = rows.pages;
     // With pages at the head's first row of page 0, without at the block's first row.
-    from_ = static_cast<const Element*>(values_ ? p.v.data : p.k.data) + t.head_k * (values_ ? p.v.head : p.k.head);
+    from_ = static_cast<const Stored*>(values_ ? p.v.data : p.k.data) + t.head_k * (values_ ? p.v.head : p.k.head);
     if (pages_ == nullptr) {
       const int row = (unit_.sequence.first_block + unit_.block) * C::kBlockN;
       from_ += rows.entry * entry_stride_ + row * stride_;
@@ -114,7 +114,7 @@ class Loader {
       if (query >= t.seqlen_q || column >= p.head_dim) continue;
       const int head = t.head_k * int(params_.group.value) + in_group;
       const int64_t at = t.b * p.q.batch + (t.q_row + query) * p.q.row + head * p.q.head + column;
-      prefetch_to_l2(static_cast<const Element*>(p.q.data) + at);
+      prefetch_to_l2(static_cast<const typename C::Element*>(p.q.data) + at);
     }
   }
 
@@ -133,10 +133,10 @@ class Loader {
 
   /// All rows of a block, each run of them from one place.
   FLASH_ATTN_DEVICE void load_runs(uint32_t stage) {
-    const int64_t lane_offset = row_ * stride_ + 8 * chunk_, step = C::kRowStep * stride_;
+    const int64_t lane_offset = row_ * stride_ + C::kChunkColumns * chunk_, step = C::kRowStep * stride_;
 #pragma unroll 1
     for (int i = 0; i < kRuns; ++i) {
-      const Element* from = from_ + lane_offset;
+      const Stored* from = from_ + lane_offset;
       if (pages_ != nullptr) {
         const int page = clamp(__shfl_sync(~0u, page_, i), 0, int(params_.problem.cache.entries) - 1);
         from += page * entry_stride_ + __shfl_sync(~0u, in_page_, i) * stride_;
@@ -148,7 +148,7 @@ class Loader {
       for (int row = 0; row < C::kRun; row += C::kRowStep, from += step) {
 #pragma unroll
         for (int group = 0; group < C::kChunks; group += C::kGroup) {
-          sm80::cp_async_16(place(to, row) + group * 16, from + 8 * group);
+          sm80::cp_async_16(place(to, row) + group * 16, from + C::kChunkColumns * group);
         }
       }
     }
@@ -165,11 +165,11 @@ class Loader {
         const int number = params_.page.divide(row, in_page);
         if (exists) page = clamp(pages_[number], 0, int(params_.problem.cache.entries) - 1);
       }
-      const Element* const from = from_ + (page * entry_stride_ + in_page * stride_ + 8 * chunk_);
+      const Stored* const from = from_ + (page * entry_stride_ + in_page * stride_ + C::kChunkColumns * chunk_);
 #pragma unroll
       for (int group = 0; group < C::kChunks; group += C::kGroup) {
-        const bool there = exists && 8 * (chunk_ + group) < columns_;
-        const void* const chunk = there ? from + 8 * group : params_.problem.k.data;
+        const bool there = exists && C::kChunkColumns * (chunk_ + group) < columns_;
+        const void* const chunk = there ? from + C::kChunkColumns * group : params_.problem.k.data;
         sm80::cp_async_16_or_zeros(place(stage, step) + group * 16, chunk, there);
       }
     }
@@ -188,7 +188,7 @@ class Loader {
   int full_begin_ = 0, full_end_ = 0;    // rows that all see
   int slot_ = 0;                         // of the tile, on the board
   bool begun_ = false;                   // there was a tile
-  const Element* from_ = nullptr;
+  const Stored* from_ = nullptr;
   const int32_t* pages_ = nullptr;
   int page_ = 0, in_page_ = 0;
 };

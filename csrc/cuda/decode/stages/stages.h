@@ -1,7 +1,7 @@
 // The stages' barriers: a warp fills stages with cp.async, the others use them.
 #pragma once
 
-#include "../common/ptx.h"
+#include "../../common/ptx.h"
 
 namespace flash_attn::cuda::decode {
 

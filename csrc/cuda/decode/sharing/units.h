@@ -3,9 +3,9 @@
 // sequences are, all CTAs read about as much. A tile whose units belong to several CTAs is put together by parts.h.
 #pragma once
 
-#include "../../sequence.h"
-#include "../common/ptx.h"
-#include "params.h"
+#include "../../../sequence.h"
+#include "../../common/ptx.h"
+#include "../params.h"
 
 namespace flash_attn::cuda::decode {
 
