@@ -46,10 +46,12 @@ def _plan(
     page_size: int = 0,
     device: tuple[int, ...] = H200,
     address: int = BASE,
+    stored: str = "",
     **more: Any,
 ) -> dict[str, Any]:
     shape = (batch * keys // page_size, page_size) if page_size else (batch, keys)
-    caches = {name: _tensor(dtype, *shape, heads_k, head_dim, address=address) for name in ("k_cache", "v_cache")}
+    cache = _tensor(stored or dtype, *shape, heads_k, head_dim, address=address)
+    caches = {"k_cache": cache, "v_cache": cache}
     tensors = {"q": _tensor(dtype, batch, rows, heads, head_dim), **caches}
     if page_size:
         tensors["block_table"] = _tensor("int32", batch, keys // page_size)
@@ -82,6 +84,34 @@ def test_what_it_does_not_take(changes: dict[str, Any], reason: str) -> None:
     chosen = _plan(**changes)
     assert chosen["family"] != "decode"
     assert [reason in text for family, text in chosen["rejected"] if family == "decode"] == [True]
+
+
+@pytest.mark.parametrize("head_dim, kernel", [(16, "d64"), (80, "d128"), (128, "d128"), (192, "d192"), (208, "d256")])
+@pytest.mark.parametrize("rows", [1, 500])
+def test_float8_caches_have_kernels_of_their_own(head_dim: int, kernel: str, rows: int) -> None:
+    chosen = _plan(rows, head_dim=head_dim, stored="float8_e4m3fn")
+    assert chosen["family"] == "decode" and chosen["kernel"].startswith(f"decode float8 {kernel} ")
+    assert chosen["workspace_bytes"] > 0 and chosen["decisions"]["stages"] >= 2
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"device": (86, 84, 101376, 6 << 20)}, "float8 needs compute capability 8.9"),
+        ({"head_dim": 72}, "head_dim is not a multiple of 16, which float8 needs"),
+        ({"head_dim": 272}, "head_dim is over 256"),
+        ({"dtype": "float32"}, "q must be bfloat16 or float16 with caches of float8_e4m3fn"),
+        ({"address": BASE + 8}, "rows are not aligned to 16 bytes"),
+    ],
+)
+def test_what_no_kernel_takes_of_float8(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason.replace(".", r"\.")):
+        _plan(stored="float8_e4m3fn", **changes)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+def test_tiles_have_room_for_the_rows_that_share_keys(rows: int) -> None:
+    assert _plan(rows)["tile"][0] == (16 if rows <= 4 else 32 if rows <= 8 else 64)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 500])

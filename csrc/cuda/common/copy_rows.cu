@@ -103,6 +103,9 @@ __device__ __forceinline__ void turn(const Rotary& rotary, int64_t position, int
 
 template <typename T, typename To, int kVec>
 __global__ void __launch_bounds__(kThreads) copy_rows_kernel(const __grid_constant__ CopyArguments arguments) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  if constexpr (std::is_same_v<To, __nv_fp8_e4m3>) return;  // which no kernel would read: the op refuses it
+#endif
   const RowCopies& p = arguments.copies;
   int64_t item = (arguments.first_block + blockIdx.x) * kThreads + threadIdx.x;
   int which = 0;

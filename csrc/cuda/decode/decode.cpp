@@ -31,13 +31,13 @@ const char* refuses_ordinary(const ForwardParams& p) {
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device, bool float8) {
   if (device.compute_capability < 80) return "the device is older than compute capability 8.0";
+  if (float8 && device.compute_capability < 89) return "float8 needs compute capability 8.9";
   if (!sm80::has_code_for(device.compute_capability, FLASH_ATTN_SM80_ARCHS)) {
     return "this build has no code of the family for the device's compute capability";
   }
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
   if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "a tensor is empty";
   if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
-  if (float8 && device.compute_capability < 89) return "float8 needs compute capability 8.9";
   if (float8 && (p.head_dim % 16 != 0 || p.head_dim_v % 16 != 0)) {
     return "head_dim is not a multiple of 16, which float8 needs";
   }
