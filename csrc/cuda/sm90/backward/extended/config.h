@@ -10,7 +10,7 @@ template <typename Element, typename Shape>
 struct ExtendedConfig : single::KernelConfig<Element, Shape> {
   using Base = single::KernelConfig<Element, Shape>;
   static constexpr bool kExtended = true;
-  static constexpr int kBytesStatistics = Shape::kBlockM * 12;  // see RowsParams::extended
+  static constexpr int kBytesStatistics = Shape::kBlockM * 16;  // see RowsParams::extended
   static constexpr int kBytesBias = Base::kConsumers * Base::kPanelBytesQ;
   static constexpr int kBytesBits = 4 * Base::kConsumers * (Shape::kBlockM / 64) * 128;
   // With half as many scores a thread as at head dim 64 there are registers to draw dropout's bits for the next step

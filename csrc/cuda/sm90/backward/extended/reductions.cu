@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) reduce_sinks_kernel(const __grid_con
     const int64_t first = head * rows.num_blocks + first_block(p, info, b, rows.block_m, rows.num_m_blocks);
     for (int64_t row = threadIdx.x; row < info.seqlen_q; row += kThreads) {
       const float* const of_block =
-          reinterpret_cast<const float*>(rows.statistics) + (first + row / rows.block_m) * 3 * rows.block_m;
+          reinterpret_cast<const float*>(rows.statistics) + (first + row / rows.block_m) * 4 * rows.block_m;
       const int64_t in_block = row % rows.block_m;
       sum += static_cast<double>(exp2f(sink + of_block[in_block]) * of_block[rows.block_m + in_block]);
     }

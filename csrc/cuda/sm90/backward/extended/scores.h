@@ -139,7 +139,7 @@ struct StepScores {
 
   // -- pieces of sixteen queries
 
-  enum Statistic : int { kLseLog2 = 0, kDelta = 1, kLse = 2 };
+  enum Statistic : int { kLseLog2 = 0, kDelta = 1, kLse = 2, kLost = 3 };
 
   FLASH_ATTN_DEVICE void load_pair(float (&x)[2], int k, int n, Statistic plane) const {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -218,15 +218,18 @@ struct StepScores {
 #pragma unroll
       for (int j = 0; j < 8; ++j) s[j] *= params.softmax_scale;
     }
+    float lost[2][2] = {};
     if (has<kRules>(kBiased)) {
       float bias[8];
       bias_of<kRules>(bias, k, bias_row);
 #pragma unroll
       for (int j = 0; j < 8; ++j) s[j] += bias[j];
+      load_pair(lost[0], k, 0, kLost);
+      load_pair(lost[1], k, 1, kLost);
     }
     if (has<kRules>(kAlibi)) subtract_distances(s, k, slope);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) s[j] = (s[j] + lse[j / 4][j % 2]) * kLog2E;
+    for (int j = 0; j < 8; ++j) s[j] = fmaf(s[j] + lse[j / 4][j % 2], kLog2E, lost[j / 4][j % 2]);
   }
 
   FLASH_ATTN_DEVICE void subtract_distances(float* s, int k, float factor) const {

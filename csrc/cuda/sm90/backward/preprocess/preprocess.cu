@@ -2,6 +2,7 @@
 
 #include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
+#include "../../../common/scores/lost_of_lse.h"
 #include "../../../common/tiles/packed_blocks.h"
 #include "../params.h"
 #include "../rows.h"
@@ -136,17 +137,21 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
     }
   }
   if constexpr (kExtended) {
+    const float lost = p.mask.data != nullptr && p.mask.dtype != DType::kBool
+                           ? lost_of_lse(p, info, b, at.head, at.row + own_row, lse)
+                           : 0.f;
     const bool blind = lane < kPasses && at.row + own_row < info.seqlen_q && lse == -INFINITY;
     const int any_blind = __syncthreads_or(blind);
     if (threadIdx.x == 0) params.blind[accum_row / kRows] = any_blind;
     if (lane >= kPasses) return;
     constexpr float kLog2E = 1.4426950408889634f;
     float* const to =
-        reinterpret_cast<float*>(params.statistics) + at.block * 3 * params.block_m + at.row_in_block + own_row;
+        reinterpret_cast<float*>(params.statistics) + at.block * 4 * params.block_m + at.row_in_block + own_row;
     const bool sees = lse != -INFINITY;  // NaN does
     to[0] = sees ? -lse * kLog2E : lse;
     to[params.block_m] = sees ? dlse - delta : 0.f;
     to[2 * params.block_m] = sees ? -lse : lse;
+    to[3 * params.block_m] = lost;
     return;
   }
   if (lane >= kPasses) return;
