@@ -271,6 +271,17 @@ def test_every_hopper_kernel_for_masks_and_rules_of_scores(name: str, monkeypatc
     check_all(problems, "cuda", "cuda")
 
 
+@pytest.mark.skipif(FORCED not in (None, "sm90"), reason="another family is forced")
+def test_rows_that_see_the_lowest_number_alone_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lse is that number; what P is divided by is counted again. Problems that were wrong without."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there is no device of compute capability 9.0")
+    problems = [random_masked_problem(seed) for seed in (5660, 5774, 6497, 21174, 21344)]
+    assert all(p.mask_kind == "lowest" and p.head_dim <= 128 for p in problems)
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
+    check_all(problems, "cuda", "cuda")
+
+
 def _many_tiles() -> list[Problem]:
     """Several tiles for each CTA of a large GPU, so that CTAs work on what others have added up or prepared."""
     base = Problem(dtype=torch.bfloat16, batch=20, heads=8, heads_k=8, seqlen_q=600, seqlen_k=600)
