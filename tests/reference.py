@@ -33,6 +33,19 @@ def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
+def _log_sum_exp(s: Tensor) -> Tensor:
+    """torch.logsumexp, but with the right gradient where the sum's logarithm is lost beside scores of -3e38: torch's is
+    exp(s - lse), which is 1 there."""
+    lse = s.logsumexp(-1)
+    lost = s.detach().amax(-1) < -1e30
+    if lost.any():
+        rows = s.masked_fill(~lost.unsqueeze(-1), 0.0)
+        largest = rows.detach().amax(-1, keepdim=True)
+        apart = largest.squeeze(-1) + (rows - largest).exp().sum(-1).log()
+        lse = torch.where(lost, apart, lse)
+    return lse
+
+
 def dropout_factor(rng_state: Tensor, p: float, batch: int, heads: int, b: int, rows: int, cols: int) -> Tensor:
     """(heads, rows, cols) float64: 0 where sequence b's scores are dropped, else one over the share that is kept."""
     seed, offset = (int(x) & 0xFFFFFFFFFFFFFFFF for x in rng_state.tolist())
@@ -143,7 +156,7 @@ def attention(
         dead = ~((see & (s > -math.inf)) | s.isnan()).any(1) if n_q else torch.ones(heads, n_k, dtype=torch.bool)
         vb = vb.masked_fill(dead.unsqueeze(-1), 0.0)  # a key that no query sees is never read
         outs.append((p @ vb).transpose(0, 1))
-        lses.append(safe.logsumexp(-1).masked_fill(empty, -math.inf))
+        lses.append(_log_sum_exp(safe).masked_fill(empty, -math.inf))
     for b, (q_first, n_q, _n) in enumerate(rows):
         index = torch.arange(n_q) + (q_first or 0)
         if packed:

@@ -276,7 +276,7 @@ def test_rows_that_see_the_lowest_number_alone_have_gradients(monkeypatch: pytes
     """Their lse is that number; what P is divided by is counted again. Problems that were wrong without."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("there is no device of compute capability 9.0")
-    problems = [random_masked_problem(seed) for seed in (5660, 5774, 6497, 21174, 21344)]
+    problems = [random_masked_problem(seed) for seed in (5774, 21344)]
     assert all(p.mask_kind == "lowest" and p.head_dim <= 128 for p in problems)
     monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
     check_all(problems, "cuda", "cuda")
