@@ -7,6 +7,7 @@ import math
 import os
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 import problems
 import reference
 from flash_attn import flash_attn_with_kvcache
+
+CHUNK = 25  # problems of a test
 
 
 @dataclass(frozen=True)
@@ -338,3 +341,11 @@ def check_all(many: list[CacheProblem], device: str) -> None:
             failures.append(f"{problem!r}: {error}")
     if failures:
         pytest.fail(f"{len(failures)} of {len(many)} problems:\n" + "\n".join(failures), pytrace=False)
+
+
+def small_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A call of two sequences with 3 and 5 filled rows, of caches with 8."""
+    q, k, v = (torch.randn(2, 1, 2, 16, dtype=dtype, device=device) for _ in range(3))
+    k_cache, v_cache = (torch.randn(2, 8, 2, 16, dtype=dtype, device=device) for _ in range(2))
+    lengths = torch.tensor([3, 5], dtype=torch.int32, device=device)
+    return {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "cache_seqlens": lengths}

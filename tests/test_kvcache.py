@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from cache_problems import (
+    CHUNK,
     CacheProblem,
     call,
     check,
     check_all,
     make_inputs,
     random_cache_problem,
-    random_float8_problem,
+    small_call,
 )
 from flash_attn import flash_attn_func, flash_attn_interface, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.functions import kvcache
 
-CHUNK = 25
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INT32 = torch.int32
 
@@ -46,11 +46,6 @@ def test_random_caches_agree_with_the_reference_on_cuda(
     if family:
         monkeypatch.setenv("FLASH_ATTN_FORCE", family)
     check_all([random_cache_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
-
-
-@pytest.mark.gpu
-def test_random_float8_caches_agree_with_the_reference_on_cuda(first: int) -> None:
-    check_all([random_float8_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
 
 
 # Over many blocks of keys, shared out over CTAs in several ways.
@@ -111,14 +106,6 @@ def test_parameters_and_defaults_are_those_of_the_api() -> None:
     assert flash_attn_interface.flash_attn_with_kvcache is flash_attn_with_kvcache
 
 
-def _cache(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """A call of two sequences with 3 and 5 filled rows, of caches with 8."""
-    q, k, v = (torch.randn(2, 1, 2, 16, dtype=dtype, device=device) for _ in range(3))
-    k_cache, v_cache = (torch.randn(2, 8, 2, 16, dtype=dtype, device=device) for _ in range(2))
-    lengths = torch.tensor([3, 5], dtype=INT32, device=device)
-    return {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "cache_seqlens": lengths}
-
-
 def _ones(*shape: int) -> Tensor:
     return torch.ones(shape)
 
@@ -164,7 +151,7 @@ def _ones(*shape: int) -> Tensor:
 def test_bad_input_is_refused_and_the_cache_untouched(
     error: type[Exception], text: str, changed: dict[str, Any], device: str
 ) -> None:
-    given = _cache(device)
+    given = small_call(device)
     for name, x in changed.items():
         strided = isinstance(x, Tensor) and not x.is_contiguous()
         moved = x.to(device) if isinstance(x, Tensor) else x
@@ -194,7 +181,7 @@ def test_bad_input_is_refused_and_the_cache_untouched(
 def test_bad_values_are_refused_on_the_cpu_and_where_asked_for(
     text: str, changed: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = _cache(device)
+    given = small_call(device)
     given |= {name: x.to(device) for name, x in changed.items()}
     before = given["k_cache"].clone()
     if device == "cpu":
@@ -204,67 +191,6 @@ def test_bad_values_are_refused_on_the_cpu_and_where_asked_for(
     with pytest.raises(RuntimeError, match=text):
         flash_attn_with_kvcache(**given)
     assert torch.equal(given["k_cache"], before)
-
-
-def _float8_cache(device: str) -> dict[str, Any]:
-    given = _cache(device, torch.bfloat16)
-    return given | {name: given[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("error", "text", "changed"),
-    [
-        (
-            RuntimeError,
-            "v_cache must have k_cache's dtype bfloat16, but is float8",
-            {"k_cache": _ones(2, 8, 2, 16).bfloat16()},
-        ),
-        (RuntimeError, "k must have q's dtype bfloat16, but is float8_e4m3fn", {"k": torch.float8_e4m3fn}),
-        (RuntimeError, "q must be bfloat16 or float16 with caches of float8", dict.fromkeys("qkv", torch.float32)),
-        (RuntimeError, "k_descale must be float32, but is float16", {"k_descale": _ones(2).half()}),
-        (RuntimeError, r"k_descale must have shape \(batch, heads\)", {"k_descale": _ones(3)}),
-        (RuntimeError, r"v_descale must have shape \(batch, heads\)", {"v_descale": _ones(1, 2)}),
-        (RuntimeError, r"v_descale must have shape \(batch, heads\)", {"v_descale": _ones(1, 2, 2)}),
-        (RuntimeError, "v_descale must be on q's device cuda:0", {"v_descale": None}),
-        (RuntimeError, "head_dim is not a multiple of 16", {"head_dim": 8}),
-    ],
-)
-def test_bad_input_to_float8_caches_is_refused_and_they_are_untouched(
-    error: type[Exception], text: str, changed: dict[str, Any]
-) -> None:
-    given = _float8_cache("cuda")
-    for name, x in changed.items():
-        if name == "head_dim":
-            given |= {n: given[n][..., :x] for n in ("q", "k", "v")}
-            given |= {n: given[n].float()[..., :x].to(torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
-        elif x is None:
-            given[name] = _ones(2)
-        else:
-            given[name] = given[name].to(x) if isinstance(x, torch.dtype) else x.to("cuda")
-    before = given["k_cache"].float(), given["v_cache"].float()
-    with pytest.raises(error, match=text):
-        flash_attn_with_kvcache(**given)
-    assert torch.equal(given["k_cache"].float(), before[0]) and torch.equal(given["v_cache"].float(), before[1])
-
-
-def test_float8_caches_on_the_cpu_are_refused() -> None:
-    given = _float8_cache("cpu")
-    for call_given in (given, {name: x for name, x in given.items() if name not in ("k", "v")}):
-        with pytest.raises(RuntimeError, match=r"float8_e4m3fn must be on a GPU of compute capability 8\.9 or later"):
-            flash_attn_with_kvcache(**call_given)
-
-
-@pytest.mark.gpu
-def test_numbers_beyond_float8_become_its_largest() -> None:
-    given = _float8_cache("cuda")
-    given["k"] = torch.full_like(given["k"], 1e4)
-    given["v"] = torch.full_like(given["v"], -1e4)
-    out = flash_attn_with_kvcache(**given, v_descale=torch.full((2,), 0.5, device="cuda"))
-    assert torch.isfinite(out).all()  # type: ignore[arg-type]
-    for name, number in (("k_cache", 448.0), ("v_cache", -448.0)):
-        cache = given[name].float()
-        assert (cache[0, 3] == number).all() and (cache[1, 5] == number).all()
 
 
 @pytest.mark.gpu
@@ -315,7 +241,7 @@ def test_it_compiles_in_one_graph_and_the_append_is_seen(device: str, page_size:
         out = flash_attn_with_kvcache(**given, causal=True)
         return out, given["k_cache"] + given["v_cache"]  # reads what the call has written
 
-    given = _cache(device)
+    given = small_call(device)
     if page_size:
         caches = {name: torch.randn(4, page_size, 2, 16, device=device) for name in ("k_cache", "v_cache")}
         given |= {**caches, "block_table": torch.tensor([[3], [1]], dtype=INT32, device=device)}
@@ -328,7 +254,7 @@ def test_it_compiles_in_one_graph_and_the_append_is_seen(device: str, page_size:
 def test_ops_pass_torchs_checks() -> None:
     from flash_attn.torch_op.cache import AppendAndAttend, Attend
 
-    g = _cache()
+    g = small_call()
     one = (None, 0, 2, -1, -1, 0.0)
     attend = Attend(
         g["q"],
@@ -370,7 +296,7 @@ CHECKS = ("test_schema", "test_faketensor")
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_a_cuda_graph_appends_anew_at_each_replay(page_size: int) -> None:
-    given = _cache("cuda", torch.bfloat16)
+    given = small_call("cuda", torch.bfloat16)
     if page_size:
         caches = {n: torch.randn(4, page_size, 2, 16, device="cuda").bfloat16() for n in ("k_cache", "v_cache")}
         given |= {**caches, "block_table": torch.tensor([[3], [1]], dtype=INT32, device="cuda")}
@@ -394,7 +320,7 @@ def test_a_cuda_graph_appends_anew_at_each_replay(page_size: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_there_is_no_gradient_and_it_is_not_zero(device: str) -> None:
-    given = _cache(device)
+    given = small_call(device)
     given["q"].requires_grad_()
     out = flash_attn_with_kvcache(**given)
     assert not isinstance(out, tuple)
