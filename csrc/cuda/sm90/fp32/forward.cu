@@ -6,12 +6,10 @@ namespace {
 
 const ForwardVariant k64[] = {
     forward_variant<64, 4, 1, 64, 2, 3, false, true>("wgmma fp32 d64 64x64"),
-    forward_variant<64, 8, 1, 64, 2, 1, false, true>("wgmma fp32 d64 128x64"),
     forward_variant<64, 4, 1, 64, 2, 2, true, true>("wgmma fp32 d64 64x64 extended"),
 };
 const ForwardVariant k128[] = {
     forward_variant<128, 8, 1, 64, 4, 1, false, true>("wgmma fp32 d128 128x64"),
-    forward_variant<128, 4, 1, 64, 4, 2, false, true>("wgmma fp32 d128 64x64"),
     forward_variant<128, 8, 1, 64, 4, 1, true, true>("wgmma fp32 d128 128x64 extended"),
 };
 
