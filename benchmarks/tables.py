@@ -147,6 +147,12 @@ def time_text(ms: float) -> str:
     return f"{ms:.3f} ms" if ms >= 0.1 else f"{ms * 1e3:.1f} us"
 
 
+def range_text(row: Row, name: str) -> str:
+    """Of the ratios of several runs, where the file is of several."""
+    found = row.get(f"range_{name}")
+    return f" ({found[0]:.2f} to {found[1]:.2f})" if found else ""
+
+
 def full_table(rows: list[Row]) -> list[str]:
     """A line for each problem."""
     names = names_of(rows)
@@ -168,7 +174,7 @@ def full_table(rows: list[Row]) -> list[str]:
                 line.append("")
                 continue
             rate = f"{row[f'{name}_tflops']:.3g}" if has_rates else time_text(row[f"{name}_ms"])
-            line.append(f"{rate} x{row[f'ratio_{name}']:.3f}")
+            line.append(f"{rate} x{row[f'ratio_{name}']:.3f}" + range_text(row, name))
         lines.append(line)
     return table(head, lines)
 
@@ -197,6 +203,7 @@ def taken(head: Row) -> str:
     versions = head["versions"]
     parts = [f"commit {head['commit'][:7]}", head["date"][:10], f"torch {versions['torch']}"]
     parts += [f"cuDNN {versions['cudnn']}"] * bool(versions["cudnn"])
+    parts += [f"medians of {head.get('runs')} processes, of ratios the range too"] * ("runs" in head)
     parts += [f"driver {head['driver']}"] * bool(head["driver"]) + [f"{head['threads']} CPU threads"]
     if head.get("sm_clock"):
         clock = head["sm_clock"]

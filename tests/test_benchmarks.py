@@ -164,6 +164,26 @@ def test_backward_of_a_compiled_peer_is_taken_again_and_again(module: Callable[[
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_runs_are_merged_by_medians(module: Callable[[str], ModuleType]) -> None:
+    merge, tables, report = map(module, ("merge", "tables", "report"))
+    row = {"pass": "host_fwd", "head_dim": 64, "seqlen": 128, "batch": 1, "heads": 1, "dtype": "bf16", "mask": "none"}
+    row |= {"heads_k": 1, "causal": False, "window": -1, "lengths": [], "unsuited": {}}
+    contents = [
+        {
+            "header": report.header(torch.device("cpu")),
+            "rows": [row | {"ours_ms": ms, "flash_ms": 2.0, "ratio_flash": 2 / ms}],
+        }
+        for ms in (1.0, 4.0, 2.0)
+    ]
+    content = merge.merged(contents)
+    assert content["rows"][0]["ours_ms"] == 2.0 and content["rows"][0]["range_flash"] == [0.5, 2.0]
+    text = "\n".join(tables.timing_section("host_fwd", content))
+    assert "x1.000 (0.50 to 2.00)" in text and "medians of 3 processes" in text
+    contents[1]["rows"][0]["seqlen"] = 256
+    with pytest.raises(SystemExit, match="different rows"):
+        merge.merged(contents)
+
+
 def test_models_train_alike(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     models, tables = module("models"), module("tables")
     monkeypatch.setattr(module("timing"), "SHORTEST_SAMPLE", 0.0)
