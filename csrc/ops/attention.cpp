@@ -131,8 +131,10 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_plain_tensors(stack);
   const PlainOptions options = inputs.take_plain_options(stack);
   inputs.describe();
-  if (options.equal_heads) check_equal_heads(inputs.arguments());
-
+  if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) {
+    put_results(values, Tensor(), Tensor());
+    return;
+  }
   const Results results = attend(inputs, options.lse_is_read);
   put_results(values, results.out, options.lse_is_read ? results.lse : Tensor());
 }

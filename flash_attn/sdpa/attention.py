@@ -15,14 +15,14 @@ from ..autocast import autocast
 from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
 from ..torch_op import checks, plain
-from ..torch_op.arguments import PLAIN_EQUAL_HEADS, plain_options
+from ..torch_op.arguments import PLAIN_IF_THEY_FIT, PLAIN_SHARED_HEADS, plain_options
 from ..torch_op.private import torch_sdpa
 from . import context_parallel, shapes
 from .arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 
 _PLAIN = [plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT)]
-_EQUAL_HEADS = [_PLAIN[causal] | PLAIN_EQUAL_HEADS for causal in (ops.NONE, ops.TOP_LEFT)]
+_IF_THEY_FIT = [_PLAIN[causal] | PLAIN_IF_THEY_FIT for causal in (ops.NONE, ops.TOP_LEFT)]
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -97,8 +97,8 @@ def attend(
         and (type(dropout_p) is float or type(dropout_p) is int)
     ):
         if dropout_p == 0:
-            options = _PLAIN[is_causal] if enable_gqa else _EQUAL_HEADS[is_causal]
-            out = plain.try_attend(query, key, value, scale, options)
+            options = _IF_THEY_FIT[is_causal]
+            out = plain.try_attend(query, key, value, scale, options | PLAIN_SHARED_HEADS if enable_gqa else options)
             if out is not None:
                 return out
         elif _is_common(query, key, value):

@@ -50,8 +50,9 @@ def plain_options(causal: int, heads_first: bool, deterministic: bool) -> int:
 
 
 PLAIN_DETERMINISTIC = plain_options(0, False, True)
-PLAIN_EQUAL_HEADS = 16  # heads of k and v that do not broadcast to those of q are refused
+PLAIN_IF_THEY_FIT = 16  # forward returns None twice where torch's function would change shapes: an error takes longer
 PLAIN_WITHOUT_LSE = 32  # forward returns None for it
+PLAIN_SHARED_HEADS = 64  # with the first: several heads of q may share one of k
 
 
 def from_plain(q: Tensor, k: Tensor, softmax_scale: float | None, plain: int) -> Options:

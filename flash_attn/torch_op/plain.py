@@ -38,10 +38,11 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
-    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now.
+    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now. `options` have
+    `PLAIN_IF_THEY_FIT`.
 
-    Most of what `takes` asks the op asks too, in a tenth of the time, so that it is tried. Who gets None goes the long
-    way, which can do more, or says why nobody can.
+    What `takes` asks the op asks too, in a tenth of the time, so that it is tried. Who gets None goes the long way,
+    which can do more, or says why nobody can.
     """
     if (
         _is_compiling()
@@ -84,8 +85,10 @@ class PlainAttention(torch.autograd.Function):
     """As `autograd.Attention`, which other calls have, but lse stays inside: a result costs more than to be saved."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[float | None, int]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: tuple[float | None, int]) -> Tensor | None:
         out, lse = _forward(q, k, v, *settings)
+        if out is None:
+            return None
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse)

@@ -279,12 +279,12 @@ MaskView mask_view(const TensorInfo& mask) {
   return view;
 }
 
-void check_equal_heads(const Arguments& a) {
-  if (a.q.ndim != 4 || a.k.ndim != 4) return;  // refused below
+bool fit_as_they_are(const Arguments& a, bool shared_heads) {
+  if (a.q.ndim != 4 || a.k.ndim != 4 || a.v.ndim != 4) return false;
   const int head = a.heads_first ? 1 : 2;
-  if (a.k.size[head] != a.q.size[head] && a.k.size[head] != 1) {
-    refuse("k must have as many heads as q, or one, but has ", a.k.size[head], " and q ", a.q.size[head]);
-  }
+  const int64_t heads = a.q.size[head], heads_k = a.k.size[head];
+  if (a.k.size[0] != a.q.size[0] || a.v.size[0] != a.k.size[0] || a.v.size[head] != heads_k) return false;
+  return heads_k == heads || heads_k == 1 || (shared_heads && heads_k > 0 && heads % heads_k == 0);
 }
 
 void check_saved(const Arguments& arguments, const ForwardParams& params, const Saved& saved) {

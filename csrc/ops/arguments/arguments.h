@@ -73,19 +73,22 @@ struct Arguments {
 struct PlainOptions {
   int64_t causal;
   bool heads_first, deterministic;
-  bool equal_heads;  // see check_equal_heads()
-  bool lse_is_read;  // else forward returns none
+  bool if_they_fit;   // forward returns nothing where q, k and v do not, see fit_as_they_are()
+  bool lse_is_read;   // else forward returns none
+  bool shared_heads;  // by several heads of q
 
   explicit constexpr PlainOptions(int64_t number)
       : causal(number & 3),
         heads_first((number & 4) != 0),
         deterministic((number & 8) != 0),
-        equal_heads((number & 16) != 0),
-        lse_is_read((number & 32) == 0) {}
+        if_they_fit((number & 16) != 0),
+        lse_is_read((number & 32) == 0),
+        shared_heads((number & 64) != 0) {}
 };
 
-/// Refuses heads of k and v that several of q share, unless there is but one: what broadcasts, and no more.
-void check_equal_heads(const Arguments& arguments);
+/// Whether q, k and v, as torch's function takes them, need no change of shape. Twin of the function of this name in
+/// flash_attn/sdpa/shapes.py.
+bool fit_as_they_are(const Arguments& arguments, bool shared_heads);
 
 /// A mask (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1) as it lies.
 MaskView mask_view(const TensorInfo& mask);
