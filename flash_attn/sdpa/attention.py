@@ -96,12 +96,12 @@ def attend(
         and (scale is None or type(scale) is float)
         and (type(dropout_p) is float or type(dropout_p) is int)
     ):
-        if dropout_p == 0:
+        if dropout_p == 0 and query.dim() == 4:
             options = _IF_THEY_FIT[is_causal]
             out = plain.try_attend(query, key, value, scale, options | PLAIN_SHARED_HEADS if enable_gqa else options)
             if out is not None:
                 return out
-        elif _is_common(query, key, value):
+        elif dropout_p != 0 and _is_common(query, key, value):
             causal = ops.TOP_LEFT if is_causal else ops.NONE
             return ops.attention(
                 query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True

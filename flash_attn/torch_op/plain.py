@@ -61,7 +61,8 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
 
 def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     device = "cuda" if q.is_cuda else "cpu"
-    return torch.is_autocast_enabled(device) and not q.dtype == k.dtype == v.dtype == torch.get_autocast_dtype(device)
+    kept = torch.float64, torch.get_autocast_dtype(device)
+    return torch.is_autocast_enabled(device) and not (q.dtype == k.dtype == v.dtype and q.dtype in kept)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor:
