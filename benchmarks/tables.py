@@ -38,6 +38,7 @@ LABELS = {
     "rule": "ours, told the rule",
     "paged": "ours, pages of 64",
 }
+SINCE_AMPERE = "sm80_"  # begins the names of files that were taken with FLASH_ATTN_FORCE=sm80
 LONG = 80  # rows beyond which only a summary and the least ratios are shown
 GENERATED = "<!-- Made by benchmarks/tables.py; change the source of the figures instead. -->"
 INDEX = "<!-- index: made by benchmarks/tables.py -->"
@@ -216,9 +217,11 @@ def taken(head: Row) -> str:
 def timing_section(name: str, content: Row) -> list[str]:
     """One file of times."""
     rows = content["rows"]
-    suite = re.sub(r"_?(forward|backward|step)$", "", name) or "peers"
+    of_suite = name.removeprefix(SINCE_AMPERE)
+    suite = re.sub(r"_?(forward|backward|step)$", "", of_suite) or "peers"
     suite = "host" if name.startswith("host") else suite
-    lines = [f"## {suite}: {PASSES[rows[0]['pass']]} (`{name}.json`)", "", taken(content["header"]), ""]
+    title = suite if of_suite == name else f"{suite} by the kernels since Ampere"
+    lines = [f"## {title}: {PASSES[rows[0]['pass']]} (`{name}.json`)", "", taken(content["header"]), ""]
     lines += [*summary(rows), ""] if summary(rows) else []
     for other in dict.fromkeys([*names_of(rows)[:1], "deterministic"]):
         lines += matrix(rows, other)
@@ -291,7 +294,8 @@ def decode_section(name: str, content: Row) -> list[str]:
 def order(path: Path) -> tuple[int, str]:
     """peers first, errors last."""
     name = path.stem
-    return (0 if name in ("forward", "backward", "step") else 2 if name == "accuracy" else 1), name
+    rank = 0 if name in ("forward", "backward", "step") else 2 if name.startswith(SINCE_AMPERE) else 1
+    return (3 if name == "accuracy" else rank), name
 
 
 SECTIONS = {"accuracy": accuracy_section, "models": models_section, "decode": decode_section}

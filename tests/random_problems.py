@@ -69,7 +69,7 @@ def random_masked_problem(
     """For tensor-core kernels: tensors as they want them, mostly with a mask, several tiles, other features as well."""
     rng = random.Random(seed)
     p = random_problem(seed, dtypes)
-    head_dim = rng.choice((*head_dims, *head_dims, 8, 40, 96, 192, 256))
+    head_dim = rng.choice((*head_dims, *head_dims, 8, 40, 96, 192, 256, 320, 512))
     rows = (1, 16, 64, 100, 192, 200, rng.randint(1, 700), rng.randint(1, 700))
     return dataclasses.replace(
         p,

@@ -81,6 +81,21 @@ def test_any_head_dim(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check(Problem(dtype=dtype, batch=1, head_dim=head_dim, head_dim_v=head_dim, causal=2), device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_head_dims(dtype: torch.dtype, feature: str) -> None:
+    check(replace(Problem(dtype=dtype, **FEATURES[feature]), head_dim=400, head_dim_v=400), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_with_rows_shared_out(feature: str) -> None:
+    """So few tiles that blocks share out the query rows that see a key, and the keys that a query row sees."""
+    sizes = {"batch": 1, "seqlen_q": 900, "seqlen_k": 900, "dtype": torch.bfloat16}
+    check(replace(Problem(**FEATURES[feature]), **sizes), "cuda")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "seqlen_q, seqlen_k", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1), (257, 255), (130, 400)]

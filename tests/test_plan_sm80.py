@@ -74,12 +74,12 @@ def test_head_dims_over_512_are_refused_with_their_reason() -> None:
 
 # By shared memory of a block: the plain forward kernel of each head dimension, and how many blocks an SM holds.
 FORWARD_KERNELS = {
-    101376: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64 rows", 512: "32x32"},
-    166912: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64 s2", 256: "64x64", 512: "64x32"},
-    232448: {64: "128x128", 96: "128x64 halves", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x64"},
+    101376: {64: "128x48", 96: "64x64", 128: "128x64", 192: "64x64 s2", 256: "64x64 rows", 512: "32x32"},
+    166912: {64: "128x128", 96: "128x64", 128: "128x64", 192: "64x64 s2", 256: "64x64", 512: "64x32"},
+    232448: {64: "128x128", 96: "128x64", 128: "128x64", 192: "64x64", 256: "64x64", 512: "64x64"},
 }
 FORWARD_BLOCKS = {
-    101376: {64: 1, 96: 1, 128: 1, 192: 1, 256: 1, 512: 1},
+    101376: {64: 2, 96: 2, 128: 1, 192: 1, 256: 1, 512: 1},
     166912: {64: 2, 96: 2, 128: 2, 192: 2, 256: 1, 512: 1},
     232448: {64: 2, 96: 2, 128: 2, 192: 2, 256: 2, 512: 1},
 }
@@ -96,7 +96,7 @@ def test_forward_kernels_and_how_many_of_their_blocks_fit(head_dim: int, device:
 @pytest.mark.parametrize(
     "device", [A100, RTX_3090, RTX_4090, H200, B200, RTX_5090], ids=lambda device: f"sm_{device[0]}"
 )
-@pytest.mark.parametrize("head_dim", (8, 20, 61, 96, 100, 160, 256))
+@pytest.mark.parametrize("head_dim", (8, 20, 61, 96, 100, 160, 256, 320, 512))
 @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"dropout_p": 0.1}, {}], ids=str)
 def test_no_forward_feature_falls_to_the_universal_kernels(
     options: dict[str, float], head_dim: int, device: tuple[int, int, int, int]
@@ -123,9 +123,22 @@ def test_keys_of_few_tiles_are_shared_out() -> None:
     assert "splits" not in plan(1, 1, 128, seqlen_k=64, device=A100)["forward"]["decisions"]
 
 
+def test_few_tiles_take_kernels_that_begin_fast() -> None:
+    assert plan(1, 8, 1024, 64, seqlen_k=77, device=A100)["forward"]["kernel"] == "mma d64 64x64"
+    assert plan(1, 8, 1024, 128, seqlen_k=77, device=A100)["forward"]["kernel"] == "mma d128 64x64"
+
+
+def test_query_rows_of_few_tiles_are_shared_out() -> None:
+    few = plan(1, 1, 4096, device=A100)["backward"]
+    assert few["decisions"]["parts"] >= 2
+    assert "parts" not in plan(1, 1, 4096, device=A100, deterministic=True)["backward"]["decisions"]
+    assert "parts" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
+
+
 @pytest.mark.parametrize("device", [H200, B200], ids=lambda device: f"sm_{device[0]}")
 def test_gradients_of_head_dims_to_512_where_shared_memory_holds_them(device: tuple[int, int, int, int]) -> None:
     assert plan(head_dim=512, device=device)["backward"]["kernel"] == "mma d512 64x32 w8 s1"
+    assert plan(head_dim=320, softcap=3.0, device=device)["backward"]["kernel"] == "mma d512 64x32 w8 s1 extended"
     choice = plan(head_dim=512, device=A100)["backward"]
     assert choice["family"] == "universal"
     assert ("sm80", "no kernel of this head dimension does what is asked for") in choice["rejected"]

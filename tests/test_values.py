@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_attn import flash_attn_func
 from flash_attn import scaled_dot_product_attention as sdpa
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -50,6 +51,29 @@ def test_what_a_masked_key_holds_does_not_leak(bad: float, dtype: torch.dtype, d
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     assert all(torch.isfinite(x).all() for x in (out, *gradients))
     assert torch.equal(gradients[2][..., ~keep, :], torch.zeros_like(gradients[2][..., ~keep, :]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("side", ["causal", "window"])
+def test_keys_that_no_query_of_a_block_sees_may_be_nan(
+    side: str, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 queries, so that what they see ends inside sixteen keys, and keys beyond have a NaN."""
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+    q, k, v = (torch.randn(1, 2, n, head_dim, dtype=torch.bfloat16, device="cuda") for n in (70, 200, 200))
+    unseen = torch.arange(200, device="cuda") >= 70 if side == "causal" else torch.arange(200, device="cuda") < 123
+    k[..., unseen, :] = v[..., unseen, :] = torch.nan
+    for x in (q, k, v):
+        x.requires_grad_()
+    if side == "causal":
+        out = sdpa(q, k, v, is_causal=True)
+    else:
+        tensors = (x.transpose(1, 2) for x in (q, k, v))
+        out = flash_attn_func(*tensors, window_size=(7, 5)).transpose(1, 2)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+    assert all(torch.equal(x[..., unseen, :], torch.zeros_like(x[..., unseen, :])) for x in gradients[1:])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -30,11 +30,9 @@ SM80_DEVICE void clear(float (&acc)[kM][kN][4]) {
 }
 
 /// acc (16 kM, 8 kN) = first + a b^T over the columns of both tiles; a by rows, b by columns. `first(n)` gives what the
-/// lane's two columns of tile n begin with; `between(k)` is called after each of the kColumns / 16 steps, kUnroll of
-/// which the compiler sees at once.
-template <typename Element, int kColumns, int kUnroll = kColumns / 16, int kM, int kN, typename First, typename Between>
-SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first,
-                               const Between& between) {
+/// lane's two columns of tile n begin with. Of the kColumns / 16 steps the compiler sees kUnroll at once.
+template <typename Element, int kColumns, int kUnroll = kColumns / 16, int kM, int kN, typename First>
+SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first) {
   using Tile = SharedTile<kColumns>;
   static_assert(kN % 2 == 0);
 #pragma unroll
@@ -60,30 +58,32 @@ SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, 
         mma_m16n8k16<Element>(acc[m][n + 1], x[m], y[2], y[3]);
       }
     }
-    between(k);
   }
-}
-template <typename Element, int kColumns, int kM, int kN, typename First>
-SM80_DEVICE void multiply_rows(float (&acc)[kM][kN][4], uint32_t a, uint32_t b, const First& first) {
-  multiply_rows<Element, kColumns>(acc, a, b, first, [](int) {});
 }
 
 /// acc (16 kM, 8 kN) += a b, of which a (16 kM, 16) is in registers and b lies by rows: 16 rows of a tile and every
 /// kStride-th 16 columns of it. Where shares of columns interleave so, each may begin at any of the kStride places.
-template <typename Element, int kColumns, int kStride, int kM, int kN>
-SM80_DEVICE void multiply_step(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], uint32_t b) {
+/// `change(y)` may change B fragments: of rows 2 t, 2 t + 1 in y[0] and y[2], of those + 8 in y[1] and y[3].
+template <typename Element, int kColumns, int kStride, int kM, int kN, typename Change>
+SM80_DEVICE void multiply_step(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], uint32_t b, const Change& change) {
   using Tile = SharedTile<kColumns>;
   static_assert(kN % 2 == 0 && (kStride & (kStride - 1)) == 0);
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
     uint32_t y[4];
     ldmatrix_x4_trans(y, Tile::along(b, n / 2 * kStride));
+    change(y);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       mma_m16n8k16<Element>(acc[m][n], a[m], y[0], y[1]);
       mma_m16n8k16<Element>(acc[m][n + 1], a[m], y[2], y[3]);
     }
   }
+}
+
+template <typename Element, int kColumns, int kStride, int kM, int kN>
+SM80_DEVICE void multiply_step(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], uint32_t b) {
+  multiply_step<Element, kColumns, kStride>(acc, a, b, [](uint32_t (&)[4]) {});
 }
 
 /// An A fragment goes to 16 x 16 elements of a tile: rows from `row` on, columns of number `step`.

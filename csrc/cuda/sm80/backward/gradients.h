@@ -41,7 +41,8 @@ struct GradientRules {
   /// Whether some query of the warp does not see some key of it.
   SM80_DEVICE bool is_partial(const WarpPlace& at) const {
     const int last_key = at.key + Config::kWarpKeys - 1, last_row = at.row + Config::kWarpQueries - 1;
-    return last_key >= tile.keys || at.key - last_row < tile.low || last_key - at.row > tile.high;
+    return last_key >= tile.keys || last_row >= tile.row_end || at.key - last_row < tile.low ||
+           last_key - at.row > tile.high;
   }
 
   /// Whether no query of the warp sees a key of it.
@@ -58,7 +59,7 @@ struct GradientRules {
   SM80_DEVICE SeenQueries seen_queries(const WarpPlace& at, int m, int half) const {
     const int key = at.key + 16 * m + 8 * half + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
     if (key >= tile.keys) return {1, 0};
-    return {key - tile.high - row, key - tile.low - row};
+    return {key - tile.high - row, min(key - tile.low, tile.row_end - 1) - row};
   }
 
   template <bool kPartial>

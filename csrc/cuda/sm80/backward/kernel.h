@@ -156,22 +156,30 @@ struct BackwardBlock : BackwardLoader<Config> {
     const uint32_t keys = Tile::along(shared + Config::kK + Tile::offset(at % 16, 2 * dq_d + at / 16),
                                       pass * Config::kDqColumnTiles / 2 * Config::kDqWarpsD);
     clear(dq);
-    const auto add_keys = [&](int k) {
+    const auto add_keys = [&](int k, const auto& change) {
       uint32_t x[Config::kDqRowTiles][4];
 #pragma unroll
       for (int m = 0; m < Config::kDqRowTiles; ++m) {
         ldmatrix_x4_trans(x[m], ScoreTile::along(ds, m) + k * 16 * ScoreTile::kRowBytes);
       }
-      multiply_step<Element, Config::kHeadDim, Config::kDqWarpsD>(dq, x, keys + k * 16 * Tile::kRowBytes);
+      multiply_step<Element, Config::kHeadDim, Config::kDqWarpsD>(dq, x, keys + k * 16 * Tile::kRowBytes, change);
     };
-    // Keys that no query of the block sees, by sixteen, are left out.
-    const int first = max(0, m_block * kBlockM + tile.low), last = min(tile.keys, (m_block + 1) * kBlockM + tile.high);
-    if (first < 16 && last > kBlockN - 16) {
+    // Keys that no query of the block sees are left out: by sixteen, and the others of those as zeros, for they may
+    // hold NaN, and 0 times that is NaN.
+    const int first = max(0, max(m_block * kBlockM, tile.row_begin) + tile.low);
+    const int last = min(tile.keys, min((m_block + 1) * kBlockM, tile.row_end) + tile.high);
+    if (first == 0 && last == tile.keys && last > kBlockN - 16) {
 #pragma unroll
-      for (int k = 0; k < kBlockN / 16; ++k) add_keys(k);
+      for (int k = 0; k < kBlockN / 16; ++k) add_keys(k, [](uint32_t (&)[4]) {});
     } else {
 #pragma unroll 1
-      for (int k = first / 16; 16 * k < last; ++k) add_keys(k);
+      for (int k = first / 16; 16 * k < last; ++k) {
+        const auto seen = [&](int key) {
+          return (key >= first && key < last ? 0xffffu : 0u) | (key + 1 >= first && key + 1 < last ? 0xffff0000u : 0u);
+        };
+        const uint32_t upper = seen(16 * k + at % 4 * 2), lower = seen(16 * k + 8 + at % 4 * 2);
+        add_keys(k, [=](uint32_t (&y)[4]) { y[0] &= upper, y[2] &= upper, y[1] &= lower, y[3] &= lower; });
+      }
     }
   }
 
@@ -297,6 +305,11 @@ struct BackwardBlock : BackwardLoader<Config> {
       ++step;
     }
     end_last_turn();
+    if (params.parts > 1) {
+      store_part(params.dk_parts, dk, float(p.softmax_scale));
+      store_part(params.dv_parts, dv, 1.f);
+      return;
+    }
     __syncthreads();  // all warps are done with K and V
     stage_gradient(Config::kK, dk, float(p.softmax_scale));
     stage_gradient(Config::kV, dv, 1.f);
@@ -306,6 +319,19 @@ struct BackwardBlock : BackwardLoader<Config> {
   }
 
   // -- epilogue
+
+  SM80_DEVICE void store_part(float* parts, const float (&acc)[kKeyTiles][Config::kColumnTiles][4], float scale) const {
+    float* const to = parts + int64_t{tile.part} * (kBlockN * Config::kHeadDim);
+#pragma unroll
+    for (int m = 0; m < kKeyTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < Config::kColumnTiles; ++n) {
+        const int column = 2 * (n / 2 * Config::kWarpsQ + warp_q()) + n % 2;
+        store_accumulated(to + ((warp_key() / 16 + m) * (Config::kHeadDim / 8) + column) * 128, lane(), acc[m][n],
+                          scale);
+      }
+    }
+  }
 
   SM80_DEVICE void stage_gradient(uint32_t to, const float (&acc)[kKeyTiles][Config::kColumnTiles][4],
                                   float scale) const {

@@ -33,6 +33,11 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
     params.turns = reinterpret_cast<int*>(workspace + plan.turns);
     params.next_tile = reinterpret_cast<int*>(workspace + plan.next_tile);
   }
+  params.parts = plan.parts;
+  if (plan.parts > 1) {
+    params.dk_parts = reinterpret_cast<float*>(workspace + plan.dk_parts);
+    params.dv_parts = reinterpret_cast<float*>(workspace + plan.dv_parts);
+  }
   if (problem.dslopes != nullptr) params.slope_sums = reinterpret_cast<float*>(workspace + plan.slope_sums);
   return params;
 }
@@ -59,8 +64,9 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
   const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
                            problem.dslopes == nullptr;
   if (!dmask_alone) {
-    cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_tiles,
-                        32 * variant.warps, variant.shared_bytes, stream, variant.name);
+    cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params,
+                        plan.num_tiles * plan.parts, 32 * variant.warps, variant.shared_bytes, stream, variant.name);
+    if (plan.parts > 1) store_keys(params, plan.num_tiles, stream);
   }
   if (plan.mask_gradient != nullptr) launch_mask_gradient(*plan.mask_gradient, params, stream);
   if (problem.dq.data != nullptr) store_dq(params, stream);

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -63,6 +64,31 @@ int blocks_per_sm(const BackwardVariant& variant, const DeviceInfo& device) {
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
+// Clocks of an SM, for few tiles: benchmarks/experiments/089.
+constexpr double kProductsPerClock = 600;  // multiply-adds
+constexpr double kTileClocks = 6000;       // of a block beside its products
+constexpr double kSumClocks = 8000;        // launching the kernel that adds up parts, and its latency
+constexpr int kMaxParts = 16;
+
+/// In how many parts the query rows of a tile are shared out so that all of the GPU has something to do.
+int choose_parts(const BackwardParams& params, const BackwardPlan& plan, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  if (!p.is_dense() || plan.ordered || params.dslopes != nullptr || plan.num_tiles >= device.num_sms) return 1;
+  const BackwardVariant& variant = *plan.variant;
+  const double step_clocks = 5.0 * variant.block_m * variant.block_n * variant.head_dim / kProductsPerClock;
+  double best = 0;
+  int parts = 1;
+  for (int n = 1; n <= kMaxParts && n <= plan.num_m_blocks; ++n) {
+    const double per_sm = std::ceil(double(plan.num_tiles) * n / device.num_sms);
+    const double steps = double(ceil_div(plan.num_m_blocks, n)) * double(p.group_size());
+    const double clocks = per_sm * (steps * step_clocks + kTileClocks) + (n > 1 ? kSumClocks : 0);
+    if (n > 1 && clocks >= 0.95 * best) continue;
+    best = clocks;
+    parts = n;
+  }
+  return parts;
+}
+
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const BackwardVariant& variant = *plan.variant;
@@ -82,6 +108,9 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   const int64_t key_blocks = plan.num_n_blocks * p.num_heads * (p.is_varlen_k() ? 1 : p.batch);
   plan.slope_sums = take(params.dslopes != nullptr ? key_blocks * variant.warps * 4 : 0);
   plan.packed_mask = take(plan.packs_mask ? mask::packing_workspace(p.mask) : 0);
+  const int64_t sums = plan.parts > 1 ? plan.num_tiles * plan.parts * variant.block_n * variant.head_dim * 4 : 0;
+  plan.dk_parts = take(sums);
+  plan.dv_parts = take(sums);
   plan.workspace_bytes = end;
 }
 
@@ -104,6 +133,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
     const int64_t at_a_time = std::max(1, device.num_sms * blocks_per_sm(*plan.variant, device) / 2);
     plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, at_a_time)));
   }
+  plan.parts = choose_parts(params, plan, device);
   plan.packs_mask = packs_mask(p);
   lay_out_workspace(plan, params);
   return plan;

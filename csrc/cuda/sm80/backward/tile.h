@@ -16,6 +16,7 @@ struct BackwardTile {
   int m_begin, num_m_blocks;  // their blocks
   int m_start;                // the first to be worked on
   int head_begin, head_end;   // query heads that read the keys
+  int part;                   // number of what it adds up of dk and dv, see BackwardKernelParams
   int64_t first_m_block;      // of head_begin, in dq_accum and the statistics
   int64_t key_block;          // this one's number for head_begin, see first_n_block()
   float dropout_scale;        // 1 without dropout
@@ -76,9 +77,10 @@ template <typename Config>
 SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& tile) {
   constexpr int kBlockN = Config::kBlockN, kBlockM = Config::kBlockM;
   const ForwardParams& p = params.problem.forward;
-  const uint32_t index = tile_index(params), heads = uint32_t(p.num_heads_k);
+  const uint32_t index = tile_index(params), heads = uint32_t(p.num_heads_k), parts = uint32_t(params.parts);
   uint32_t outer, number;
-  place_index(params, index, outer, number);
+  place_index(params, index / parts, outer, number);
+  tile.part = int(index);
   BlockPlace place{int(outer / heads), int(number)};
   if (p.cu_seqlens_k != nullptr) {
     place = find_packed_block(p.cu_seqlens_k, p.total_k, int(p.batch), kBlockN, int(number));
@@ -97,6 +99,11 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
   tile.row_end = int(rows.end > tile.row_begin ? rows.end : tile.row_begin);
   tile.m_begin = tile.row_begin / kBlockM;
   tile.num_m_blocks = tile.row_end > tile.row_begin ? (tile.row_end + kBlockM - 1) / kBlockM - tile.m_begin : 0;
+  if (parts > 1) {
+    const int part = int(index % parts), count = tile.num_m_blocks, before = count * part / int(parts);
+    tile.m_begin += before;
+    tile.num_m_blocks = count * (part + 1) / int(parts) - before;
+  }
   tile.m_start = tile.m_begin + first_step(params, tile.n_block);
   const int group = int(p.num_heads) / int(p.num_heads_k);
   tile.head_begin = tile.head_k * group;

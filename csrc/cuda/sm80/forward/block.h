@@ -26,14 +26,14 @@ struct ForwardBlock {
   const ForwardParams& p;
   unsigned char* const shared;  // q, the ring's slots, `seen`
   const int warp, lane;
-  uint32_t* const alive;                         // extended: which columns of a half some row sees, if not in `seen`
+  uint32_t* const alive;                         // extended: which columns of a tile some row sees, if not in `seen`
   const int first_block, first_full, last_full;  // of the tile: asked for in every block
   uint32_t k_slot;                               // that K is read from; V lies in the one after it
   int load_block;                                // whose K, or after it V, is loaded next
   const char *k_from, *v_from;                   // plain: this thread's first piece of those
   float o[kMTiles][kDTiles][4];
-  Scores s[Config::kHalves ? 2 : 1];          // of a tile, or of its two halves
-  MaskFragments<kMTiles, kNTiles> mask_bits;  // of the half whose S is computed next, as are `bias` and which of them
+  Scores s;
+  MaskFragments<kMTiles, kNTiles> mask_bits;  // of the tile whose S is computed next, as are `bias` and which of them
   bool is_biased;
   BiasFragments<Element, kMTiles, kNTiles> bias;
   using Softmax = OnlineSoftmax<kMTiles, kNTiles, kExtended>;
@@ -119,25 +119,23 @@ struct ForwardBlock {
   template <bool kOfK>
   SM80_DEVICE void load_part(uint32_t slot) const;
 
-  static constexpr bool kHalves = Config::kHalves;
-  static constexpr int kSlots = Config::kSlots, kHeld = Config::kHeld;
-  // What comes kSlots - kHeld tiles after a V is a V, or a K.
-  static constexpr bool kSameAhead = (kSlots - kHeld) % 2 == 0;
+  static constexpr int kSlots = Config::kSlots;
+  static constexpr bool kSameAhead = kSlots % 2 == 1;  // what comes kSlots - 1 tiles after a V is a V, or a K
 
-  /// Until the next tile of the ring is there for all warps, who all are done with the one kHeld before it.
+  /// Until the next tile of the ring is there for all warps, who all are done with the one before it.
   SM80_DEVICE void wait_tile() {
-    cp_async_wait<kSlots - kHeld - 1>();
+    cp_async_wait<kSlots - 2>();
     __syncthreads();
   }
   /// V of the tile whose K is in k_slot.
   SM80_DEVICE void wait_v() {
     wait_tile();
-    load_next<!kSameAhead>(kHeld == 2 ? slot_before(k_slot) : k_slot);
+    load_next<!kSameAhead>(k_slot);
   }
   /// K of the next tile, which k_slot moves to.
   SM80_DEVICE void wait_k() {
     wait_tile();
-    load_next<kSameAhead>(kHeld == 2 ? k_slot : slot_after(k_slot, 1));
+    load_next<kSameAhead>(slot_after(k_slot, 1));
     k_slot = slot_after(k_slot, 2);
   }
 
@@ -146,54 +144,42 @@ struct ForwardBlock {
   // Rows of the block, keys of a tile and columns of O that this warp has.
   SM80_DEVICE int warp_row() const { return warp / kWarpsD * Config::kWarpRows; }
   SM80_DEVICE int warp_key() const { return warp % kWarpsD * kSubN; }
-  /// Chunk, that is eight columns, number d of this warp's.
-  SM80_DEVICE int chunk(int d) const { return warp % kWarpsD * kDTiles + d; }
+  /// Chunk, that is eight columns, number d of this warp's: every kWarpsD-th pair, see multiply_step().
+  SM80_DEVICE int chunk(int d) const { return 2 * (d / 2 * kWarpsD + warp % kWarpsD) + d % 2; }
 
-  /// S = Q K^T of one half of a tile; with kExp the exponentials of `other` on the way.
-  template <int kHalf, bool kExp>
-  SM80_DEVICE void multiply_qk(Scores& scores, Scores& other) {
-    constexpr int kSteps = Config::kHeadDim / 16, kFragments = kMTiles * kNTiles;
+  SM80_DEVICE void multiply_qk() {
+    constexpr int kSteps = Config::kHeadDim / 16;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
     constexpr int kUnroll = Config::kFewRegisters ? 2 : kSteps;  // ptxas would spill registers
 #else
     constexpr int kUnroll = kSteps;
 #endif
-    multiply_rows<Element, Config::kHeadDim, kUnroll>(
-        scores, address_by_rows<Tile>(q_tile(), warp_row(), lane),
-        address_by_columns<Tile>(k_slot, kHalf * kSubN + warp_key(), lane), [](int) { return float2{0.f, 0.f}; },
-        [&](int d) {
-          if constexpr (kExp) {
-#pragma unroll
-            for (int f = d * kFragments / kSteps; f < (d + 1) * kFragments / kSteps; ++f) {
-              softmax.exponentials(other, f / kNTiles, f % kNTiles);
-            }
-          }
-        });
+    multiply_rows<Element, Config::kHeadDim, kUnroll>(s, address_by_rows<Tile>(q_tile(), warp_row(), lane),
+                                                      address_by_columns<Tile>(k_slot, warp_key(), lane),
+                                                      [](int) { return float2{0.f, 0.f}; });
   }
 
-  SM80_DEVICE void take_exponentials(Scores& scores) {
+  SM80_DEVICE void take_exponentials() {
 #pragma unroll
-    for (int f = 0; f < kMTiles * kNTiles; ++f) softmax.exponentials(scores, f / kNTiles, f % kNTiles);
+    for (int f = 0; f < kMTiles * kNTiles; ++f) softmax.exponentials(s, f / kNTiles, f % kNTiles);
   }
 
   /// P of 16 keys as A fragments.
-  SM80_DEVICE void pack_probabilities(const Scores& probabilities, int k, uint32_t (&a)[kMTiles][4]) const {
+  SM80_DEVICE void pack_probabilities(int k, uint32_t (&a)[kMTiles][4]) const {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        a[m][i] =
-            pack<Element>(probabilities[m][2 * k + i / 2][i % 2 * 2], probabilities[m][2 * k + i / 2][i % 2 * 2 + 1]);
+        a[m][i] = pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
   }
 
-  /// O += P V of one half of a tile.
-  template <int kHalf>
-  SM80_DEVICE void multiply_pv(const Scores& probabilities, uint32_t v_slot) {
-    const uint32_t v = address_by_rows<Tile>(v_slot, kHalf * kSubN, lane);
+  /// O += P V.
+  SM80_DEVICE void multiply_own_p(uint32_t v_slot) {
+    const uint32_t v = address_by_rows<Tile>(v_slot, 0, lane);
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k) {
       uint32_t a[kMTiles][4];
-      pack_probabilities(probabilities, k, a);
+      pack_probabilities(k, a);
       multiply_step<Element, Config::kHeadDim, 1>(o, a, v + k * 16 * Tile::kRowBytes);
     }
   }
@@ -202,15 +188,15 @@ struct ForwardBlock {
   SM80_DEVICE void multiply_shared_p(uint32_t v_slot);
 
   /// What all warps of the rows need of this one's keys, seen by them after the next barrier.
-  SM80_DEVICE void store_probabilities(const Scores& probabilities) const;
+  SM80_DEVICE void store_probabilities() const;
 
-  // -- scores; `col` is the first column of a half
+  // -- scores; `col` is the first column of them
 
   SM80_DEVICE FragmentPlace place(int col) const {
     return {tile.m_begin + warp_row() + lane / 4, col + 2 * (lane % 4)};
   }
 
-  /// Before S of a half is computed: what of attn_mask it will need.
+  /// Before S of a tile is computed: what of attn_mask it will need.
   SM80_DEVICE void load_mask(int col) {
     if constexpr (kExtended) {
       if (p.mask.data == nullptr) return;
@@ -226,26 +212,26 @@ struct ForwardBlock {
     }
   }
 
-  SM80_DEVICE void apply_rules(Scores& scores, int col) {
+  SM80_DEVICE void apply_rules(int col) {
     const FragmentPlace at = place(col);
     if constexpr (kExtended) {
-      ScoreRules(p, tile.sequence, tile.batch, tile.head).apply(scores, at);
+      ScoreRules(p, tile.sequence, tile.batch, tile.head).apply(s, at);
       if (p.mask.data != nullptr) {
         if (is_biased) {
-          bias.add(scores, p.mask.dtype);
+          bias.add(s, p.mask.dtype);
         } else {
-          mask_bits.apply(scores);
+          mask_bits.apply(s);
         }
       }
     }
     if (col < full_begin() || col + kSubN > full_end()) {
-      mask_columns(scores, at, ColumnBounds(p, tile.sequence));
+      mask_columns(s, at, ColumnBounds(p, tile.sequence));
     }
   }
 
-  SM80_DEVICE void rescale(const Scores& scores) {
+  SM80_DEVICE void rescale() {
     typename Softmax::RowValues largest;
-    softmax.find_largest(scores, largest);
+    softmax.find_largest(s, largest);
     if constexpr (kWarpsD > 1) {
       combine_rows(largest, [](float x) { return quad_max(x); }, [](float x, float y) { return fmaxf(x, y); });
     }
@@ -266,93 +252,74 @@ struct ForwardBlock {
 
   using SeenColumns = uint32_t[(kNTiles + 15) / 16];  // bit 2 (n % 16) + c: of column 8 n + 2 (lane % 4) + c
 
-  SM80_DEVICE void find_seen_columns(const Scores& scores, SeenColumns& columns) const;
+  SM80_DEVICE void find_seen_columns(SeenColumns& columns) const;
 
   /// All threads call it, between a barrier after V's arrival and the product; a barrier stands inside and at the end.
-  SM80_DEVICE void clear_unseen_v(const SeenColumns& columns, int half, int phase, uint32_t v_slot);
+  SM80_DEVICE void clear_unseen_v(const SeenColumns& columns, int phase, uint32_t v_slot);
 
   // -- the loop over tiles
 
-  SM80_DEVICE void drop(Scores& scores, int col) const {
+  /// As many columns of fragments as both have.
+  template <int kTo, int kFrom>
+  SM80_DEVICE static void copy_fragments(float (&to)[kMTiles][kTo][4], const float (&from)[kMTiles][kFrom][4]) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kTo && n < kFrom; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[m][n][i] = from[m][n][i];
+  }
+
+  SM80_DEVICE void drop(int col) {
     if constexpr (kExtended) {
-      if (p.dropout_p > 0.0) {
-        apply_dropout(scores, make_dropout(p.rng_state, p.dropout_p), tile.batch * p.num_heads + tile.head, place(col));
+      if (!(p.dropout_p > 0.0)) return;
+      const Dropout dropout = make_dropout(p.rng_state, p.dropout_p);
+      const int64_t batch_head = tile.batch * p.num_heads + tile.head;
+      if constexpr (kNTiles % 4 == 0) {
+        apply_dropout(s, dropout, batch_head, place(col));
+      } else {  // a quad's lanes draw four fragments at a time, of which there are two
+        static_assert(kNTiles == 2);
+        float four[kMTiles][4][4] = {};
+        copy_fragments(four, s);
+        apply_dropout(four, dropout, batch_head, place(col));
+        copy_fragments(s, four);
       }
     }
   }
 
-  /// O += P V of one half; `col` is its first column.
-  template <int kHalf>
-  SM80_DEVICE void multiply_half(Scores& scores, const SeenColumns& columns, int col, uint32_t v_slot) {
+  /// O += P V; `col` is the warp's first column.
+  SM80_DEVICE void multiply_pv(const SeenColumns& columns, int col, uint32_t v_slot) {
     if constexpr (kExtended) {
-      if (p.mask.data != nullptr && !has_seen())
-        clear_unseen_v(columns, kHalf, kHalves ? kHalf : col / kBlockN % 2, v_slot);
+      if (p.mask.data != nullptr && !has_seen()) clear_unseen_v(columns, col / kBlockN % 2, v_slot);
     }
     if constexpr (kWarpsD > 1) {
       multiply_shared_p(v_slot);
     } else {
-      drop(scores, col);
-      multiply_pv<kHalf>(scores, v_slot);
+      drop(col);
+      multiply_own_p(v_slot);
     }
   }
 
-  /// On entry S of the tile's first half is computed; on exit, with kNext, that of the next tile.
-  template <bool kNext>
-  SM80_DEVICE void process_tile(int block, int next) {
-    const int col = block * kBlockN;
-    [[maybe_unused]] SeenColumns columns;
-    apply_rules(s[0], col);
-    if constexpr (kExtended) find_seen_columns(s[0], columns);
-    rescale(s[0]);
-    load_mask(col + kSubN);
-    multiply_qk<1, true>(s[1], s[0]);
-    wait_v();
-    multiply_half<0>(s[0], columns, col, slot_after(k_slot, 1));
-
-    apply_rules(s[1], col + kSubN);
-    if constexpr (kExtended) find_seen_columns(s[1], columns);
-    rescale(s[1]);
-    if constexpr (kNext) {
-      load_mask(next * kBlockN);
-      wait_k();
-      multiply_qk<0, true>(s[0], s[1]);
-      multiply_half<1>(s[1], columns, col + kSubN, slot_before(k_slot));
-    } else {
-      take_exponentials(s[1]);
-      multiply_half<1>(s[1], columns, col + kSubN, slot_after(k_slot, 1));
-    }
-  }
-
-  /// The same where S of a whole tile is in registers: nothing overlaps inside a warp, but fragments of Q are read half
-  /// as often.
-  template <bool kNext>
-  SM80_DEVICE void process_whole_tile(int block, int next) {
+  /// From S of a tile, whose K is in k_slot, to O.
+  SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
     [[maybe_unused]] SeenColumns columns;
-    apply_rules(s[0], col);
-    if constexpr (kExtended) find_seen_columns(s[0], columns);
-    rescale(s[0]);
-    take_exponentials(s[0]);
+    apply_rules(col);
+    if constexpr (kExtended) find_seen_columns(columns);
+    rescale();
+    take_exponentials();
     if constexpr (kWarpsD > 1) {
-      drop(s[0], col);
-      store_probabilities(s[0]);
+      drop(col);
+      store_probabilities();
     }
     wait_v();
-    multiply_half<0>(s[0], columns, col, slot_after(k_slot, 1));
-    if constexpr (kNext) {
-      load_mask(next * kBlockN + warp_key());
-      wait_k();
-      multiply_qk<0, false>(s[0], s[0]);
-    }
+    multiply_pv(columns, col, slot_after(k_slot, 1));
   }
 
-  template <bool kNext>
-  SM80_DEVICE void process(int block, int next) {
-    if constexpr (kHalves) {
-      process_tile<kNext>(block, next);
-    } else {
-      process_whole_tile<kNext>(block, next);
-    }
+  /// After a tile: K of the next one is in k_slot.
+  SM80_DEVICE void begin_tile(int block) {
+    load_mask(block * kBlockN + warp_key());
+    wait_k();
   }
 
   SM80_DEVICE void run() {
@@ -365,15 +332,27 @@ struct ForwardBlock {
       load_mask(block * kBlockN + warp_key());
       begin_loads();
       load_next<true>(slots_begin());
-      if constexpr (kSlots - kHeld == 2) load_next<false>(slots_begin() + Config::kSlotBytes);
+      if constexpr (kSlots == 3) load_next<false>(slots_begin() + Config::kSlotBytes);
       wait_tile();  // Q and the first K
-      load_next<kSameAhead>(slots_begin() + (kSlots - kHeld) * Config::kSlotBytes);
-      multiply_qk<0, false>(s[0], s[0]);
-      for (int next = visited_block(block - 1); next >= block_begin(); next = visited_block(block - 1)) {
-        process<true>(block, next);
-        block = next;
+      load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
+      if constexpr (Config::kTwice) {
+        multiply_qk();
+        for (int next = visited_block(block - 1); next >= block_begin(); next = visited_block(block - 1)) {
+          finish_tile(block);
+          block = next;
+          begin_tile(block);
+          multiply_qk();
+        }
+        finish_tile(block);
+      } else {
+        for (;;) {
+          multiply_qk();
+          finish_tile(block);
+          block = visited_block(block - 1);
+          if (block < block_begin()) break;
+          begin_tile(block);
+        }
       }
-      process<false>(block, block);
     }
     cp_async_commit();  // of Q, if no tile was visited
     cp_async_wait<0>();

@@ -12,36 +12,34 @@
 
 namespace flash_attn::cuda::sm80 {
 
-template <typename Element_, int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSubN_, int kBlocksPerSm_,
-          int kSlots_, bool kExtended_, int kWarpsD_ = 1>
+template <typename Element_, int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kBlocksPerSm_, int kSlots_,
+          bool kExtended_, int kWarpsD_ = 1>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpsD = kWarpsD_;  // that have the same rows: each other keys of S, and other columns of O
   static constexpr int kMTiles = kMTiles_, kWarpRows = 16 * kMTiles, kBlockM = kWarpRows * (kWarps / kWarpsD);
-  static constexpr int kBlockN = kBlockN_;                   // keys of a tile in shared memory
-  static constexpr int kSubN = kSubN_, kNTiles = kSubN / 8;  // keys of S in a warp's registers: half a tile's, or all
-  static constexpr int kDTiles = kHeadDim / 8 / kWarpsD;     // of O
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;         // that registers are bounded for
+  static constexpr int kBlockN = kBlockN_;                              // keys of a tile in shared memory
+  static constexpr int kSubN = kBlockN / kWarpsD, kNTiles = kSubN / 8;  // keys of S in a warp's registers
+  static constexpr int kDTiles = kHeadDim / 8 / kWarpsD;                // of O
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;                    // that registers are bounded for
   // Of the ring of tiles of K and V in shared memory.
   static constexpr int kSlots = kSlots_, kSlotBytes = kBlockN * kHeadDim * 2;
-  // Its tiles that are still read while one is waited for. Halves: when V is waited for, K of its tile; when K is, V of
-  // the tile before.
-  static constexpr bool kHalves = kBlockN == 2 * kSubN && kWarpsD == 1;
-  static constexpr int kHeld = kHalves ? 2 : 1;
-  static_assert(kSlots > kHeld);
+  static_assert(kSlots == 2 || kSlots == 3);
   static constexpr bool kExtended = kExtended_;  // softcap, ALiBi, masks, dropout, or tensors that 16 bytes do not fit
   // What a block asks for in every tile is kept in registers where O and S leave some, else read again.
-  static constexpr bool kFewRegisters = (kExtended && kDTiles >= 32) || kNTiles >= 16;
+  static constexpr bool kFewRegisters =
+      (kExtended && (kDTiles >= 32 || kMTiles > 1)) || kNTiles >= 16 || kBlocksPerSm > 2;
+  // Where they leave none (a thread has 255, or 168 with three blocks), the loop's last round stands in the code once
+  // more: ptxas spills otherwise.
+  static constexpr bool kTwice = 4 * kMTiles * (kDTiles + kNTiles) >= (kBlocksPerSm > 2 ? 100 : 192);
   // Shared memory, in bytes from its start: Q, the ring; and where rows are shared, P and a number a row and warp.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kSlotsEnd = kQueryBytes + kSlots * kSlotBytes;
   static constexpr int kP = kSlotsEnd, kRowValues = kP + (kWarpsD > 1 ? kBlockM * kBlockN * 2 : 0);
   static constexpr int kTileBytes = kRowValues + (kWarpsD > 1 ? kBlockM * kWarpsD * 4 : 0);
   static_assert(kSubN % 16 == 0 && kHeadDim % 32 == 0 && kDTiles % 2 == 0 && kWarps % kWarpsD == 0);
-  static_assert(kBlockN == kSubN * kWarpsD || kHalves);
-  static_assert(kWarpsD == 1 || kDTiles % 8 == 0, "a warp's columns begin where chunks change places among themselves");
 };
 
 }  // namespace flash_attn::cuda::sm80

@@ -6,13 +6,12 @@
 
 namespace flash_attn::cuda::sm80 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSubN, int kBlocksPerSm, int kSlots, bool kExtended,
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kBlocksPerSm, int kSlots, bool kExtended,
           int kWarpsD = 1>
-ForwardVariant forward_variant(const char* name) {
+ForwardVariant forward_variant(const char* name, const TileClocks& clocks = {}) {
   using Bf16 =
-      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
-  using Fp16 =
-      ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kSubN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
+      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
+  using Fp16 = ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
   return {name,
           kHeadDim,
           Bf16::kBlockM,
@@ -20,6 +19,7 @@ ForwardVariant forward_variant(const char* name) {
           Bf16::kThreads,
           kBlocksPerSm,
           kExtended,
+          clocks,
           Bf16::kTileBytes,
           ForwardBlock<Bf16>::KvCopy::kStep,
           {forward_kernel<Bf16>, forward_kernel<Fp16>}};

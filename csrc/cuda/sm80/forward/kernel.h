@@ -2,20 +2,15 @@
 // head and walks over the tiles of keys that they see, the last ones first. Tiles of K and V come by cp.async through a
 // ring of slots in shared memory: K, V of the first tile, K, V of the second, ...
 //
-// A warp takes a tile in two halves and computes S of the next half while it takes the exponentials of the last one, so
-// that the tensor cores have work throughout (FlashAttention-3's overlap inside a warpgroup, arXiv:2407.08608, section
-// 3.2, by the order of instructions alone):
+//   S = Q K^T        rescale by S, P = exp(S)        wait for V        O += P V        wait for the next K
 //
-//   rescale by S0        S1 = Q K1^T under P0 = exp(S0)        wait for V       O += P0 V0
-//   rescale by S1        S0 = Q K0^T of the next tile under P1 = exp(S1)        O += P1 V1
-//
-// or, where registers hold S of a whole tile, one after the other. Where they do not hold O of 16 rows, warps have rows
-// in common (kWarpsD): each has S of other keys and O of other columns, maxima and P go through shared memory:
+// S of a whole tile is in registers; what overlaps are the warps of an SM. Where registers do not hold O of 32 rows,
+// warps have rows in common (kWarpsD): each has S of other keys and O of other columns, maxima and P go through shared
+// memory:
 //
 //   maxima of all keys        P = exp(S) to shared memory   wait for V     O += P V, own columns
 //
-// Each wait ends in a barrier, which also says that
-// all warps are done with an earlier tile: its slot is filled anew.
+// Each wait ends in a barrier, which also says that all warps are done with an earlier tile: its slot is filled anew.
 #pragma once
 
 #include "block.h"

@@ -72,44 +72,51 @@ TileLengths tile_lengths(const ForwardParams& p, int64_t block_m, int64_t block_
   return lengths;
 }
 
-// Clocks of an SM, for few tiles: benchmarks/experiments/084.
-constexpr double kProductsPerClock = 700;     // multiply-adds of an SM that has blocks enough
-constexpr double kAlone = 1.4;                // what a block that is alone takes longer than its share of that
-constexpr double kTileClocks = 6000;          // of a block beside its products
+// Clocks of an SM: benchmarks/experiments/088.
+constexpr double kAlone = 0.7;  // a block that is alone takes longer than its share by this times those that fit
 constexpr double kCombineClocks = 9000;       // launching combine's kernel, and its latency
 constexpr double kCombineBytesPerClock = 16;  // an SM's share of L2's bandwidth, partial results written and read
 constexpr int kMaxSplits = 16;
 
-/// Into how many parts the keys of each tile are cut so that all of the GPU has something to do.
-int choose_splits(const ForwardParams& p, const DeviceInfo& device, const ForwardPlan& plan) {
-  const ForwardVariant& variant = *plan.variant;
-  const bool can = !p.is_varlen_q() && p.sinks == nullptr && !variant.extended;
-  const int64_t tiles = plan.schedule.num_tiles;
-  if (!can || tiles == 0 || tiles >= int64_t{2} * device.num_sms * plan.blocks_per_sm) return 1;
-  const TileLengths lengths = tile_lengths(mean_problem(p), variant.block_m, variant.block_n);
-  const double block_clocks = double(variant.block_m) * variant.block_n * 2 * variant.head_dim / kProductsPerClock;
-  double best = 0;
+/// Into how many parts the keys of each tile are cut so that all of the GPU has something to do, and what all takes.
+struct Division {
   int splits = 1;
-  for (int n = 1; n <= kMaxSplits && n <= lengths.longest; ++n) {
-    const double per_sm = std::ceil(double(tiles) * n / device.num_sms);
-    const double waves = std::ceil(per_sm / plan.blocks_per_sm);
-    const double work = double(tiles) * n / device.num_sms * (lengths.mean / n) * block_clocks;
-    const double longest =
-        std::ceil(lengths.longest / n) * block_clocks * kAlone * (lengths.longest > lengths.mean ? 1 : waves);
-    double clocks = std::max(work, longest) + waves * kTileClocks;
+  double clocks = 0;
+};
+
+Division divide(const ForwardParams& p, const DeviceInfo& device, const ForwardPlan& plan) {
+  const ForwardVariant& variant = *plan.variant;
+  const double tiles = double(plan.schedule.num_tiles);
+  const bool can_split = !p.is_varlen_q() && p.sinks == nullptr && !variant.extended &&
+                         plan.schedule.num_tiles < int64_t{2} * device.num_sms * plan.blocks_per_sm;
+  const TileLengths lengths = tile_lengths(mean_problem(p), variant.block_m, variant.block_n);
+  const double block_clocks =
+      double(variant.block_m) * variant.block_n * 2 * variant.head_dim / variant.clocks.products;
+  const double alone = std::max(1.0, kAlone * variant.blocks_per_sm),
+               slower = std::max(1.0, alone / plan.blocks_per_sm);
+  const auto takes = [&](double blocks) { return blocks * block_clocks + variant.clocks.start; };
+  Division best;
+  for (int n = 1; n <= (can_split ? kMaxSplits : 1) && n <= lengths.longest; ++n) {
+    const double per_sm = tiles * n / device.num_sms;
+    double clocks = std::max(per_sm * slower * takes(lengths.mean / n), alone * takes(std::ceil(lengths.longest / n)));
+    if (lengths.longest == lengths.mean) {
+      clocks = std::max(std::ceil(per_sm) * slower, alone) * takes(std::ceil(lengths.longest / n));
+    }
     if (n > 1) clocks += kCombineClocks + per_sm * 8.0 * variant.block_m * variant.head_dim / kCombineBytesPerClock;
-    if (n > 1 && clocks >= 0.95 * best) continue;
-    best = clocks;
-    splits = n;
+    if (n > 1 && clocks >= 0.95 * best.clocks) continue;
+    best = {n, clocks};
   }
-  return splits;
+  best.clocks += variant.clocks.cold;
+  return best;
 }
 
-void lay_out_tiles(const ForwardParams& p, const DeviceInfo& device, ForwardPlan& plan) {
+/// Returns how many clocks all takes.
+double lay_out_tiles(const ForwardParams& p, const DeviceInfo& device, ForwardPlan& plan) {
   const ForwardVariant& variant = *plan.variant;
   TileSchedule& schedule = plan.schedule;
   schedule = make_schedule(p, variant.block_m, heads_per_group(p, device.l2_bytes));
-  schedule.num_splits = choose_splits(p, device, plan);
+  const Division division = divide(p, device, plan);
+  schedule.num_splits = division.splits;
   schedule.split_begin = plan.is_split() ? 0 : INT32_MAX;
   if (plan.is_split()) {
     const int64_t rows = plan.num_blocks() * variant.block_m;
@@ -117,6 +124,7 @@ void lay_out_tiles(const ForwardParams& p, const DeviceInfo& device, ForwardPlan
     plan.partial_out_bytes = rows * variant.head_dim * 4;
     plan.workspace_bytes = plan.partial_out + plan.partial_out_bytes + rows * 8;
   }
+  return division.clocks;
 }
 
 }  // namespace
@@ -146,26 +154,28 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (plan.packs_mask) {
     plan.workspace_bytes = mask::packing_workspace(p.mask);
   }
+  ForwardPlan chosen;
+  double best = 0;
   for (const ForwardVariant& variant : variants_for(p)) {
     if (variant.extended != extended) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
     ForwardPlan fitting = plan;
     if (!fit(variant, p, device, fitting)) continue;
-    // The first, unless another has more blocks an SM.
-    if (plan.variant != nullptr && fitting.blocks_per_sm <= plan.blocks_per_sm) continue;
-    plan = fitting;
-    plan.variant = &variant;
+    fitting.variant = &variant;
+    const double clocks = lay_out_tiles(p, device, fitting);
+    if (chosen.variant != nullptr && clocks >= best) continue;
+    chosen = fitting;
+    best = clocks;
   }
-  if (plan.variant == nullptr && forced == nullptr) return plan;
-  if (plan.variant == nullptr) {
+  if (chosen.variant == nullptr && forced == nullptr) return chosen;
+  if (chosen.variant == nullptr) {
     std::string names;
     for (const ForwardVariant& variant : variants_for(p))
       names += std::string(names.empty() ? "" : ", ") + variant.name;
     throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
                              " does not take this problem; the kernels of its head dimension are: " + names);
   }
-  lay_out_tiles(p, device, plan);
-  return plan;
+  return chosen;
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -39,22 +39,22 @@ SM80_DEVICE void ForwardBlock<Config>::combine_rows(typename Softmax::RowValues&
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::multiply_shared_p(uint32_t v_slot) {
   const uint32_t p_rows = address_by_rows<PTile>(q_tile() + Config::kP, warp_row(), lane);
-  const uint32_t v = address_by_rows<Tile>(v_slot, 0, lane) + chunk(0) * 16;
+  const uint32_t v = v_slot + Tile::offset(lane % 16, chunk(0) + lane / 16);
 #pragma unroll
   for (int k = 0; k < kBlockN / 16; ++k) {
     uint32_t a[kMTiles][4];
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) ldmatrix_x4(a[m], PTile::along(p_rows, k) + m * 16 * PTile::kRowBytes);
-    multiply_step<Element, Config::kHeadDim, 1>(o, a, v + k * 16 * Tile::kRowBytes);
+    multiply_step<Element, Config::kHeadDim, kWarpsD>(o, a, v + k * 16 * Tile::kRowBytes);
   }
 }
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::store_probabilities(const Scores& probabilities) const {
+SM80_DEVICE void ForwardBlock<Config>::store_probabilities() const {
 #pragma unroll
   for (int k = 0; k < kNTiles / 2; ++k) {
     uint32_t a[kMTiles][4];
-    pack_probabilities(probabilities, k, a);
+    pack_probabilities(k, a);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       store_fragment<PTile>(q_tile() + Config::kP, warp_row() + 16 * m, warp_key() / 16 + k, lane, a[m]);

@@ -6,7 +6,7 @@
 namespace flash_attn::cuda::sm80 {
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::find_seen_columns(const Scores& scores, SeenColumns& columns) const {
+SM80_DEVICE void ForwardBlock<Config>::find_seen_columns(SeenColumns& columns) const {
   if (p.mask.data == nullptr || has_seen()) return;
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
@@ -14,7 +14,7 @@ SM80_DEVICE void ForwardBlock<Config>::find_seen_columns(const Scores& scores, S
     for (int c = 0; c < 2; ++c) {
       bool any = false;
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m) any = any || scores[m][n][c] != -INFINITY || scores[m][n][2 + c] != -INFINITY;
+      for (int m = 0; m < kMTiles; ++m) any = any || s[m][n][c] != -INFINITY || s[m][n][2 + c] != -INFINITY;
       if (n % 16 == 0 && c == 0) columns[n / 16] = 0;
       columns[n / 16] |= uint32_t(any) << (2 * (n % 16) + c);
     }
@@ -22,8 +22,7 @@ SM80_DEVICE void ForwardBlock<Config>::find_seen_columns(const Scores& scores, S
 }
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(const SeenColumns& columns, int half, int phase,
-                                                      uint32_t v_slot) {
+SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(const SeenColumns& columns, int phase, uint32_t v_slot) {
   uint32_t* const words = alive + phase * 16;  // [lane % 4][n / 16]
 #pragma unroll
   for (int w = 0; w < (kNTiles + 15) / 16; ++w) {
@@ -34,13 +33,11 @@ SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(const SeenColumns& columns
     if (lane < 4) atomicOr(words + 2 * lane + w, x << (warp_key() / 4));
   }
   __syncthreads();  // all warps have said what they see
-  constexpr int kRows = kHalves ? kSubN : kBlockN;
-  for (int row = warp; row < kRows; row += Config::kWarps) {
+  for (int row = warp; row < kBlockN; row += Config::kWarps) {
     const int n = row / 8, t = row % 8 / 2;
     if ((words[2 * t + n / 16] >> (2 * (n % 16) + row % 2) & 1) != 0) continue;
     for (int chunk = lane; chunk < Tile::kChunks; chunk += 32) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_slot + Tile::offset(half * kSubN + row, chunk)),
-                   "r"(0)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_slot + Tile::offset(row, chunk)), "r"(0)
                    : "memory");
     }
   }

@@ -14,6 +14,9 @@ void prepare_rows(const BackwardKernelParams& params, int warps, cudaStream_t st
 /// dq from dq_accum.
 void store_dq(const BackwardKernelParams& params, cudaStream_t stream);
 
+/// dk and dv of so many blocks of keys from dk_parts and dv_parts.
+void store_keys(const BackwardKernelParams& params, int64_t blocks, cudaStream_t stream);
+
 /// dsinks: - sum of P_sink * delta over all rows of a head.
 void reduce_sinks(const BackwardKernelParams& params, cudaStream_t stream);
 

@@ -35,6 +35,24 @@ SM80_DEVICE int dq_place(int lane, int i) {
 #endif
 }
 
+/// A lane's four numbers of a fragment, in that order.
+SM80_DEVICE void store_accumulated(float* fragment, int lane, const float (&x)[4], float scale) {
+#if __CUDA_ARCH__ >= 900
+  *reinterpret_cast<float4*>(fragment + dq_place(lane, 0)) = {x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale};
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) fragment[dq_place(lane, i)] = x[i] * scale;
+#endif
+}
+SM80_DEVICE float4 load_accumulated(const float* fragment, int lane) {
+#if __CUDA_ARCH__ >= 900
+  return __ldcs(reinterpret_cast<const float4*>(fragment + dq_place(lane, 0)));
+#else
+  return {__ldcs(fragment + dq_place(lane, 0)), __ldcs(fragment + dq_place(lane, 1)),
+          __ldcs(fragment + dq_place(lane, 2)), __ldcs(fragment + dq_place(lane, 3))};
+#endif
+}
+
 /// Eight elements to global memory; past the end of a row there are fewer.
 template <bool kMayBeUnaligned, typename Element>
 SM80_DEVICE void store_piece(Element* to, const uint4& x, int columns, bool aligned) {

@@ -4,8 +4,9 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const ForwardVariant kVariants[] = {
-    forward_variant<96, 4, 2, 64, 32, 2, 4, false>("mma d96 128x64 halves"),
-    forward_variant<96, 4, 1, 64, 64, 2, 3, true>("mma d96 64x64 extended"),
+    forward_variant<96, 4, 2, 64, 2, 3, false>("mma d96 128x64", {690, 5500, 16000}),
+    forward_variant<96, 4, 1, 64, 2, 3, false>("mma d96 64x64", {560, 2200, 8000}),
+    forward_variant<96, 4, 1, 64, 2, 3, true>("mma d96 64x64 extended", {320, 2500, 10000}),
 };
 
 }  // namespace
