@@ -66,7 +66,7 @@ SM80_DEVICE void await_turn(const int* counter, int turn, int count) {
 SM80_DEVICE void end_turn(int*& counter) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
   }
 }
 
