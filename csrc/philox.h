@@ -15,9 +15,15 @@ struct Philox4 {
 
 constexpr int kPhiloxRounds = 7;
 
+/// kRolled: on a GPU the rounds stay a loop, for kernels that have no registers left.
+template <bool kRolled = false>
 FLASH_ATTN_HOST_DEVICE Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                                           uint32_t k1) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  int rounds = kPhiloxRounds;
+#ifdef __CUDA_ARCH__
+  if constexpr (kRolled) asm volatile("" : "+r"(rounds));
+#endif
+  for (int round = 0; round < rounds; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
@@ -39,8 +45,10 @@ struct Dropout {
   uint32_t seed_low, seed_high, offset, threshold;
   double scale;
 
+  template <bool kRolled = false>
   FLASH_ATTN_HOST_DEVICE Philox4 block(int64_t batch_head, int64_t row, int64_t col) const {
-    return philox4x32(uint32_t(col / kColumns), uint32_t(row), uint32_t(batch_head), offset, seed_low, seed_high);
+    return philox4x32<kRolled>(uint32_t(col / kColumns), uint32_t(row), uint32_t(batch_head), offset, seed_low,
+                               seed_high);
   }
   FLASH_ATTN_HOST_DEVICE bool keep(const Philox4& random, int col) const {
     const int i = col % kColumns;

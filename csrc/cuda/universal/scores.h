@@ -198,7 +198,7 @@ __device__ __forceinline__ void draw_dropout(const ForwardParams& p, int64_t bat
 #pragma unroll 1
   for (int n = int(threadIdx.x); n < kBlock * kGroups; n += kThreads) {
     const Philox4 random =
-        dropout.block(batch_head, t.m_begin + n / kGroups, t.n_begin + n % kGroups * Dropout::kColumns);
+        dropout.block<true>(batch_head, t.m_begin + n / kGroups, t.n_begin + n % kGroups * Dropout::kColumns);
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < Dropout::kColumns; ++i) bits |= uint32_t(dropout.keep(random, i)) << i;
