@@ -174,7 +174,7 @@ def test_plans_do_not_depend_on_it(
     for way in ("forward", "backward"):  # the choice of tile and of flags may follow what is known of the lengths
         assert close[way]["family"] == total[way]["family"]
         assert close[way]["workspace_bytes"] == pytest.approx(total[way]["workspace_bytes"], rel=1e-3)
-    if close["backward"]["family"] == "sm90":  # what stays in L2 is a matter of the mean length
+    if dtype == "bfloat16" and device == H200:  # what stays in L2 is a matter of the mean length
         groups = [choice["backward"]["decisions"]["heads_per_group"] for choice in (close, total)]
         assert groups[0] == groups[1]
 
