@@ -49,6 +49,7 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
 constexpr Variant extended_variant(const char* name, int head_dim, int block_m) {
   Variant v = variant(name, head_dim, head_dim, block_m, 1);
   v.extended = true;
+  v.many_registers = block_m == 64;
   return v;
 }
 
@@ -64,6 +65,7 @@ extern const Variant kD64 = variant("d64", 64, 64, 128, 1);
 extern const Variant kD64Fused = fused_variant();
 extern const Variant kD96 = variant("d96", 96, 96, 64, 1);
 extern const Variant kD128 = variant("d128", 128, 128, 64, 1);
+extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128);
 extern const Variant kD96Extended = extended_variant("d96 extended", 96, 64);
 extern const Variant kD128Extended = extended_variant("d128 extended", 128, 64);
 extern const Variant kD192V128 = variant("d192-128", 192, 128, 64, 2);
@@ -77,6 +79,7 @@ TensorMapSource query_rows(const ForwardParams&, const TensorView&, int64_t) { r
 TensorMapSource key_rows(const ForwardParams&, const TensorView&, int64_t, int64_t) { return {}; }
 CUtensorMap make_tensor_map(const TensorMapSource&, int) { return {}; }
 CUtensorMap make_mask_map(const MaskView&, int) { return {}; }
+bool has_mask_map(const ForwardParams&) { return false; }  // no problem here has a bias
 
 }  // namespace flash_attn::cuda::sm90
 namespace flash_attn::cuda {
