@@ -316,6 +316,7 @@ def experiments_page(folder: Path) -> str:
     """The introduction as it stands, and behind it an index by topic, from the first lines of each page."""
     introduction = (folder / "README.md").read_text().partition(INDEX)[0].rstrip()
     by_topic: dict[str, list[list[str]]] = {topic: [] for topic in TOPICS}
+    by_number: dict[str, Path] = {}
     for path in sorted(folder.glob("[0-9][0-9][0-9]-*.md")):
         title = re.match(r"# (\d{3}) (.+)\n", text := path.read_text())
         about = re.search(r"^Topic: (.+?)\. Verdict: (.+)\.$", text, re.M)
@@ -323,6 +324,8 @@ def experiments_page(folder: Path) -> str:
             raise SystemExit(
                 f"{path}: a page begins '# NNN Title', then has a line 'Topic: A. Verdict: B.' with A of {TOPICS}"
             )
+        if (first := by_number.setdefault(title[1], path)) != path:
+            raise SystemExit(f"{path}: {first.name} has that number")
         by_topic[about[1]].append([f"[{title[1]}]({path.name})", title[2], about[2]])
     lines = [introduction, "", INDEX, ""]
     for topic, found in by_topic.items():

@@ -263,6 +263,14 @@ def test_a_page_without_its_two_first_lines_is_refused(tables: ModuleType, tmp_p
         tables.experiments_page(tmp_path)
 
 
+def test_two_pages_of_one_number_are_refused(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Experiments\n")
+    for name in ("idea", "other"):
+        (tmp_path / f"001-{name}.md").write_text(f"# 001 An idea\n\nTopic: {tables.TOPICS[0]}. Verdict: kept.\n")
+    with pytest.raises(SystemExit, match=r"001-other\.md: 001-idea\.md has that number"):
+        tables.experiments_page(tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """To files, and to headings within them."""

@@ -1,9 +1,11 @@
-// What neither pass of the Hopper family takes. Host code, for forward.cpp and backward.cpp.
+// What neither pass of the Hopper family takes, and what both ask of attn_mask. Host code.
 #pragma once
 
 #include "../../kernel.h"
 
 namespace flash_attn::cuda::sm90 {
+
+constexpr int64_t kLeastSharing = 8;  // of mask::is_read_ahead()
 
 /// Why, as a clause; null if it is for the pass to say.
 inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceInfo& device) {

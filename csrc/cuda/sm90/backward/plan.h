@@ -30,7 +30,7 @@ struct Variant {
   DqPath dq_path;
   bool descends;                    // see KernelConfig
   bool extended;                    // takes every rule for scores
-  bool many_registers;              // of them: also for what ExtendedConfig says
+  bool many_registers;              // of those: see ExtendedConfig::kManyRegisters
   Launch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 

@@ -14,6 +14,7 @@
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../common/tiles/visibility.h"
 #include "../hopper/tensor_map.h"
+#include "../refusals.h"
 
 namespace flash_attn::cuda::sm90::forward {
 namespace {
@@ -109,8 +110,6 @@ void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& l
   }
   plan.dynamic = int64_t{schedule.num_tiles} * schedule.num_splits > num_sms;
 }
-
-constexpr int64_t kLeastSharing = 8;  // of is_read_ahead()
 
 /// Heads whose K and V together take a share of L2 that grows with their length, but where copies weigh less, at head
 /// dim 64: benchmarks/experiments/006.

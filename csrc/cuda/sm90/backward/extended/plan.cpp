@@ -4,12 +4,11 @@
 #include "../../../mask/packed_mask.h"
 #include "../../../sm80/sm80.h"
 #include "../../hopper/tensor_map.h"
+#include "../../refusals.h"
 #include "../launch.h"
 
 namespace flash_attn::cuda::sm90::backward {
 namespace {
-
-constexpr int64_t kLeastSharing = 8;  // of is_read_ahead()
 
 // Of adds_dmask(): a tile takes a step to add and to say so, which those after it wait for.
 constexpr int64_t kMaxDmaskTurns = 16;

@@ -43,8 +43,8 @@ FLASH_ATTN_DEVICE bool has_bad_rows(const mask::BadRows& bad_rows, const Extende
   return __any_sync(~0u, bad);
 }
 
-/// Of the bits of 64 columns from `col` on, all but those of bad rows of V that no row of the tile sees, by a thread
-/// for one column of its own: it reads attn_mask once more.
+/// Whether a column of the tile is a bad row of V that none of its `rows` rows sees. By one thread, which reads
+/// attn_mask once more.
 FLASH_ATTN_DEVICE bool is_bad_and_unseen(const ExtendedParams& params, const ExtendedTile& tile, int col, int rows) {
   const int mask_col = tile.col_begin + col;
   if (col >= tile.num_cols) return false;
