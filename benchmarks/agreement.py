@@ -15,7 +15,8 @@ from torch import Tensor
 
 TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-3}  # relative, of the norm
 DROPOUT_TOLERANCE = 2e-2  # of the mean over all elements, if there are many
-OURS = ("ours", "deterministic", "rule", "paged")
+PAGED = ("paged16", "paged64", "paged256")
+OURS = ("ours", "deterministic", "rule", *PAGED)
 NAMES = ("out", "dq", "dk", "dv", "dmask")
 
 
@@ -37,9 +38,12 @@ def first_head(x: Tensor, inputs: Inputs) -> Tensor:
 def eager(inputs: Inputs, train: bool) -> list[Tensor]:
     """What `results` has of the last sequence's first head, in float32 by the whole matrix of its scores."""
     p = inputs.problem
-    q, k, v = (first_head(x, inputs).float().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (first_head(x, inputs).float() for x in (inputs.q, inputs.k, inputs.v))
+    if p.filled:
+        k, v = k[: p.filled[-1]], v[: p.filled[-1]]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     i, j = (torch.arange(len(x), device=inputs.device) for x in (q, k))
-    i = i[:, None]
+    i = i[:, None] + (len(k) - len(q) if p.seqlen_k else 0)
     with torch.enable_grad():
         scores = q @ k.T / math.sqrt(p.head_dim)
         if p.score == "softcap":
@@ -99,6 +103,8 @@ def check(able: list[Contender], inputs: Inputs, train: bool) -> str:
         return "ours did not run"
     if problem.score == "dropout":
         return _check_dropout(mine, inputs, train)
+    for paged in (contender for contender in able if contender.name in PAGED):
+        _compare(results(paged, train), results(mine, train), tolerance, "of it in pages")
     if other is not None:
         return _compare(results(mine, train), results(other, train), tolerance, other.name)
     found = [first_head(x, inputs) for x in results(mine, train)[: 4 if train else 1]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from caches import attention_over_cache
 from inputs import Inputs
 from problem import DROPOUT, SOFTCAP
 from torch import Tensor
@@ -93,6 +94,8 @@ def _func(name: str, inputs: Inputs, **options: Any) -> Contender:
 def ours(inputs: Inputs) -> Contender:
     """This package, by the public function that fits."""
     p = inputs.problem
+    if p.needs_cache:
+        return _contender("ours", inputs, "as given", attention_over_cache(inputs))
     if p.lengths:
         cu = inputs.cu_seqlens
         return _contender(
@@ -131,29 +134,16 @@ def deterministic(inputs: Inputs) -> Contender:
     return _func("deterministic", inputs, causal=p.causal, window_size=window, deterministic=True)
 
 
-PAGE = 64
+def _paged(page: int) -> Callable[[Inputs], Contender]:
+    """This package, of keys and values in pages, which stand in no order."""
 
+    def build(inputs: Inputs) -> Contender:
+        p = inputs.problem
+        if p.seqlen > 16 or not p.seqlen_k or p.keys % page != 0 or inputs.device.type == "cpu":
+            raise UnsuitedError("for few query rows over a cache on CUDA")
+        return _contender(f"paged{page}", inputs, "as given", attention_over_cache(inputs, page))
 
-def paged(inputs: Inputs) -> Contender:
-    """This package, of keys and values in pages of 64 rows, which stand in no order."""
-    p = inputs.problem
-    if p.seqlen > 16 or p.keys % PAGE != 0 or p.case != "none" or p.causal:
-        raise UnsuitedError("for few query rows over a cache")
-    blocks = p.keys // PAGE
-    order = torch.randperm(p.batch * blocks, device=inputs.device)
-    table = order.view(p.batch, blocks).int()
-    caches = []
-    for x in (inputs.k, inputs.v):
-        caches.append(torch.empty_like(x).view(-1, PAGE, *x.shape[2:]))
-        caches[-1][order] = x.view_as(caches[-1])
-    lengths = torch.full((p.batch,), p.keys, dtype=torch.int32, device=inputs.device)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths, block_table=table)
-        assert isinstance(out, Tensor)
-        return out
-
-    return _contender("paged", inputs, "as given", attention)
+    return build
 
 
 def _sdpa(function: Callable[..., Tensor], inputs: Inputs, mask: Tensor | None) -> Attention:
@@ -170,6 +160,8 @@ def _torch(backend: SDPBackend) -> Callable[[Inputs], Contender]:
         p = inputs.problem
         if inputs.device.type == "cpu" and backend not in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             raise UnsuitedError("not for the CPU")
+        if p.needs_cache:
+            raise UnsuitedError("has no caches: no lengths on the device, no float8, causal is from the first key")
         if p.score == "softcap":
             raise UnsuitedError("has no softcap")
         if p.score == "alibi":
@@ -216,8 +208,8 @@ def fa3(inputs: Inputs) -> Contender:
     p = inputs.problem
     if inputs.device.type == "cpu" or not importlib.util.find_spec("flash_attn_interface"):
         raise UnsuitedError("not installed")
-    if p.case not in ("none", "softcap") or p.dtype == "fp32":
-        raise UnsuitedError("no masks, no dropout, no ALiBi, no fp32")
+    if p.case not in ("none", "softcap") or p.dtype == "fp32" or p.needs_cache:
+        raise UnsuitedError("no masks, no dropout, no ALiBi, no fp32; caches are not called")
     import flash_attn_interface as interface  # type: ignore[import-not-found]
 
     window = (p.window, 0) if p.window >= 0 else (-1, -1)
@@ -253,6 +245,7 @@ def flex(inputs: Inputs) -> Contender:
     if (
         device.type not in FLEX_DEVICES
         or p.lengths
+        or p.needs_cache
         or p.score == "dropout"
         or (p.mask != "none" and inputs.rule is None)
     ):
@@ -291,7 +284,7 @@ BACKENDS: dict[str, Callable[[Inputs], Contender]] = {
     "flex": flex,
     "deterministic": deterministic,
     "rule": rule,
-    "paged": paged,
+    **{f"paged{page}": _paged(page) for page in (16, 64, 256)},
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import report
 import timing
 import torch
-from agreement import check
+from agreement import PAGED, check
 from backends import BACKENDS, Contender, contenders
 from inputs import DTYPES, Inputs
 from problem import Problem
@@ -137,10 +137,11 @@ def parse_arguments() -> argparse.Namespace:
     # torch's math path takes longer on a GPU than all others together, and only runs short sequences there.
     left_out = {
         "flex": not args.flex,
-        "math": args.device == "cuda" and args.suite in ("peers", "sweep"),
+        "math": args.device == "cuda" and args.suite in ("peers", "sweep", "decode"),
         "deterministic": args.suite != "deterministic",
         "rule": args.suite != "mask",
-        "paged": args.suite != "decode",
+        **{name: args.suite != "decode" for name in PAGED},
+        "efficient": args.suite == "decode",  # it takes no grouped heads
     }
     if args.suite == "deterministic":
         left_out |= {name: True for name in BACKENDS if name not in ("ours", "cudnn", "deterministic")}

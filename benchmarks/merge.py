@@ -39,7 +39,8 @@ def merged(contents: list[Content]) -> Content:
 
 def _what(row: Content) -> Content:
     """A row without what was measured."""
-    return {key: row[key] for key in ("pass", "head_dim", "seqlen", "batch", "heads", "dtype", "mask")}
+    sizes = ("pass", "head_dim", "causal", "seqlen", "batch", "heads", "heads_k", "dtype", "mask")
+    return {key: row.get(key) for key in (*sizes, "seqlen_k", "filled", "float8")}
 
 
 def main() -> None:

@@ -45,7 +45,9 @@ class Problem:
             power of -8 (head + 1) / heads.
         window: keys left of the diagonal that a causal row sees; -1 is all.
         lengths: of the packed sequences, for the varlen functions.
-        seqlen_k: rows of k and v where they are others than those of q; full attention of dense tensors.
+        seqlen_k: rows of k and v where they are others than those of q, without a mask; causal is from the last key.
+        filled: rows that each sequence has in a cache of seqlen_k, which are known on the device alone.
+        float8: k and v are a cache in float8_e4m3fn with a scale a head.
     """
 
     head_dim: int
@@ -60,6 +62,8 @@ class Problem:
     lengths: tuple[int, ...] = ()
     seqlen_k: int = 0
     score: str = "none"
+    filled: tuple[int, ...] = ()
+    float8: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -68,6 +72,16 @@ class Problem:
     @property
     def keys(self) -> int:
         return self.seqlen_k or self.seqlen
+
+    @property
+    def needs_cache(self) -> bool:
+        """Only functions that take a cache say it."""
+        return bool(self.filled) or self.float8 or (self.causal and self.seqlen_k > 0)
+
+    @property
+    def filled_keys(self) -> int:
+        """Keys of all sequences together that are not those of q."""
+        return sum(self.filled) if self.filled else self.batch * self.seqlen_k
 
     @property
     def case(self) -> str:
@@ -116,10 +130,12 @@ class Problem:
             return half * self.batch * n * n / DOCUMENTS
         if self.mask == "prefix":
             return self.batch * (n * n + self.prefix**2) / 2
+        if self.seqlen_k:
+            return n * self.filled_keys - self.causal * self.batch * n * (n - 1) / 2
         window = self.dense_window if self.mask == "window" else self.window
         if 0 <= window < n:
             return self.batch * (n * (window + 1) - window * (window + 1) / 2)
-        return half * self.batch * n * self.keys
+        return half * self.batch * n * n
 
     @property
     def tokens(self) -> int:
@@ -133,8 +149,9 @@ class Problem:
     def bytes(self, passes: str) -> float:
         """Least traffic: q, k, v, out forward; those, dout, dq, dk, dv backward."""
         size = {"bf16": 2, "fp16": 2, "fp32": 4}[self.dtype]
-        keys = self.batch * self.seqlen_k if self.seqlen_k else self.tokens
-        forward = 2 * self.head_dim * (self.tokens * self.heads + keys * self.kv_heads) * size
+        keys = self.filled_keys if self.seqlen_k else self.tokens
+        key_size = 1 if self.float8 else size
+        forward = 2 * self.head_dim * (self.tokens * self.heads * size + keys * self.kv_heads * key_size)
         return forward * {"fwd": 1, "bwd": 2, "step": 3}[passes]
 
     def __str__(self) -> str:
@@ -142,5 +159,8 @@ class Problem:
         size = f"{len(self.lengths)} packed, {self.tokens} in all" if self.lengths else f"{self.batch}x{self.seqlen}"
         parts.append(size + (f" on {self.seqlen_k} keys" if self.seqlen_k else ""))
         parts.append(f"{self.heads} heads" + (f" on {self.heads_k}" if self.heads_k else ""))
+        if self.filled:
+            parts.append(f"{min(self.filled)} to {max(self.filled)} filled")
+        parts += ["float8"] * self.float8
         parts += [self.case] * (self.case != "none") + [f"window {self.window}"] * (self.window >= 0)
         return " ".join(parts)

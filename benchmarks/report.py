@@ -114,6 +114,8 @@ def make_row(
         "score": problem.score,
         "window": problem.window,
         "lengths": list(problem.lengths),
+        "filled": list(problem.filled),
+        "float8": problem.float8,
         **notes,
     }
     for name, ms in times.items():

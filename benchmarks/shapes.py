@@ -207,16 +207,23 @@ def extra(selection: Selection) -> list[Problem]:
 
 
 def decode(selection: Selection) -> list[Problem]:
-    """One query row, and 16, of each of many heads over the keys of a cache."""
+    """A few query rows of each of many heads over the keys of a cache: one row over short and long caches, also in
+    float8; 2 to 16 rows; sequences of all lengths; other head dimensions; a key head for each query head, and for all.
+    """
     if not selection.on_cuda:
         return [Problem(128, False, 1, 1, 8, dtype, seqlen_k=8192) for dtype in ("fp32", "bf16")]
     caches = ((1, 131072, 32), (8, 32768, 32), (64, 4096, 32), (128, 2048, 64), (1, 1024, 32), (8, 1024, 32))
-    rows = [Problem(128, False, 1, batch, heads, "bf16", 8, seqlen_k=keys) for batch, keys, heads in caches]
-    rows += [
-        Problem(128, False, n, batch, 32, "bf16", 8, seqlen_k=keys) for n in (4, 16) for batch, keys, _ in caches[1:3]
-    ]
-    rows += [Problem(d, False, 1, 16, 32, "bf16", 8, seqlen_k=8192) for d in (64, 96, 192, 256)]
-    return [*rows, Problem(128, False, 1, 16, 32, "bf16", seqlen_k=4096)]
+    one = [Problem(128, False, 1, batch, heads, "bf16", 8, seqlen_k=keys) for batch, keys, heads in caches]
+    rows = [replace(one[1], seqlen=n, causal=causal) for causal in (False, True) for n in (2, 4, 8, 16)]
+    rows += [replace(one[2], seqlen=n) for n in (4, 16)]
+    chance = random.Random(selection.seed)
+    ragged = Problem(
+        128, False, 1, 32, 32, "bf16", 8, seqlen_k=32768, filled=tuple(chance.randint(1, 32768) for _ in range(32))
+    )
+    float8 = [replace(p, float8=True) for p in (*one, ragged, rows[3])]
+    dims = [Problem(d, False, 1, 16, 32, "bf16", 8, seqlen_k=8192) for d in (64, 96, 192, 256)]
+    dims += [replace(dims[0], head_dim=128, heads_k=heads_k) for heads_k in (1, 32)]
+    return [*one, *rows, ragged, *float8, *dims]
 
 
 def fp32(selection: Selection) -> list[Problem]:

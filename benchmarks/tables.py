@@ -36,7 +36,9 @@ LABELS = {
     "flex": "FlexAttention",
     "deterministic": "ours, deterministic",
     "rule": "ours, told the rule",
-    "paged": "ours, pages of 64",
+    "paged16": "ours, pages of 16",
+    "paged64": "ours, pages of 64",
+    "paged256": "ours, pages of 256",
 }
 SINCE_AMPERE = "sm80_"  # begins the names of files that were taken with FLASH_ATTN_FORCE=sm80
 LONG = 80  # rows beyond which only a summary and the least ratios are shown
@@ -83,8 +85,12 @@ def problem_text(row: Row) -> str:
     """(batch, heads, seqlen, head dim) and what is special."""
     lengths = row["lengths"]
     size = f"{len(lengths)} packed of {min(lengths):,} to {max(lengths):,}" if lengths else f"{row['seqlen']:,}"
-    keys = row.get("seqlen_k", row["seqlen"])
-    size += "" if lengths or keys == row["seqlen"] else f" on {keys:,} keys"
+    keys, filled = row.get("seqlen_k", row["seqlen"]), row.get("filled")
+    if filled:
+        size += f" on {min(filled):,} to {max(filled):,} keys"
+    elif not lengths and keys != row["seqlen"]:
+        size += f" on {keys:,} keys"
+    size += " in float8" if row.get("float8") else ""
     batch = "" if lengths else f"{row['batch']} x "
     heads = f"{row['heads']} heads" + (f" on {row['heads_k']}" if row["heads_k"] != row["heads"] else "")
     case = "" if case_of(row) == "none" else f", {case_of(row)}"

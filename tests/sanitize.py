@@ -16,6 +16,8 @@ from dataclasses import replace
 
 import torch
 
+import cache_problems
+from cache_problems import CacheProblem
 from flash_attn.torch_op import attention as ops
 from problems import MASK_KINDS, Problem, run
 
@@ -101,7 +103,32 @@ def scores(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     ]
 
 
-KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few, scores)}
+def caches(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
+    base = CacheProblem(dtype, (300, 0, 1, 77), 320, 8, 2, 1, 1, head_dim, head_dim, causal=True)
+    paged = replace(base, page_size=16, rotary_dim=head_dim // 2)
+    return [
+        base,
+        replace(base, appended=0, batch_index=True, leftpad=True),
+        paged,
+        replace(paged, page_size=48, seqlen_q=3, appended=3, float32_tables=True),
+        replace(paged, page_size=1, window=(30, 0), sinks=True, slopes="head"),
+        replace(base, seqlen_q=8, appended=8, softcap=20.0),
+        replace(base, seqlen_q=16, appended=16, page_size=64),
+        replace(base, lengths=(5000,), capacity=5008, heads=32, heads_k=8),
+        replace(base, lengths=(70,) * 100, capacity=96, heads=4, page_size=32),
+        replace(base, lengths=(900, 20), capacity=960, seqlen_q=40, appended=40),
+    ]
+
+
+def float8(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
+    return [replace(p, float8=kind) for kind, p in zip(("head", "batch") * 5, caches(head_dim, dtype), strict=True)]
+
+
+def run_over_cache(problem: CacheProblem, device: str) -> dict[str, torch.Tensor]:
+    return {"out": cache_problems.call(problem, cache_problems.make_inputs(problem), device)[0]}
+
+
+KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few, scores, caches, float8)}
 
 
 def main() -> None:
@@ -115,7 +142,8 @@ def main() -> None:
     done = 0
     for problem in problems:
         try:
-            results = run(problem, args.device)
+            over_cache = isinstance(problem, CacheProblem)
+            results = run_over_cache(problem, args.device) if over_cache else run(problem, args.device)
         except RuntimeError as error:
             if "FLASH_ATTN_FORCE" in os.environ and "does not take this problem" in str(error):
                 continue
