@@ -201,7 +201,9 @@ struct MaskFragments {
     for (int m = 0; m < kMTiles; ++m) {
       const int row_cell = min(row / mask::kCellRows + m, packed.row_cells - 1);
       const int64_t cell = packed.cell(batch, head, row_cell, min(col / mask::kCellCols, packed.col_cells - 1));
-      bits[m] = __ldg(packed.bits + cell * 32 + threadIdx.x % 32) >> (col % mask::kCellCols / 2);
+      bits[m] = __ldg(packed.bits + cell * 32 + threadIdx.x % 32);
+      // Of a whole cell nothing is to be shifted, which would wait for the load.
+      if constexpr (8 * kNTiles < mask::kCellCols) bits[m] >>= col % mask::kCellCols / 2;
     }
   }
 

@@ -43,6 +43,8 @@ struct KernelConfig : Shape {
   // t - kStagesQ, are at most in its epilogue, and are through with tile t - kStagesQ - 1, whose slot t + 1 may take.
   static constexpr int kTileSlots = 4;
 
+  static constexpr int kSchedulerThreads = 1;  // that write a tile
+
   // A CTA starts with 65,536 / kThreads registers a thread; setmaxnreg moves them from producer to consumers.
   static constexpr int kProducerRegisters = Shape::kConsumers == 2 ? 56 : 32;
   static constexpr int kConsumerRegisters = Shape::kConsumers == 4 ? 112 : Shape::kConsumers == 3 ? 160 : 224;

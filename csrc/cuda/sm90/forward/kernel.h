@@ -35,7 +35,7 @@ FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<C
   const auto init = [](uint64_t* barriers, int stages, int arrivals) {
     for (int i = 0; i < stages; ++i) mbarrier_init(&barriers[i], arrivals);
   };
-  init(&shared.tile_ready, 1, 1);
+  init(&shared.tile_ready, 1, Config::kSchedulerThreads);
   init(&shared.tile_wanted, 1, 1);
   init(shared.q_full, Config::kStagesQ, 1);
   init(shared.k_full, Config::kStagesKV, 1);

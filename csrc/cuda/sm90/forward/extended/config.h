@@ -19,6 +19,7 @@ struct ExtendedConfig : KernelConfig<Element_, Shape, true> {
   static constexpr Bias kBias = kBias_;
   // Softcap, ALiBi and dropout, each if the problem has it: what is passed over costs time as well, in every block.
   static constexpr bool kRules = kRules_;
+  static constexpr int kSchedulerThreads = 32;                // each writes some of a tile's list
   static constexpr int kBytesBias = 64 * Shape::kBlockN * 2;  // staged, of a consumer's rows of one block
   // What lists blocks is content with 32 registers; more consumers' registers help where head dims are small, and with
   // larger ones ptxas spills with 232, not with 224.
@@ -55,13 +56,11 @@ struct ExtendedStorage : SharedStorage<Config>,
   VisitedBlock lists[Config::kTileSlots][kListCapacity];
   VisitedBlock end;  // so that a place beyond the last list may be read
 
-  /// Number i of the blocks that a tile visits, from right to left.
-  FLASH_ATTN_DEVICE VisitedBlock visited(int slot, int i) const {
+  /// Number i of the blocks that a tile visits, from right to left. `listed` is the tile's, held by who asks for many.
+  FLASH_ATTN_DEVICE VisitedBlock visited(int slot, bool listed, int i) const {
+    if (__builtin_expect(listed, 1)) return lists[slot][i];
     const ExtendedTile& tile = this->tiles[slot];
-    if (tile.listed) return lists[slot][i];
-    const int n_block = tile.num_blocks - 1 - i;
-    return {static_cast<uint32_t>(n_block) | tile.unlisted |
-            (n_block == 0 && tile.first_col > 0 ? VisitedBlock::kUnclean : 0)};
+    return tile.whole_block(tile.num_blocks - 1 - i);
   }
 };
 

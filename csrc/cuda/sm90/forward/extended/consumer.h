@@ -125,7 +125,7 @@ struct ExtendedConsumer : Consumer<Config> {
 #pragma unroll
       for (int cell = 0; cell < kBlockN / 64; ++cell) mask_bits[cell].apply(cell_fragments(cell));
     }
-    if (blocks.is_partial(n_block)) {
+    if (__builtin_expect(blocks.is_partial(n_block), 0)) {
       mask_scores<true>(s, tile.band(), blocks, n_block, row + warp * 16 + lane / 4,
                         n_block * kBlockN + 2 * (lane % 4));
     }
@@ -168,7 +168,7 @@ struct ExtendedConsumer : Consumer<Config> {
                                        VisitedBlock next) {
     if constexpr (Config::kBias == Bias::kLoaded) bias.load(params, tile, place(tile, row, n_block));
     draw_dropout(tile, row, n_block);
-    if (kAfterOther && other.is_unclean()) clean_v(tile, other.n_block());
+    if (kAfterOther && __builtin_expect(other.is_unclean(), 0)) clean_v(tile, other.n_block());
     this->wait_k();
     this->begin_issue();
     this->issue_qk();
@@ -195,7 +195,7 @@ struct ExtendedConsumer : Consumer<Config> {
   }
 
   FLASH_ATTN_DEVICE void finish_pv(const ExtendedTile& tile, VisitedBlock other) {
-    if (other.is_unclean()) clean_v(tile, other.n_block());
+    if (__builtin_expect(other.is_unclean(), 0)) clean_v(tile, other.n_block());
     this->finish_last_pv();
   }
 
@@ -262,16 +262,17 @@ struct ExtendedConsumer : Consumer<Config> {
     for (int i = 0; i < Config::kHeadDimV / 2; ++i) out[i] = 0.f;
     softmax.start();
     VisitedBlock other{0};  // whose P V is still to be added
-    VisitedBlock next = storage().visited(tiles.slot(), 0);
+    const bool listed = tile.listed;
+    VisitedBlock next = storage().visited(tiles.slot(), listed, 0);
     const int count = tile.num_visited;
     load_bits(tile, row, next);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const VisitedBlock block = next;
-      next = storage().visited(tiles.slot(), i + 1);  // beyond the last one: nothing that is used
+      next = storage().visited(tiles.slot(), listed, i + 1);  // beyond the last one: nothing that is used
       const int n_block = block.n_block();
-      if (block.is_seen_by(warpgroup) && n_block >= blocks.begin && n_block < blocks.end) {
-        if (other.word != 0) {
+      if (__builtin_expect(block.is_seen_by(warpgroup) && n_block >= blocks.begin && n_block < blocks.end, 1)) {
+        if (__builtin_expect(other.word != 0, 1)) {
           process_block<true>(tile, row, n_block, other, next);
         } else {
           process_block<false>(tile, row, n_block, other, next);

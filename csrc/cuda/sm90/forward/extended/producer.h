@@ -33,17 +33,17 @@ FLASH_ATTN_DEVICE void schedule_extended_tiles(const ExtendedParams& params, Ext
     }
     __syncwarp();
     list_visited_blocks<Config>(params, tile, shared.lists[tiles.slot()]);
+    mbarrier_arrive(&shared.tile_ready);
     if (is_first()) {
-      mbarrier_arrive(&shared.tile_ready);
       if (counted() && tiles.count == 0) await_counter(schedule.next_tile, params.launch_id);
       mbarrier_wait(&shared.tile_wanted, tiles.tile_phase());  // the producer is about to run out of tiles
       index = grid_size() + (counted() ? atomicAdd(&schedule.next_tile->value, 1) : index);
     }
     index = __shfl_sync(~0u, index, 0);
   }
+  if (is_first()) shared.tiles[tiles.slot()].num_blocks = 0;
+  mbarrier_arrive(&shared.tile_ready);
   if (is_first()) {
-    shared.tiles[tiles.slot()].num_blocks = 0;
-    mbarrier_arrive(&shared.tile_ready);
     if (counted()) close_counter(schedule.next_tile, index, num_items());
   }
 }
@@ -71,7 +71,8 @@ struct ExtendedProducer : Producer<Config> {
         mbarrier_arrive(&shared.tile_wanted);
         continue;
       }
-      int n_block = shared.visited(tiles.slot(), 0).n_block();
+      const bool listed = tile.listed;
+      int n_block = shared.visited(tiles.slot(), listed, 0).n_block();
       // A consumer's values of a block may come when it has added those of the block before: consumer 0's before those
       // of the others, about when the block's V is wanted.
       const auto load_bias = [&](int begin, int end, int n_block) {
@@ -90,7 +91,7 @@ struct ExtendedProducer : Producer<Config> {
         const int last_block = n_block;
         ring.advance();
         if (i + 1 < count) {
-          n_block = shared.visited(tiles.slot(), i + 1).n_block();
+          n_block = shared.visited(tiles.slot(), listed, i + 1).n_block();
           load_k(tile, n_block, ring);
         }
         load_bias(1, Config::kConsumers, last_block);

@@ -38,7 +38,7 @@ struct ScoreSoftmax {
     for (int i = 0; i < kSize; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
     // -inf - -inf is NaN, which has not grown.
     grown = __any_sync(~0u, fmaxf(largest[0] - row_max[0], largest[1] - row_max[1]) * to_log2 > kGrowth);
-    if (grown) {
+    if (__builtin_expect(grown, 0)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float high = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
@@ -57,7 +57,7 @@ struct ScoreSoftmax {
  private:
   FLASH_ATTN_DEVICE void exponentials(float (&s)[kSize]) {
     float less[2] = {base[0], base[1]};
-    if (large) {  // the difference is taken first
+    if (__builtin_expect(large, 0)) {  // the difference is taken first
 #pragma unroll
       for (int r = 0; r < 2; ++r) less[r] = row_max[r] == -INFINITY ? 0.f : row_max[r];
 #pragma unroll

@@ -71,8 +71,7 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, Extende
   const mask::PackedMask& packed = params.packed;
   const int num_blocks = tile.num_cols > 0 ? tile.num_blocks : 0;
   int count = num_blocks;
-  bool listed = false;
-  uint32_t unlisted = VisitedBlock::kAllRows;
+  uint32_t flags = VisitedBlock::kAllRows;
   if (packed.seen != nullptr) {
     count = 0;
 #pragma unroll 1
@@ -98,20 +97,24 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, Extende
       }
       count += __popc(visited);
     }
-    listed = count <= ExtendedStorage<Config>::kListCapacity;
-    if (!listed) {
+    if (count > ExtendedStorage<Config>::kListCapacity) {
       count = num_blocks;
-      unlisted |= VisitedBlock::kUnclean;
+      flags |= VisitedBlock::kUnclean;
     }
-  } else if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) {
-    unlisted |= VisitedBlock::kUnclean;
+  } else {
+    if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) flags |= VisitedBlock::kUnclean;
   }
+  const bool listed = count <= ExtendedStorage<Config>::kListCapacity;
   if (lane_id() == 0) {
     tile.num_visited = count;
     tile.listed = listed;
-    tile.unlisted = unlisted;
+    tile.flags = flags;
   }
-  __syncwarp();  // list and tile are there before lane 0 says so
+  if (packed.seen == nullptr && listed) {
+    __syncwarp();  // for the flags
+#pragma unroll 1
+    for (int i = lane_id(); i < count; i += 32) list[i] = tile.whole_block(count - 1 - i);
+  }
 }
 
 }  // namespace flash_attn::cuda::sm90::forward
