@@ -29,7 +29,7 @@ FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<C
   init(shared.kv_empty, Config::kStagesKV, 4 * Config::kConsumers);
   init(shared.tile_full, Config::kTileSlots, 1);
   init(shared.tile_empty, Config::kTileSlots, num_step_readers<Config>(params));
-  init(shared.steps_full, kChunks, 1);
+  init(shared.steps_full, kChunks, 32);  // lanes that list
   init(shared.steps_empty, kChunks, num_step_readers<Config>(params));
   init(shared.q_full, Config::kStages, 1);
   init(shared.dout_full, Config::kStages, 1);

@@ -98,11 +98,15 @@ struct StepLister {
     return shared.chunks[chunk % kChunks];
   }
 
-  /// By one thread.
+  /// Each lane says so of the step that it has written.
   FLASH_ATTN_DEVICE void publish(int count, bool last) const {
-    const int slot = shared.list.chunk++ % kChunks;
-    shared.chunks[slot].count = count;
-    shared.chunks[slot].last = last;
+    const int slot = shared.list.chunk % kChunks;
+    __syncwarp();
+    if (lane_id() == 0) {
+      shared.chunks[slot].count = count;
+      shared.chunks[slot].last = last;
+      ++shared.list.chunk;
+    }
     mbarrier_arrive(&shared.steps_full[slot]);
   }
 
@@ -131,8 +135,7 @@ struct StepLister {
       step.blind = is_blind(tile, step);
       if (params.is_ordered()) step.before = turns_before(tile, shared.list.head, m_block);
     }
-    __syncwarp();
-    if (lane_id() == 0) publish(__popc(all), is_last(tile));
+    publish(__popc(all), is_last(tile));
   }
 
   /// Whether the list's place is the tile's last.

@@ -28,6 +28,7 @@ struct ExtendedConsumer : Consumer<Config> {
 
   // Of the block whose S is computed next; bits by 64 columns, a block ahead.
   MaskFragments<1, 8> mask_bits[kBlockN / 64];
+  const uint32_t* first_bits;  // of the warp's rows, in the mask's first column of cells
   BiasValues<Element, kTilesN> bias;
   uint32_t num_biased = 0;  // blocks so far whose values came by the copy engine
   KeptFragments<kTilesN> kept;
@@ -81,13 +82,15 @@ struct ExtendedConsumer : Consumer<Config> {
 
   /// Of the next block, when those of the block before it have been used: a whole block's time hides the way from
   /// memory. `block` may be one that this warpgroup passes over, or none at all: addresses are clamped.
-  FLASH_ATTN_DEVICE void load_bits(const ExtendedTile& tile, int row, VisitedBlock block) {
+  FLASH_ATTN_DEVICE void load_bits(const ExtendedTile& tile, VisitedBlock block) {
     if constexpr (Config::kBias == Bias::kNone) {
       if (!params.has_bits) return;
+      const mask::PackedMask& packed = params.packed;
+      const int col_cell = (tile.col_begin + block.n_block() * kBlockN) / mask::kCellCols;
+      const int last = (packed.col_cells - 1) * packed.col_step;
 #pragma unroll
       for (int cell = 0; cell < kBlockN / 64; ++cell) {
-        mask_bits[cell].load(params.packed, tile.batch, tile.head, row + 16 * warp,
-                             tile.col_begin + block.n_block() * kBlockN + 64 * cell);
+        mask_bits[cell].bits[0] = __ldg(first_bits + 32 * min(col_cell + cell, last));
       }
     }
   }
@@ -181,7 +184,7 @@ struct ExtendedConsumer : Consumer<Config> {
     wgmma_results(s);
     this->release_k();
     apply_rules(tile, row, n_block);
-    load_bits(tile, row, next);
+    load_bits(tile, next);
     softmax.advance(s);
     if constexpr (kAfterOther) {
       wgmma_wait<0>();
@@ -265,7 +268,12 @@ struct ExtendedConsumer : Consumer<Config> {
     const bool listed = tile.listed;
     VisitedBlock next = storage().visited(tiles.slot(), listed, 0);
     const int count = tile.num_visited;
-    load_bits(tile, row, next);
+    if (Config::kBias == Bias::kNone && params.has_bits) {
+      const mask::PackedMask& packed = params.packed;
+      const int row_cell = min((row + 16 * warp) / mask::kCellRows, packed.row_cells - 1);
+      first_bits = packed.bits + packed.cell(tile.batch, tile.head, row_cell, 0) * 32 + lane;
+    }
+    load_bits(tile, next);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const VisitedBlock block = next;
@@ -282,7 +290,7 @@ struct ExtendedConsumer : Consumer<Config> {
       } else {
         if (other.word != 0) finish_pv(tile, other);
         other.word = 0;
-        load_bits(tile, row, next);
+        load_bits(tile, next);
         this->skip_blocks(1);
         if constexpr (Config::kBias == Bias::kStaged) skip_staged_bias();
       }
