@@ -301,10 +301,15 @@ def order(path: Path) -> tuple[int, str]:
     """peers first, errors last."""
     name = path.stem
     rank = 0 if name in ("forward", "backward", "step") else 2 if name.startswith(SINCE_AMPERE) else 1
-    return (3 if name == "accuracy" else rank), name
+    return (3 if name.endswith("accuracy") else rank), name
 
 
-SECTIONS = {"accuracy": accuracy_section, "models": models_section, "decode": decode_section}
+SECTIONS = {
+    "accuracy": accuracy_section,
+    "fp32_accuracy": accuracy_section,
+    "models": models_section,
+    "decode": decode_section,
+}
 
 
 def results_page(folder: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,20 @@ def test_random_float32_problems_on_cuda(first: int, request: pytest.FixtureRequ
     seeds = range(first, min(first + CHUNK, end))
     check_all([random_problem(seed, (torch.float32,), max_seqlen=400) for seed in seeds], "cuda")
     check_all([random_masked_problem(seed, dtypes=(torch.float32,)) for seed in seeds], "cuda")
+
+
+@pytest.mark.gpu
+def test_random_float32_problems_of_large_head_dims_on_cuda(first: int, request: pytest.FixtureRequest) -> None:
+    """For which there are tensor-core kernels too, with a kernel for each gradient."""
+    end = request.config.getoption("--seed") + request.config.getoption("--problems")
+
+    def widened(problem: Problem, seed: int) -> Problem:
+        head_dim = 129 + seed * 37 % 128
+        return replace(problem, head_dim=head_dim, head_dim_v=head_dim if seed % 2 else 1 + seed * 11 % 256)
+
+    seeds = range(first, min(first + CHUNK, end))
+    check_all([widened(random_problem(seed, (torch.float32,), max_seqlen=400), seed) for seed in seeds], "cuda")
+    check_all([widened(random_masked_problem(seed, dtypes=(torch.float32,)), seed) for seed in seeds], "cuda")
 
 
 def test_a_problem_can_be_reproduced_from_its_repr() -> None:

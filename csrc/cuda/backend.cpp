@@ -107,7 +107,7 @@ const Backend& cuda_backend() {
           &cuda::decode::kForward,
 #endif
 #ifdef FLASH_ATTN_WITH_SM90
-          &cuda::sm90::forward::kKernel,
+          &cuda::sm90::kForward,
 #endif
 #ifdef FLASH_ATTN_WITH_SM80
           &cuda::sm80::kForward,
@@ -116,7 +116,7 @@ const Backend& cuda_backend() {
       },
       {
 #ifdef FLASH_ATTN_WITH_SM90
-          &cuda::sm90::backward::kKernel,
+          &cuda::sm90::kBackward,
 #endif
 #ifdef FLASH_ATTN_WITH_SM80
           &cuda::sm80::kBackward,

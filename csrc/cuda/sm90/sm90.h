@@ -5,6 +5,9 @@
 
 namespace flash_attn::cuda::sm90 {
 
+// The family's, for every dtype; of them, those for 16 bits.
+extern const ForwardKernel kForward;
+extern const BackwardKernel kBackward;
 namespace forward {
 extern const ForwardKernel kKernel;
 }

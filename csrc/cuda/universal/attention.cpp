@@ -62,7 +62,7 @@ void forward(const ForwardParams& given, const DeviceInfo&, void* stream_pointer
 template <typename T>
 void launch_tiles(const BackwardParams& params, cudaStream_t stream) {
   launch_backward<T>(params, nullptr, stream);
-  if (params.dmask != nullptr) launch_mask_gradient<T>(params, stream);
+  if (params.dmask != nullptr) launch_mask_gradient<T>(params, nullptr, stream);
 }
 
 void backward(const BackwardParams& given, const DeviceInfo&, void* stream_pointer) {

@@ -12,9 +12,9 @@ namespace flash_attn::cuda::universal {
 template <typename T>
 void launch_backward(const BackwardParams& params, const int* flags, cudaStream_t stream);
 
-/// dmask.
+/// dmask; with `flags` the share of the flagged heads is added to it.
 template <typename T>
-void launch_mask_gradient(const BackwardParams& params, cudaStream_t stream);
+void launch_mask_gradient(const BackwardParams& params, const int* flags, cudaStream_t stream);
 
 /// Columns of a gradient that a block holds.
 inline int backward_bucket(const ForwardParams& p) {

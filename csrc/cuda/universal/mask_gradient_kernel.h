@@ -1,6 +1,9 @@
 // Gradient of attn_mask: dS, summed over the dimensions along which the mask is broadcast. A block owns a tile of the
-// mask and walks over every tile of scores that it was added to, in a fixed order.
+// mask and walks over every tile of scores that it was added to, in a fixed order. kFlagged: only the flagged heads'
+// share, which is added to what is there, tile by tile; not of a mask that is broadcast along rows or columns.
 #pragma once
+
+#include <type_traits>
 
 #include "backward_kernel.h"
 
@@ -12,7 +15,29 @@ struct Walk {
   int begin, end;
 };
 
-template <typename T>
+__device__ __forceinline__ bool is_flagged(const BackwardArguments& a, int b, int h) {
+  return a.flags[b * int(a.params.forward.num_heads_k) + h / int(a.group_size)] != 0;
+}
+
+/// Adds dS of a tile from row m_own and column n_own of the mask on.
+template <typename C>
+__device__ __forceinline__ void add_tile(const BackwardArguments& a, int64_t m_own, int64_t n_own,
+                                         const typename C::Acc (&ds)[C::kRows][C::kCols]) {
+  const MaskView& mask = a.params.forward.mask;
+  const int64_t slice = (a.first_block + blockIdx.x) / (a.num_parts * a.mask_row_blocks);
+  auto* const gradient = static_cast<typename C::Acc*>(a.params.dmask) + slice * mask.row_size * mask.col_size;
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+    const int64_t row = m_own + thread_row() + kThreadRows * i;
+#pragma unroll
+    for (int j = 0; j < C::kCols; ++j) {
+      const int64_t column = n_own + thread_col() + kThreadCols * j;
+      if (row < mask.row_size && column < mask.col_size) gradient[row * mask.col_size + column] += ds[i][j];
+    }
+  }
+}
+
+template <typename T, bool kFlagged>
 __global__ void __launch_bounds__(kThreads, 2)
     mask_gradient_kernel(const __grid_constant__ BackwardArguments arguments) {
   using C = Config<T, 64, true>;
@@ -37,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const SequenceInfo sequence = sequence_info(p, b);
     const int64_t m_end = all_rows || m_own + C::kBlock > sequence.seqlen_q ? sequence.seqlen_q : m_own + C::kBlock;
     for (int h = heads.begin; h < heads.end; ++h) {
+      if (kFlagged && !is_flagged(arguments, b, h)) continue;
       for (int64_t m_begin = all_rows ? 0 : m_own; m_begin < m_end; m_begin += C::kBlock) {
         const int64_t last = m_begin + C::kBlock < m_end ? m_begin + C::kBlock : m_end;
         const Range visible = visible_columns(p, sequence, m_begin, last);
@@ -54,15 +80,20 @@ __global__ void __launch_bounds__(kThreads, 2)
           __syncthreads();  // the last tile's readers of lse and delta are done
           load_statistics<C>(arguments, head.first_row, t, shared);
           compute_gradients<C, false, Gradient::kOfScores>(p, head, t, shared, s, dp, unused);
+          if constexpr (kFlagged) {
+            add_tile<C>(arguments, m_own, n_own, dp);
+          } else {
 #pragma unroll
-          for (int i = 0; i < C::kRows; ++i) {
+            for (int i = 0; i < C::kRows; ++i) {
 #pragma unroll
-            for (int j = 0; j < C::kCols; ++j) sum[i][j] += dp[i][j];
+              for (int j = 0; j < C::kCols; ++j) sum[i][j] += dp[i][j];
+            }
           }
         }
       }
     }
   }
+  if constexpr (kFlagged) return;
   __syncthreads();  // the last readers of shared.scores are done
   store_scores<C>(shared.scores, sum);
   __syncthreads();  // the sums are there
@@ -88,14 +119,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 template <typename T>
-void launch_mask_gradient(const BackwardParams& params, cudaStream_t stream) {
+void launch_mask_gradient(const BackwardParams& params, const int* flags, cudaStream_t stream) {
   using C = Config<T, 64, true>;
   const MaskView& mask = params.forward.mask;
   BackwardArguments a = backward_arguments<T>(params);
+  a.flags = flags;
   a.mask_row_blocks = ceil_div(mask.row_size, C::kBlock);
   a.num_parts = ceil_div(mask.col_size, C::kBlock);
-  cuda::launch_blocks(mask_gradient_kernel<T>, a, mask.batch_size * mask.head_size * a.mask_row_blocks * a.num_parts,
-                      kThreads, int(sizeof(SharedStorage<C>)), stream, "universal dmask");
+  auto* kernel = mask_gradient_kernel<T, false>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (flags != nullptr) kernel = mask_gradient_kernel<T, true>;
+  }
+  cuda::launch_blocks(kernel, a, mask.batch_size * mask.head_size * a.mask_row_blocks * a.num_parts, kThreads,
+                      int(sizeof(SharedStorage<C>)), stream, "universal dmask");
 }
 
 }  // namespace flash_attn::cuda::universal

@@ -16,7 +16,7 @@ const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   if (const char* reason = refuses_backward_tiles(p)) return reason;
   if (p.dtype == DType::kFloat32) {
     if (const char* reason = fp32::refuses(p, device, fp32::kMmaKernels)) return reason;
-    return fp32::plan_backward(params, device, fp32::kMmaKernels).of_queries == nullptr ? kNoKernel : nullptr;
+    return fp32::plan_backward(params, device, fp32::kMmaKernels).kernels[0] == nullptr ? kNoKernel : nullptr;
   }
   if (plan_backward(params, device).variant == nullptr) return kNoKernel;
   return nullptr;

@@ -1,5 +1,5 @@
-// The kernels for float32 that a family has: those of sm80/ with mma.sync, those of sm90/ with wgmma. What they plan
-// and launch is the same.
+// The kernels for float32 that a family has: this one with mma.sync, sm90/fp32 by warpgroups. What they plan and launch
+// is the same.
 #pragma once
 
 #include "backward/variant.h"
@@ -8,22 +8,30 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 struct Kernels {
-  static constexpr int kHeadDims = 2;
+  static constexpr int kHeadDims = 4;
   const char* family;
   const char* prefix;  // of the kernels' names
-  // By the head dimension that they are for.
+  // By the head dimension that they are for, behind them null.
   const ForwardVariants* forward[kHeadDims];
   const BackwardVariants* backward[kHeadDims];
 
-  int64_t max_head_dim() const { return forward[kHeadDims - 1]->begin()->head_dim; }
+  int64_t max_head_dim() const;
 };
 
-extern const Kernels kMmaKernels, kWgmmaKernels;
+extern const Kernels kMmaKernels;
 
 /// Those of the least head dimension of at least `columns`, or of the largest.
 template <typename Variants>
 const Variants& variants_for(const Variants* const (&all)[Kernels::kHeadDims], int64_t columns) {
-  return columns <= all[0]->begin()->head_dim ? *all[0] : *all[1];
+  int i = 0;
+  while (i + 1 < Kernels::kHeadDims && all[i + 1] != nullptr && columns > all[i]->begin()->head_dim) ++i;
+  return *all[i];
+}
+
+inline int64_t Kernels::max_head_dim() const {
+  int64_t columns = 0;
+  for (const ForwardVariants* variants : forward) columns = variants != nullptr ? variants->begin()->head_dim : columns;
+  return columns;
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32

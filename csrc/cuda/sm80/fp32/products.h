@@ -4,6 +4,7 @@
 
 #include "../products.h"
 #include "pair.h"
+#include "tiles.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
@@ -85,6 +86,32 @@ SM80_DEVICE void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment
         }
   }
 }
+
+/// What a kernel's products are made of: mma.sync, and sm90::fp32::WarpgroupProducts. `thread` knows warp() and lane().
+struct MmaProducts {
+  template <int kRows, int kColumns>
+  using Tile = SharedTile<kColumns>;
+  static constexpr int kAlignment = 128;  // of tiles
+
+  /// Before the barrier behind which products read what this thread has copied to shared memory.
+  SM80_DEVICE static void release_copies() {}
+
+  /// s = a b^T of tiles in shared memory, of which `a` has kRowsA rows, 16 kM of them this warp's.
+  template <int kHeadDim, int kSumSteps, int kRowsA, int kRowsB, int kM, int kN, typename Thread>
+  SM80_DEVICE static void multiply_rows(float (&s)[kM][kN][4], uint32_t a, uint32_t b, const Thread& thread) {
+    using PairTile = SharedTile<2 * kHeadDim>;
+    const int lane = thread.lane();
+    fp32::multiply_rows<kHeadDim, kSumSteps>(s, address_by_rows<PairTile>(a, thread.warp() * (16 * kM), lane),
+                                             address_by_columns<PairTile>(b, 0, lane));
+  }
+
+  /// o += a b, see above.
+  template <int kHeadDim, int kAhead, int kM, int kK, typename Unit, typename Thread>
+  SM80_DEVICE static void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment (&a)[kK][kM], uint32_t b,
+                                      const Unit& unit, const Thread& thread) {
+    fp32::add_product<kHeadDim>(o, a, address_by_rows<SharedTile<2 * kHeadDim>>(b, 0, thread.lane()), unit);
+  }
+};
 
 /// A fragments of accumulators times `factor(m, half)` of the lane's rows.
 template <int kM, int kN, typename Factor>

@@ -5,37 +5,21 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-/// A tile as warpgroup products want it: panels of 64 columns, see sm90/hopper/wgmma.h.
-template <int kRows, int kColumns>
-struct PanelTile {
-  static constexpr int kChunks = kColumns / 8, kRowBytes = 128;  // within a panel
-  static constexpr int kPanelBytes = kRows * kRowBytes;
-
-  /// Bytes from the tile's start.
-  SM80_DEVICE static uint32_t offset(int row, int chunk) {
-    return uint32_t(chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk ^ row) % 8 << 4));
-  }
-};
-
 // Bytes between a chunk and the one that is a multiple of eight further on.
 template <int kColumns>
 SM80_DEVICE constexpr int bytes_of_chunks(SharedTile<kColumns>, int chunks) {
   return chunks * 16;
 }
-template <int kRows, int kColumns>
-SM80_DEVICE constexpr int bytes_of_chunks(PanelTile<kRows, kColumns>, int chunks) {
-  return chunks / 8 * PanelTile<kRows, kColumns>::kPanelBytes;
-}
 
 /// Rows [0, kRows) of a tile from planes, whose rows follow each other; those for which `exists` is false become zeros.
 /// The caller commits and waits. A thread has one chunk of each group of chunks, and every kStep-th row.
 template <typename Tile, int kRows, int kColumns, int kThreads, typename Exists>
-SM80_DEVICE void load_rows(uint32_t tile, const __half* source, int thread, bool all_exist, const Exists& exists) {
+SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread, bool all_exist, const Exists& exists) {
   constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
   constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
   constexpr int kStep = kThreads / kGroup;
   static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
-  const int row = thread / kGroup, chunk = thread % kGroup;
+  const int row = int(thread / kGroup), chunk = int(thread % kGroup);
   const uint32_t to = tile + Tile::offset(row, chunk);
   const __half* const from = source + row * kColumns + 8 * chunk;
   if (all_exist) {

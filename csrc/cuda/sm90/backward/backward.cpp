@@ -2,7 +2,6 @@
 #include "../../../select_kernel.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../sm80/sm80.h"
-#include "../fp32/fp32.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
@@ -59,7 +58,6 @@ const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device
 
 const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
-  if (p.dtype == DType::kFloat32) return fp32::refuses(params, device);
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   if (const char* reason = refuses_sizes(p)) return reason;
   if (is_extended(p)) {
@@ -91,7 +89,6 @@ const char* dmask_name(const ExtendedPlan& extended) {
 }
 
 flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
-  if (params.forward.dtype == DType::kFloat32) return fp32::plan(params, device);
   const Plan chosen = choose_plan(params, device);
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
                         workspace_bytes(chosen, params)};
@@ -109,7 +106,6 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  if (params.forward.dtype == DType::kFloat32) return fp32::launch(params, device, stream);
   launch_plan(choose_plan(params, device), params, device, static_cast<cudaStream_t>(stream));
 }
 

@@ -2,7 +2,6 @@
 #include <initializer_list>
 
 #include "../../common/tiles/sequence_blocks.h"
-#include "../fp32/fp32.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
 #include "../sm90.h"
@@ -21,7 +20,6 @@ const char* refuses_tensors(const ForwardParams& p) {
 }
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
-  if (p.dtype == DType::kFloat32) return fp32::refuses(p, device);
   if (const char* reason = refuses_in_both_passes(p, device)) return reason;
   // Tile indices are 32-bit, parts of split tiles included.
   const double tiles = double(SequenceBlocks::of_queries(p, 128).count()) * double(p.num_heads);
@@ -40,7 +38,6 @@ const char* name_of(TileSchedule::Order order) {
 }
 
 flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
-  if (p.dtype == DType::kFloat32) return fp32::plan(p, device);
   Plan chosen = choose_plan(p, device);
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
                         place_workspace(chosen, p, nullptr)};
@@ -55,7 +52,6 @@ flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
-  if (p.dtype == DType::kFloat32) return fp32::launch(p, device, stream);
   Plan chosen = choose_plan(p, device);
   place_workspace(chosen, p, p.workspace);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -5,45 +5,47 @@
 #include "../../sm80/fp32/backward/plan.h"
 #include "../../sm80/fp32/forward/plan.h"
 #include "../../sm80/refusals.h"
+#include "kernels.h"
 
 namespace flash_attn::cuda::sm90::fp32 {
 namespace {
 
-using namespace sm80::fp32;
-
 constexpr const char* kNoKernel = "no float32 kernel of this head dimension does what is asked for";
-
-}  // namespace
 
 const char* refuses(const ForwardParams& p, const DeviceInfo& device) {
   if (device.compute_capability != 90) return "the device is not of compute capability 9.0";
   if (const char* reason = sm80::refuses_problem(p, device, "90-real")) return reason;
   if (const char* reason = sm80::refuses_forward_tiles(p)) return reason;
-  if (const char* reason = refuses(p, device, kWgmmaKernels)) return reason;
-  return plan_forward(p, device, kWgmmaKernels).variant == nullptr ? kNoKernel : nullptr;
+  if (const char* reason = sm80::fp32::refuses(p, device, kKernels)) return reason;
+  return sm80::fp32::plan_forward(p, device, kKernels).variant == nullptr ? kNoKernel : nullptr;
 }
 
-const char* refuses(const BackwardParams& params, const DeviceInfo& device) {
+const char* refuses_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   if (const char* reason = refuses(p, device)) return reason;
   if (const char* reason = sm80::refuses_backward_tiles(p)) return reason;
-  return plan_backward(params, device, kWgmmaKernels).of_queries == nullptr ? kNoKernel : nullptr;
+  return sm80::fp32::plan_backward(params, device, kKernels).kernels[0] == nullptr ? kNoKernel : nullptr;
 }
 
 flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
-  return describe(plan_forward(p, device, kWgmmaKernels));
+  return describe(sm80::fp32::plan_forward(p, device, kKernels));
 }
 
-flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
-  return describe(plan_backward(params, device, kWgmmaKernels));
+flash_attn::Plan plan_of_backward(const BackwardParams& params, const DeviceInfo& device) {
+  return describe(sm80::fp32::plan_backward(params, device, kKernels));
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
-  launch_forward(p, plan_forward(p, device, kWgmmaKernels), stream);
+  sm80::fp32::launch_forward(p, sm80::fp32::plan_forward(p, device, kKernels), stream);
 }
 
-void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  launch_backward(params, plan_backward(params, device, kWgmmaKernels), stream);
+void launch_of_backward(const BackwardParams& params, const DeviceInfo& device, void* stream) {
+  sm80::fp32::launch_backward(params, sm80::fp32::plan_backward(params, device, kKernels), stream);
 }
+
+}  // namespace
+
+extern const ForwardKernel kForward = {"sm90", refuses, plan, launch};
+extern const BackwardKernel kBackward = {"sm90", refuses_backward, plan_of_backward, launch_of_backward};
 
 }  // namespace flash_attn::cuda::sm90::fp32

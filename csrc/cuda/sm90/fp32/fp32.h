@@ -5,11 +5,7 @@
 
 namespace flash_attn::cuda::sm90::fp32 {
 
-const char* refuses(const ForwardParams& params, const DeviceInfo& device);
-const char* refuses(const BackwardParams& params, const DeviceInfo& device);
-flash_attn::Plan plan(const ForwardParams& params, const DeviceInfo& device);
-flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device);
-void launch(const ForwardParams& params, const DeviceInfo& device, void* stream);
-void launch(const BackwardParams& params, const DeviceInfo& device, void* stream);
+extern const ForwardKernel kForward;
+extern const BackwardKernel kBackward;
 
 }  // namespace flash_attn::cuda::sm90::fp32

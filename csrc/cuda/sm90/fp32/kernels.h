@@ -3,9 +3,13 @@
 
 #include "../../sm80/fp32/kernels.h"
 
-namespace flash_attn::cuda::sm80::fp32 {
+namespace flash_attn::cuda::sm90::fp32 {
 
-extern const ForwardVariants kWgmmaForwardD64, kWgmmaForwardD128;
-extern const BackwardVariants kWgmmaBackwardD64, kWgmmaBackwardD128;
+using sm80::fp32::BackwardVariant, sm80::fp32::BackwardVariants;
+using sm80::fp32::ForwardVariant, sm80::fp32::ForwardVariants;
 
-}  // namespace flash_attn::cuda::sm80::fp32
+extern const ForwardVariants kForwardD64, kForwardD128, kForwardD192, kForwardD256;
+extern const BackwardVariants kBackwardD64, kBackwardD128, kBackwardD192, kBackwardD256;
+extern const sm80::fp32::Kernels kKernels;
+
+}  // namespace flash_attn::cuda::sm90::fp32

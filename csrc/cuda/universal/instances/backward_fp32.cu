@@ -3,6 +3,6 @@
 namespace flash_attn::cuda::universal {
 
 template void launch_backward<float>(const BackwardParams&, const int*, cudaStream_t);
-template void launch_mask_gradient<float>(const BackwardParams&, cudaStream_t);
+template void launch_mask_gradient<float>(const BackwardParams&, const int*, cudaStream_t);
 
 }  // namespace flash_attn::cuda::universal

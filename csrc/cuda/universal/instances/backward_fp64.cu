@@ -3,6 +3,6 @@
 namespace flash_attn::cuda::universal {
 
 template void launch_backward<double>(const BackwardParams&, const int*, cudaStream_t);
-template void launch_mask_gradient<double>(const BackwardParams&, cudaStream_t);
+template void launch_mask_gradient<double>(const BackwardParams&, const int*, cudaStream_t);
 
 }  // namespace flash_attn::cuda::universal

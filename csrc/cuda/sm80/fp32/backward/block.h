@@ -2,11 +2,9 @@
 #pragma once
 
 #include "../../../../philox.h"
-#include "../../../sm90/hopper/tma.h"
 #include "../../softmax.h"
 #include "../products.h"
 #include "../tiles.h"
-#include "../wgmma.h"
 #include "config.h"
 #include "tile.h"
 
@@ -17,34 +15,39 @@ struct ShownScores;
 
 template <typename Config>
 struct BackwardBlock {
-  using Tile = SharedTile<2 * Config::kHeadDim>;
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kStages = Config::kStages;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  static constexpr bool kOfKeys = Config::kOfKeys, kExtended = Config::kExtended;
+  static constexpr bool kOfKeys = Config::kOfKeys, kWithDx = Config::kWithDx, kWithDy = Config::kWithDy;
+  static constexpr bool kExtended = Config::kExtended;
   using Scores = float[kMTiles][kNTiles][4];
   using Pairs = PairFragment[kNTiles / 2][kMTiles];
   using Gradient = float[kMTiles][Config::kHeadDim / 8][4];
 
   const BackwardKernelParams& params;
   const BackwardTile& tile;
+  OtherHeads& others;
   const ForwardParams& p;
   const uint32_t shared;
   int head, block, step = 0;                 // of others, and how many came before
   int next_head, next_block;                 // that are loaded next
   float x_unit, y_unit;                      // of this warp's rows
+  const float scale;                         // softmax_scale
   float lse[kMTiles][2], delta[kMTiles][2];  // of own query rows
-  Gradient dx, dy;                           // dK and dV; or dQ, and nothing
+  Gradient dx, dy;                           // dK and dV; or dQ, and nothing; those that the kernel computes
   float slope_sum[2];                        // of own query rows: of dS times distance, this lane's columns
 
-  SM80_DEVICE BackwardBlock(const BackwardKernelParams& kernel_params, const BackwardTile& t, uint32_t shared_memory)
+  SM80_DEVICE BackwardBlock(const BackwardKernelParams& kernel_params, const BackwardTile& t, OtherHeads& other_heads,
+                            uint32_t shared_memory)
       : params(kernel_params),
         tile(t),
+        others(other_heads),
         p(kernel_params.problem.forward),
         shared(shared_memory),
         head(t.head_begin),
         block(t.block_begin),
         next_head(t.head_begin),
-        next_block(t.block_begin) {
+        next_block(t.block_begin),
+        scale(float(kernel_params.problem.forward.softmax_scale)) {
     x_unit = own_unit(tile.x);
     y_unit = own_unit(tile.y);
     clear(dx);
@@ -53,7 +56,7 @@ struct BackwardBlock {
     if constexpr (kExtended) {  // the first tile of which attn_mask shows something
       --block, --next_block;
       advance(head, block);
-      advance(next_head, next_block);
+      advance_loads();
     }
     if constexpr (!kOfKeys) {
 #pragma unroll
@@ -61,8 +64,8 @@ struct BackwardBlock {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int at = min(own_row(m, r), tile.own_rows - 1);
-          lse[m][r] = statistics_of(tile.head_begin, params.rows.lse)[tile.own_begin + at];
-          delta[m][r] = statistics_of(tile.head_begin, params.rows.delta)[tile.own_begin + at];
+          lse[m][r] = others[tile.head_begin].lse[tile.own_begin + at];
+          delta[m][r] = others[tile.head_begin].delta[tile.own_begin + at];
         }
       }
     }
@@ -82,9 +85,6 @@ struct BackwardBlock {
   SM80_DEVICE int64_t statistics_place(int of_head) const {
     return int64_t{of_head} * p.total_q + (p.cu_seqlens_q != nullptr ? tile.sequence.q_row : tile.batch * p.seqlen_q);
   }
-  SM80_DEVICE const float* statistics_of(int of_head, const void* rows) const {
-    return static_cast<const float*>(rows) + statistics_place(of_head);
-  }
 
   // -- loading
 
@@ -96,16 +96,16 @@ struct BackwardBlock {
     constexpr int kColumns = 2 * Config::kHeadDim;
     const int end = tile.own_rows;
     load_rows<typename Config::OwnTile, kBlockM, kColumns, Config::kThreads>(
-        to, rows.data + int64_t{tile.own_begin} * kColumns, int(threadIdx.x), end >= kBlockM,
+        to, rows.data + int64_t{tile.own_begin} * kColumns, threadIdx.x, end >= kBlockM,
         [end](int row) { return row < end; });
   }
 
   SM80_DEVICE void load_other(uint32_t to, bool of_y) const {
     constexpr int kColumns = 2 * Config::kHeadDim;
-    const PlaneRows rows = other_rows<kOfKeys>(params, tile, next_head, of_y);
+    const __half* const rows = of_y ? others[next_head].y.data : others[next_head].x.data;
     const int first = next_block * kBlockN, begin = tile.other_begin - first, end = tile.other_end - first;
     load_rows<typename Config::OtherTile, kBlockN, kColumns, Config::kThreads>(
-        to, rows.data + int64_t{first} * kColumns, int(fresh_thread(step)), begin <= 0 && end >= kBlockN,
+        to, rows + int64_t{first} * kColumns, fresh_thread(step), begin <= 0 && end >= kBlockN,
         [=](int row) { return row >= begin && row < end; });
   }
 
@@ -116,7 +116,7 @@ struct BackwardBlock {
       load_other(to, false);
       load_other(to + Config::kTileBytes, true);
       if constexpr (kOfKeys) load_statistics(to + Config::kStatistics);
-      advance(next_head, next_block);
+      advance_loads();
     }
     cp_async_commit();
   }
@@ -127,10 +127,19 @@ struct BackwardBlock {
     if (i >= 2 * kBlockN) return;
     const int row = next_block * kBlockN + i % kBlockN;
     const bool exists = row < tile.others;
-    const float* const from = statistics_of(next_head, i < kBlockN ? params.rows.lse : params.rows.delta);
+    const float* const from = i < kBlockN ? others[next_head].lse : others[next_head].delta;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + 4 * i), "l"(from + (exists ? row : 0)),
                  "r"(exists ? 4 : 0)
                  : "memory");
+  }
+
+  /// A new head is there behind the next barrier.
+  SM80_DEVICE void advance_loads() {
+    const int before = next_head;
+    advance(next_head, next_block);
+    if (kOfKeys && next_head != before && next_head < tile.head_end && threadIdx.x == 0) {
+      others[next_head] = find_other_head<kOfKeys>(params, tile, next_head);
+    }
   }
 
   SM80_DEVICE void advance(int& of_head, int& of_block) const {
@@ -185,18 +194,19 @@ struct BackwardBlock {
 
   SM80_DEVICE bool is_partial() const {
     const int first = block * kBlockN;
-    return first < tile.full_begin || first + kBlockN > tile.full_end;
+    return first < tile.full_begin || first + kBlockN > tile.full_end || tile.own_rows < kBlockM;
   }
 
-  /// 0 where own and other row have nothing to do with each other.
+  /// 0 where own and other row do not exist or have nothing to do with each other.
   SM80_DEVICE void hide(Scores& s, int first, int at) const {
     const int column = first + at % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = tile.own_begin + own_row(m, r);
-        const int low = row + tile.low - column, high = min(row + tile.high, tile.others - 1) - column;
+        const int own = own_row(m, r), row = tile.own_begin + own;
+        const int low = row + tile.low - column;
+        const int high = own < tile.own_rows ? min(row + tile.high, tile.others - 1) - column : -1;
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -251,28 +261,19 @@ struct BackwardBlock {
   template <bool kBias>
   SM80_DEVICE void find_extended(Scores& s, Scores& dp, float dp_unit, uint32_t statistics, int at);
   SM80_DEVICE void find_shown(ShownScores<Config>& shown, bool biased, int at) const;
+  SM80_DEVICE void add_mask_gradient(const Scores& ds, int at) const;
   SM80_DEVICE void store_slope_sums() const;
 
   // -- products
 
   /// s = own rows times those of a tile; `own` is where they begin, from the start of shared memory.
-  SM80_DEVICE void multiply(Scores& s, int own, uint32_t other, int at) const {
-    if constexpr (Config::kWgmma) {
-      wgmma::multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(
-          s, shared + own + warp() / 4 * 64 * 128, other);
-    } else {
-      multiply_rows<Config::kHeadDim, Config::kSumSteps>(
-          s, address_by_rows<Tile>(shared + own, warp() * Config::kWarpRows, at),
-          address_by_columns<Tile>(other, 0, at));
-    }
+  SM80_DEVICE void multiply(Scores& s, int own, uint32_t other) const {
+    Config::Products::template multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(s, shared + own,
+                                                                                                    other, *this);
   }
   template <typename Unit>
-  SM80_DEVICE void add(Gradient& sum, const Pairs& pairs, uint32_t other, int at, const Unit& unit) const {
-    if constexpr (Config::kWgmma) {
-      wgmma::add_product<Config::kHeadDim, kBlockN, kOfKeys ? 1 : Config::kHeadDim / 64>(sum, pairs, other, unit);
-    } else {
-      add_product<Config::kHeadDim>(sum, pairs, address_by_rows<Tile>(other, 0, at), unit);
-    }
+  SM80_DEVICE void add(Gradient& sum, const Pairs& pairs, uint32_t other, const Unit& unit) const {
+    Config::Products::template add_product<Config::kHeadDim, Config::kAhead>(sum, pairs, other, unit, *this);
   }
 
   // -- the loop over tiles
@@ -281,70 +282,93 @@ struct BackwardBlock {
     const int at = lane();
     const uint32_t x = stage(step), y = x + Config::kTileBytes, statistics = x + Config::kStatistics;
     const int unit_at = block * kBlockN / kTileRows;
-    const float other_x_unit = __ldg(other_rows<kOfKeys>(params, tile, head, false).units + unit_at);
-    const float other_y_unit = __ldg(other_rows<kOfKeys>(params, tile, head, true).units + unit_at);
+    const float other_x_unit = __ldg(others[head].x.units + unit_at);
+    const float other_y_unit = __ldg(others[head].y.units + unit_at);
     Scores s, dp;
-    multiply(s, Config::kX, x, at);
+    multiply(s, Config::kX, x);
     if constexpr (kExtended) {
-      multiply(dp, Config::kY, y, at);
+      if constexpr (kWithDx) {
+        multiply(dp, Config::kY, y);
+      } else {
+        clear(dp);
+      }
       take_extended(s, dp, x_unit * other_x_unit, y_unit * other_y_unit, statistics, at);
     } else {
-      take_exponentials(s, x_unit * other_x_unit * float(p.softmax_scale), statistics, at);
+      take_exponentials(s, x_unit * other_x_unit * scale, statistics, at);
     }
-    if constexpr (kOfKeys) add_to_dy(s, y, other_y_unit, at);
-    if constexpr (!kExtended) {
-      multiply(dp, Config::kY, y, at);
-      find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
+    if constexpr (kWithDy) add_to_dy(s, y, other_y_unit);
+    if constexpr (kWithDx) {
+      if constexpr (!kExtended) {
+        multiply(dp, Config::kY, y);
+        find_gradients(dp, s, y_unit * other_y_unit, statistics, at);
+      }
+      add_to_dx(dp, x, other_x_unit);
     }
-    add_to_dx(dp, x, other_x_unit, at);
   }
 
   /// dV += P^T dO.
-  SM80_DEVICE void add_to_dy(const Scores& probabilities, uint32_t y, float unit, int at) {
+  SM80_DEVICE void add_to_dy(const Scores& probabilities, uint32_t y, float unit) {
     Pairs pairs;
     split_fragments(probabilities, pairs, [](int, int) { return kPScale; });
     unit /= kPScale;
-    add(dy, pairs, y, at, [=](int, int) { return unit; });
+    add(dy, pairs, y, [=](int, int) { return unit; });
   }
 
   /// dX += dS X'.
-  SM80_DEVICE void add_to_dx(const Scores& ds, uint32_t x, float unit, int at) {
+  SM80_DEVICE void add_to_dx(const Scores& ds, uint32_t x, float unit) {
     int exponent[kMTiles][2];
     find_row_exponents(ds, exponent);
     Pairs pairs;
     split_fragments(ds, pairs, [&](int m, int half) { return power_of_2(exponent[m][half]); });
-    add(dx, pairs, x, at, [&](int m, int half) {
+    add(dx, pairs, x, [&](int m, int half) {
       return fminf(power_of_2(-exponent[m][half]) * unit, 0x1p127f);  // not infinity times 0
     });
   }
 
-  SM80_DEVICE void run() {
+  /// Loads tile after tile and calls `work` for each.
+  template <typename Work>
+  SM80_DEVICE void walk(const Work& work) {
+    if constexpr (kExtended && kOfKeys) __syncthreads();  // the first head is there
     if (tile.block_begin < tile.block_end) {
       load_own(shared + Config::kX, tile.x);
-      load_own(shared + Config::kY, tile.y);
+      if constexpr (kWithDx) load_own(shared + Config::kY, tile.y);
       for (int i = 0; i < kStages - 1; ++i) load_next(i);
 #pragma unroll 1
       while (head < tile.head_end) {
-        cp_async_wait<kStages - 2>();
-        if constexpr (Config::kWgmma) sm90::async_proxy_fence();
+        if constexpr (kStages == 1) {
+          if (step > 0) __syncthreads();  // all warps are done with the tile before
+          load_next(step);
+          cp_async_wait<0>();
+        } else {
+          cp_async_wait<kStages - 2>();
+        }
+        Config::Products::release_copies();
         __syncthreads();  // this tile is there for all warps, who all are done with the one before
-        load_next(step + kStages - 1);
-        process();
+        if constexpr (kStages > 1) load_next(step + kStages - 1);
+        work();
         advance(head, block);
         ++step;
       }
     }
     cp_async_wait<0>();
+  }
+
+  SM80_DEVICE void run() {
+    walk([this] { process(); });
+    store_gradients();
+  }
+
+  SM80_DEVICE void store_gradients() const {
     if constexpr (kOfKeys) {
       float dropout_scale = 1.f;
       if constexpr (kExtended) {
         if (p.dropout_p > 0.0) dropout_scale = float(make_dropout(p.rng_state, p.dropout_p).scale);
       }
-      store(params.problem.dk, dx, p.head_dim, float(p.softmax_scale), params.pairs_k);
-      store(params.problem.dv, dy, p.head_dim_v, dropout_scale, params.pairs_v);
+      if constexpr (kWithDx) store(params.problem.dk, dx, p.head_dim, scale, params.pairs_k);
+      if constexpr (kWithDy) store(params.problem.dv, dy, p.head_dim_v, dropout_scale, params.pairs_v);
     } else {
       if constexpr (kExtended) store_slope_sums();
-      store(params.problem.dq, dx, p.head_dim, float(p.softmax_scale), params.pairs_q);
+      store(params.problem.dq, dx, p.head_dim, scale, params.pairs_q);
     }
   }
 

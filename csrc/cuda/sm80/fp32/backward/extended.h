@@ -51,7 +51,8 @@ SM80_DEVICE void BackwardBlock<Config>::find_shown(ShownScores<Config>& shown, b
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int own = row + 8 * r + at / 4;
-    const int low = own + tile.low - column, high = min(own + tile.high, tile.others - 1) - column;
+    const int low = own + tile.low - column;
+    const int high = own - tile.own_begin < tile.own_rows ? min(own + tile.high, tile.others - 1) - column : -1;
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -132,6 +133,26 @@ SM80_DEVICE void BackwardBlock<Config>::take_extended(Scores& s, Scores& dp, flo
   } else {
     find_extended<false>(s, dp, dp_unit, statistics, at);
   }
+  if (params.dmask != nullptr) add_mask_gradient(dp, at);
+}
+
+template <typename Config>
+SM80_DEVICE void BackwardBlock<Config>::add_mask_gradient(const Scores& ds, int at) const {
+  const MaskView& mask = p.mask;
+  const int64_t slice = (mask.batch_size == 1 ? 0 : tile.batch) * mask.head_size + (mask.head_size == 1 ? 0 : head);
+  const int row = own_row(0, 0), column = block * kBlockN + at % 4 * 2;
+  const int64_t row_stride = kOfKeys ? 1 : mask.col_size, column_stride = kOfKeys ? mask.col_size : 1;
+  float* const to = params.dmask + slice * mask.row_size * mask.col_size + (tile.own_begin + row) * row_stride +
+                    column * column_stride;
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = ds[0][n][i];
+      if (x != 0.f && row + i / 2 * 8 < tile.own_rows && column + 8 * n + i % 2 < tile.others) {
+        atomicAdd(to + i / 2 * 8 * row_stride + (8 * n + i % 2) * column_stride, x);
+      }
+    }
 }
 
 template <typename Config>

@@ -6,20 +6,25 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kStages, int kBlocksPerSm,
-          bool kOfKeys, bool kExtended, bool kWgmma = false>
-BackwardVariant backward_variant(const char* name) {
-  using Config =
-      BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kOfKeys, kExtended, kWgmma>;
+template <typename Config, typename Block>
+BackwardVariant backward_variant_of(const char* name, int gradients = Config::kGradients) {
   return {name,
-          kHeadDim,
+          Config::kHeadDim,
           Config::kBlockM,
-          kBlockN,
+          Config::kBlockN,
           Config::kThreads,
-          kOfKeys,
-          kExtended,
+          gradients,
+          Config::kExtended,
           Config::kSharedBytes,
-          backward_kernel<Config>};
+          backward_kernel<Config, Block>};
+}
+
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kStages, int kBlocksPerSm,
+          int kGradients, bool kExtended, typename Products = MmaProducts>
+BackwardVariant backward_variant(const char* name) {
+  using Config = BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kGradients,
+                                kExtended, Products>;
+  return backward_variant_of<Config, BackwardBlock<Config>>(name);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32

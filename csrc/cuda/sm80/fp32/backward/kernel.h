@@ -14,20 +14,25 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <typename Config>
+/// Block: BackwardBlock<Config>, or what is built on it.
+template <typename Config, typename Block>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     backward_kernel(const __grid_constant__ BackwardKernelParams params) {
   if constexpr (Config::kHasCode) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ BackwardTile shared_tile;  // read again wherever it is needed: it would take thirty registers
+    __shared__ OtherHeads others;
     {
       BackwardTile tile;
       if (!find_tile<Config>(params, tile)) return;
-      if (threadIdx.x == 0) shared_tile = tile;
+      if (threadIdx.x == 0) {
+        shared_tile = tile;
+        others[tile.head_begin] = find_other_head<Config::kOfKeys>(params, tile, tile.head_begin);
+      }
     }
-    __syncthreads();  // the tile is there
+    __syncthreads();  // the tile and its first head are there
     constexpr uint32_t kMask = Config::kAlignment - 1;
-    BackwardBlock<Config>(params, shared_tile, (shared_address(shared) + kMask) & ~kMask).run();
+    Block(params, shared_tile, others, (shared_address(shared) + kMask) & ~kMask).run();
   }
 }
 

@@ -12,6 +12,7 @@ struct BackwardKernelParams {
   universal::RowWorkspace rows;  // lse and delta
   Planes q, k, v, dout;
   mask::PackedMask packed;         // seen null: attn_mask, if any, is read where it lies
+  float* dmask;                    // null: not for this launch. Zeros, to which dS is added.
   const int* flags;                // (batch, KV heads): not 0 is left to the universal kernels
   SequenceBlocks blocks;           // of the rows that the kernel's blocks own
   int64_t first_block;             // see launch_blocks()

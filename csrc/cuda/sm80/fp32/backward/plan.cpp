@@ -9,20 +9,26 @@
 namespace flash_attn::cuda::sm80::fp32 {
 namespace {
 
-constexpr int kStaticBytes = 256;  // of shared memory, beside the tiles
+constexpr int kStaticBytes = 512;  // of shared memory, beside the tiles
 constexpr int64_t kAlignment = 256;
 
 /// The first that fits. Those that take every rule of scores are for 64 columns at least.
 const BackwardVariant* choose_variant(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels,
-                                      bool of_keys) {
+                                      int gradients) {
   const int64_t columns = std::max({p.head_dim, p.head_dim_v, int64_t{is_extended(p) ? 64 : 0}});
   for (const BackwardVariant& variant : variants_for(kernels.backward, columns)) {
-    if (variant.of_keys == of_keys && variant.extended == is_extended(p) &&
+    if (variant.gradients == gradients && variant.extended == is_extended(p) &&
         variant.shared_bytes + kStaticBytes <= device.shared_memory_per_block) {
       return &variant;
     }
   }
   return nullptr;
+}
+
+/// Whether the kernel that computes dS, in units of scores, adds it to the gradient of attn_mask; else that is a launch
+/// of the universal kernels. Rows or columns that many tiles share would be added to by all of them at once.
+bool adds_mask_gradient(const ForwardParams& p) {
+  return !p.deterministic && p.softcap == 0.0 && p.mask.row_size > 1 && p.mask.col_size > 1;
 }
 
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
@@ -35,7 +41,7 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   };
   take(universal::RowWorkspace::bytes(params));
   plan.flags = take(p.batch * p.num_heads_k * int64_t{sizeof(int)});
-  const int columns = plan.of_keys->head_dim;
+  const int columns = plan.kernels[0]->head_dim;
   plan.q = plan.dout = Planes::of_queries(p, columns);
   plan.k = plan.v = Planes::of_keys(p, columns);
   const int64_t q_batches = p.is_varlen_q() ? 1 : p.batch, k_batches = p.is_varlen_k() ? 1 : p.batch;
@@ -57,16 +63,36 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
 
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& kernels) {
   BackwardPlan plan;
-  plan.of_keys = choose_variant(params.forward, device, kernels, true);
-  plan.of_queries = choose_variant(params.forward, device, kernels, false);
-  if (plan.of_keys != nullptr && plan.of_queries != nullptr) lay_out_workspace(plan, params);
+  const ForwardParams& p = params.forward;
+  const bool all = params.dq.data != nullptr && (params.dk.data != nullptr || params.dv.data != nullptr);
+  constexpr int kWays[][BackwardPlan::kMaxKernels] = {{kDq | kDk | kDv}, {kDk | kDv, kDq}, {kDk, kDv, kDq}};
+  for (const auto& way : kWays) {
+    // The gradient of slopes is one of rows, and a fixed order is that of one owner.
+    if ((way[0] & kDq) != 0 && (!all || p.deterministic || params.dslopes != nullptr)) continue;
+    bool complete = true;
+    for (int i = 0; i < BackwardPlan::kMaxKernels; ++i) {
+      plan.kernels[i] = way[i] != 0 ? choose_variant(p, device, kernels, way[i]) : nullptr;
+      complete = complete && (way[i] == 0 || plan.kernels[i] != nullptr);
+    }
+    if (complete) break;
+    plan.kernels[0] = nullptr;
+  }
+  if (plan.kernels[0] == nullptr) return {};
+  plan.adds_mask_gradient = params.dmask != nullptr && adds_mask_gradient(p);
+  lay_out_workspace(plan, params);
   return plan;
 }
 
 Plan describe(const BackwardPlan& chosen) {
-  Plan plan{chosen.of_keys->name, chosen.of_keys->block_n, chosen.of_keys->block_m, chosen.workspace_bytes};
+  const BackwardVariant& first = *chosen.kernels[0];
+  Plan plan{first.name, first.block_n, first.block_m, chosen.workspace_bytes};
   plan.decide("products", "of pairs of fp16");
-  plan.decide("dq", chosen.of_queries->name);
+  const char* of_dq = "added to zeros";
+  for (const BackwardVariant* variant : chosen.kernels) {
+    if (variant != nullptr && !variant->of_keys()) of_dq = variant->name;
+  }
+  plan.decide("dq", of_dq);
+  if (chosen.adds_mask_gradient) plan.decide("dmask", "added to zeros");
   if (chosen.packs_mask) plan.decide("mask", "packed first");
   return plan;
 }

@@ -7,7 +7,9 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 struct BackwardPlan {
-  const BackwardVariant *of_keys = nullptr, *of_queries = nullptr;
+  static constexpr int kMaxKernels = 3;
+  const BackwardVariant* kernels[kMaxKernels] = {};  // that compute all gradients together; behind them null
+  bool adds_mask_gradient = false;
 
   Planes q, k, v, dout;  // without addresses
   // Of the workspace, in bytes from its start, where universal::RowWorkspace is.
@@ -16,9 +18,11 @@ struct BackwardPlan {
   bool packs_mask = false;                     // as in the forward pass
   int64_t packed_mask = 0, unpacked_mask = 0;  // the other one is for flagged heads and dmask
   int64_t workspace_bytes = 0;
+
+  bool adds_dq() const { return kernels[0]->adds_dq(); }
 };
 
-/// Without variants where none fits.
+/// Without kernels where none fit.
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& kernels);
 
 Plan describe(const BackwardPlan& plan);

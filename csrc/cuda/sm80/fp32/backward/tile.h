@@ -31,17 +31,36 @@ SM80_DEVICE PlaneRows plane_rows(const Planes& planes, bool packed, int batch, i
   return {planes.head_data(packed, batch, first_row, head), planes.head_units(packed, batch, first_row, head)};
 }
 
-/// What a head's other rows are: Q and dO, or K and V.
+/// From the sequence's first row on: a head's other rows, and what its query rows have.
+struct OtherHead {
+  PlaneRows x, y;  // Q and dO, or K and V
+  const float *lse, *delta;
+  float* dq;
+};
+
 template <bool kOfKeys>
-SM80_DEVICE PlaneRows other_rows(const BackwardKernelParams& params, const BackwardTile& tile, int head, bool of_y) {
+SM80_DEVICE OtherHead find_other_head(const BackwardKernelParams& params, const BackwardTile& tile, int head) {
   const ForwardParams& p = params.problem.forward;
-  if constexpr (kOfKeys) {
-    return plane_rows(of_y ? params.dout : params.q, p.cu_seqlens_q != nullptr, tile.batch, tile.sequence.q_row, head);
-  } else {
-    return plane_rows(of_y ? params.v : params.k, p.cu_seqlens_k != nullptr, tile.batch, tile.sequence.k_row,
-                      tile.kv_head);
-  }
+  const SequenceInfo& s = tile.sequence;
+  const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
+  const int64_t statistics = int64_t{head} * p.total_q + (packed_q ? s.q_row : tile.batch * p.seqlen_q);
+  const TensorView& dq = params.problem.dq;
+  OtherHead other;
+  other.x = kOfKeys ? plane_rows(params.q, packed_q, tile.batch, s.q_row, head)
+                    : plane_rows(params.k, packed_k, tile.batch, s.k_row, tile.kv_head);
+  other.y = kOfKeys ? plane_rows(params.dout, packed_q, tile.batch, s.q_row, head)
+                    : plane_rows(params.v, packed_k, tile.batch, s.k_row, tile.kv_head);
+  other.lse = static_cast<const float*>(params.rows.lse) + statistics;
+  other.delta = static_cast<const float*>(params.rows.delta) + statistics;
+  other.dq = static_cast<float*>(dq.data) + (packed_q ? 0 : tile.batch * dq.batch) + head * dq.head + s.q_row * dq.row;
+  return other;
 }
+
+/// Of the heads that tiles under way belong to, in shared memory: one that is worked on, two that are loaded after it.
+struct OtherHeads {
+  OtherHead of[4];
+  SM80_DEVICE OtherHead& operator[](int head) { return of[head % 4]; }
+};
 
 template <bool kOfKeys>
 SM80_DEVICE void find_bounds(const ForwardParams& p, int block_m, int block_n, BackwardTile& tile) {

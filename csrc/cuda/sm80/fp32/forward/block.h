@@ -1,11 +1,9 @@
 // A block of the forward kernel for float32: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
-#include "../../../sm90/hopper/tma.h"
 #include "../../forward/schedule/tile.h"
 #include "../products.h"
 #include "../rules.h"
-#include "../wgmma.h"
 #include "config.h"
 #include "params.h"
 #include "softmax.h"
@@ -29,10 +27,10 @@ struct ForwardPlace : ForwardTile {
 
 template <typename Config>
 struct ForwardBlock {
-  using Tile = SharedTile<2 * Config::kHeadDim>;
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kDTiles = Config::kDTiles;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr bool kExtended = Config::kExtended;
+  static constexpr int kLeastSlots = 2;  // of the ring
   using Scores = float[kMTiles][kNTiles][4];
 
   const ForwardKernelParams& params;
@@ -103,7 +101,7 @@ struct ForwardBlock {
       case 3: cp_async_wait<1>(); break;
       default: cp_async_wait<2>(); break;
     }
-    if constexpr (Config::kWgmma) sm90::async_proxy_fence();
+    Config::Products::release_copies();
     __syncthreads();
   }
   /// V of the tile whose K is in k_slot.
@@ -122,13 +120,8 @@ struct ForwardBlock {
 
   /// s = Q K^T of a tile, in units of q_unit * k_unit.
   SM80_DEVICE void multiply_qk() {
-    if constexpr (Config::kWgmma) {
-      return wgmma::multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(
-          s, q_tile() + warp() / 4 * 64 * 128, k_slot);
-    }
-    const int at = lane();
-    multiply_rows<Config::kHeadDim, Config::kSumSteps>(
-        s, address_by_rows<Tile>(q_tile(), warp() * Config::kWarpRows, at), address_by_columns<Tile>(k_slot, 0, at));
+    Config::Products::template multiply_rows<Config::kHeadDim, Config::kSumSteps, kBlockM, kBlockN>(s, q_tile(), k_slot,
+                                                                                                    *this);
   }
 
   // -- the loop over tiles
@@ -214,11 +207,7 @@ struct ForwardBlock {
     wait_v();
     const uint32_t v_slot = slot_after(k_slot, 1);
     const auto unit = [=](int, int) { return value_unit; };
-    if constexpr (Config::kWgmma) {
-      wgmma::add_product<Config::kHeadDim, kBlockN, Config::kHeadDim / 64>(o, pairs, v_slot, unit);
-    } else {
-      add_product<Config::kHeadDim>(o, pairs, address_by_rows<Tile>(v_slot, 0, lane()), unit);
-    }
+    Config::Products::template add_product<Config::kHeadDim, Config::kAhead>(o, pairs, v_slot, unit, *this);
     if constexpr (kNext) {
       wait_k();
       multiply_qk();

@@ -8,28 +8,26 @@
 // sums: of P V over the keys of one tile, of Q K^T over 16 kSumSteps columns.
 #pragma once
 
-#include <type_traits>
-
 #include "../code.h"
-#include "../tiles.h"
+#include "../products.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSumSteps_, int kBlocksPerSm_, bool kExtended_,
-          bool kWgmma_ = false>
+          typename Products_ = MmaProducts>
 struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kMTiles = kMTiles_, kWarpRows = 16 * kMTiles, kBlockM = kWarpRows * kWarps;
   static constexpr int kBlockN = kBlockN_, kNTiles = kBlockN / 8;
   static constexpr int kSumSteps = kSumSteps_;
-  static constexpr int kDTiles = kHeadDim / 8;        // of O
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that registers are bounded for
-  static constexpr bool kExtended = kExtended_;       // softcap, ALiBi, masks, dropout
-  static constexpr bool kWgmma = kWgmma_;             // products by warpgroups of four warps
-  using QueryTile = std::conditional_t<kWgmma, PanelTile<kBlockM, 2 * kHeadDim>, SharedTile<2 * kHeadDim>>;
-  using KeyTile = std::conditional_t<kWgmma, PanelTile<kBlockN, 2 * kHeadDim>, SharedTile<2 * kHeadDim>>;
-  static constexpr int kAlignment = kWgmma ? 1024 : 128;  // of tiles
+  static constexpr int kDTiles = kHeadDim / 8;            // of O
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;      // that registers are bounded for
+  static constexpr bool kExtended = kExtended_;           // softcap, ALiBi, masks, dropout
+  static constexpr int kAhead = kHeadDim == 128 ? 2 : 1;  // panels of 64 columns that are computed at a time
+  using Products = Products_;
+  using QueryTile = typename Products::template Tile<kBlockM, 2 * kHeadDim>;
+  using KeyTile = typename Products::template Tile<kBlockN, 2 * kHeadDim>;
   static constexpr int kRowBytes = 2 * kHeadDim * 2;
   static constexpr int kQueryBytes = kBlockM * kRowBytes, kSlotBytes = kBlockN * kRowBytes;
 #ifdef __CUDA_ARCH__

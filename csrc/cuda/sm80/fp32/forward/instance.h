@@ -6,20 +6,27 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended,
-          bool kWgmma = false>
-ForwardVariant forward_variant(const char* name) {
-  using Config = ForwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kBlocksPerSm, kExtended, kWgmma>;
+template <typename Config, typename Block>
+ForwardVariant forward_variant_of(const char* name) {
+  constexpr int kAlignment = Config::Products::kAlignment;
   return {name,
-          kHeadDim,
+          Config::kHeadDim,
           Config::kBlockM,
-          kBlockN,
+          Config::kBlockN,
           Config::kThreads,
-          kBlocksPerSm,
-          kExtended,
-          Config::kQueryBytes + (kWgmma ? Config::kAlignment : 0),
+          Config::kBlocksPerSm,
+          Config::kExtended,
+          Config::kQueryBytes + (kAlignment > 128 ? kAlignment : 0),
           Config::kSlotBytes,
-          forward_kernel<Config>};
+          Block::kLeastSlots,
+          forward_kernel<Config, Block>};
+}
+
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended,
+          typename Products = MmaProducts>
+ForwardVariant forward_variant(const char* name) {
+  using Config = ForwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kBlocksPerSm, kExtended, Products>;
+  return forward_variant_of<Config, ForwardBlock<Config>>(name);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32

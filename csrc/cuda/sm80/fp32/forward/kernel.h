@@ -14,7 +14,8 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <typename Config>
+/// Block: ForwardBlock<Config>, or what is built on it.
+template <typename Config, typename Block>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     forward_kernel(const __grid_constant__ ForwardKernelParams params) {
   if constexpr (Config::kHasCode) {
@@ -28,8 +29,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (threadIdx.x == 0) shared_tile = tile;
     }
     __syncthreads();  // the tile is there
-    constexpr uint32_t kMask = Config::kAlignment - 1;
-    ForwardBlock<Config>(params, shared_tile, (shared_address(shared) + kMask) & ~kMask).run();
+    constexpr uint32_t kMask = Config::Products::kAlignment - 1;
+    Block(params, shared_tile, (shared_address(shared) + kMask) & ~kMask).run();
   }
 }
 

@@ -13,7 +13,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_q() const {
       params.q.head_data(is_packed_q(), tile.batch, tile.sequence.q_row + tile.m_begin, tile.head);
   const int rows = int(tile.sequence.seqlen_q) - tile.m_begin;
   load_rows<typename Config::QueryTile, kBlockM, kColumns, Config::kThreads>(
-      q_tile(), source, int(threadIdx.x), rows >= kBlockM, [rows](int row) { return row < rows; });
+      q_tile(), source, threadIdx.x, rows >= kBlockM, [rows](int row) { return row < rows; });
 }
 
 template <typename Config>
@@ -24,7 +24,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_next(uint32_t slot, bool load_k) {
     const __half* const source = (load_k ? tile.k_source : tile.v_source) + int64_t{first} * kColumns;
     const int begin = tile.col_begin - first, end = tile.col_end - first;
     load_rows<typename Config::KeyTile, kBlockN, kColumns, Config::kThreads>(
-        slot, source, int(fresh_thread(load_block)), begin <= 0 && end >= kBlockN,
+        slot, source, fresh_thread(load_block), begin <= 0 && end >= kBlockN,
         [=](int row) { return row >= begin && row < end; });
   }
   if (!load_k) load_block = visited_block(load_block - 1);

@@ -19,11 +19,11 @@ namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kStaticBytes = 256;     // of it, by the kernel
-constexpr int kMinSlots = 2, kMaxSlots = 4;
-// Up to here a sum of float32 is nearly exact, and the roundings of pairs are seen: RMS errors of short sequences up to
-// 1.15 times those of multiply-adds, and with so few columns that not even a forced family is to have them, 1.25
-// (benchmarks/experiments/085).
-constexpr int64_t kFewColumns = 32, kTooFewColumns = 16;
+constexpr int kMaxSlots = 4;
+// Up to here a sum of float32 is nearly exact, and the roundings of pairs are seen: RMS errors of 64 rows are up
+// to 1.15 times those of multiply-adds; of 256 and more they are the lesser ones. With so few columns that not even a
+// forced family is to have pairs, 1.25 (benchmarks/experiments/085, 113).
+constexpr int64_t kFewColumns = 32, kTooFewColumns = 16, kManyRows = 256;
 constexpr const char* kFewColumnsReason = "in float32 plain multiply-adds are more exact over so few columns";
 constexpr int64_t kAlignment = 256;
 
@@ -38,7 +38,7 @@ bool fit(const ForwardVariant& variant, const DeviceInfo& device, ForwardPlan& p
   for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
     const int bytes = bytes_per_sm / blocks - kReservedBytes - kStaticBytes - variant.query_bytes;
     const int slots = std::min(kMaxSlots, bytes / variant.slot_bytes);
-    if (slots < kMinSlots) continue;
+    if (slots < variant.least_slots) continue;
     plan.slots = slots;
     plan.blocks_per_sm = blocks;
     return true;
@@ -105,13 +105,15 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 // lose the rounding errors of S that they have in common.
 const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels) {
   if (!is_forced(kernels.family)) {
-    if (std::min(p.head_dim, p.head_dim_v) <= kFewColumns) return kFewColumnsReason;
+    const ForwardParams mean = mean_problem(p);
+    const bool few_rows = std::min(mean.seqlen_q, mean.seqlen_k) < kManyRows;
+    if (std::min(p.head_dim, p.head_dim_v) <= (few_rows ? kFewColumns : kTooFewColumns)) return kFewColumnsReason;
     if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
     if (!pays(p)) return "in float32 so few scores do not pay for splitting numbers into pairs";
   }
   if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
   if (columns_of(p) > kernels.max_head_dim()) {
-    return kernels.max_head_dim() == 64 ? "in float32 head_dim is over 64" : "in float32 head_dim is over 128";
+    return kernels.max_head_dim() == 64 ? "in float32 head_dim is over 64" : "in float32 head_dim is over 256";
   }
   if (!has_code(10 * device.compute_capability)) return "its kernels for float32 are for compute capability 8 and 9";
   return nullptr;

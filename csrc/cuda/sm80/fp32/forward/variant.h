@@ -12,6 +12,7 @@ struct ForwardVariant {
   int blocks_per_sm;            // that its registers allow
   bool extended;                // takes softcap, ALiBi, attn_mask, dropout, any softmax_scale
   int query_bytes, slot_bytes;  // of shared memory
+  int least_slots;
   void (*kernel)(const ForwardKernelParams);
 };
 

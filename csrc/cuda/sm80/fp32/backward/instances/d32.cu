@@ -4,8 +4,8 @@ namespace flash_attn::cuda::sm80::fp32 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<32, 4, 1, 64, 2, 2, 2, true, false>("mma fp32 d32 64 keys x 64"),
-    backward_variant<32, 4, 1, 64, 2, 2, 2, false, false>("mma fp32 d32 64 queries x 64"),
+    backward_variant<32, 4, 1, 64, 2, 2, 2, kDk | kDv, false>("mma fp32 d32 64 keys x 64"),
+    backward_variant<32, 4, 1, 64, 2, 2, 2, kDq, false>("mma fp32 d32 64 queries x 64"),
 };
 
 }  // namespace
