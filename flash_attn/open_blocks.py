@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-from .torch_op.private import caller_of_backward
+from .torch_op.private import caller_of_backward, hand_on_context
 
 
 class Block:
@@ -25,12 +25,14 @@ _inherited: ContextVar[Blocks] = ContextVar("flash_attn_inherited", default=())
 def enter() -> Block:
     block = Block()
     _entered.set((*_entered.get(), block))
+    hand_on_context()
     return block
 
 
 def leave(block: Block) -> None:
     block.is_open = False
     _entered.set(tuple(other for other in _entered.get() if other.is_open))
+    hand_on_context()
 
 
 def entered_here() -> Blocks:

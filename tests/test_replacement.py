@@ -23,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 import flash_attn
 from flash_attn import explain, replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
+from flash_attn.sdpa import replacement
 from introspection import needs_introspection
 
 pytestmark = needs_introspection
@@ -252,6 +253,7 @@ def test_the_order_that_torch_itself_chooses_changes_nothing(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(replacement, "_any_prefers_cudnn", replacement._any_prefers_cudnn.__wrapped__)
     with replace_sdpa(), sdpa_kernel(CUDNN_FIRST, set_priority=True):
         assert _ours_runs() == ours
 

@@ -22,7 +22,7 @@ from .arguments import Arguments, any_nested, check_dtypes_and_devices, is_neste
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 
 _PLAIN = [plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT)]
-_IF_THEY_FIT = [_PLAIN[causal] | PLAIN_IF_THEY_FIT for causal in (ops.NONE, ops.TOP_LEFT)]
+_FULL, _CAUSAL = (_PLAIN[causal] | PLAIN_IF_THEY_FIT for causal in (ops.NONE, ops.TOP_LEFT))
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -97,8 +97,10 @@ def attend(
         and (type(dropout_p) is float or type(dropout_p) is int)
     ):
         if dropout_p == 0 and query.dim() == 4:
-            options = _IF_THEY_FIT[is_causal]
-            out = plain.try_attend(query, key, value, scale, options | PLAIN_SHARED_HEADS if enable_gqa else options)
+            options = _CAUSAL if is_causal else _FULL  # no list of two: Dynamo of torch 2.11 takes no bool for an index
+            if enable_gqa:
+                options |= PLAIN_SHARED_HEADS
+            out = plain.try_attend(query, key, value, scale, options)
             if out is not None:
                 return out
         elif dropout_p != 0 and _is_common(query, key, value):

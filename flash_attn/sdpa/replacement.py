@@ -117,10 +117,13 @@ def _choose(always: bool) -> int:
 def _torch_prefers_cudnn() -> bool:
     """Whether this order may be torch's own choice: its first call on such a GPU puts cuDNN in front for good, and
     nobody has asked for that."""
+    return torch.cuda.is_initialized() and _any_prefers_cudnn()
+
+
+@functools.cache  # of what stays: to ask takes longer than the rest of a call
+def _any_prefers_cudnn() -> bool:
     cuda = torch.cuda
-    return cuda.is_initialized() and any(
-        cuda.get_device_capability(device) in ((9, 0), (10, 0)) for device in range(cuda.device_count())
-    )
+    return any(cuda.get_device_capability(device) in ((9, 0), (10, 0)) for device in range(cuda.device_count()))
 
 
 def _exports_to_onnx() -> bool:

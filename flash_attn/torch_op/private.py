@@ -6,12 +6,14 @@ Names are looked up once, at import: a call of what is found costs no more than 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, TypeVar, cast
 
 import torch
@@ -131,6 +133,21 @@ def past_torch_function(op: Any) -> Callable[..., Any]:
     return op if call is None or handle is None else functools.partial(call, handle)
 
 
+def is_free(schemas: Mapping[str, str], device: str) -> bool:
+    """Whether torch has ops of its own with these names and schemas, and no kernel of theirs for the device."""
+    schema: Callable[[str, str], Any] | None = getattr(torch._C, "_get_schema", None)
+    has: Callable[[str, str], bool] | None = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    if schema is None or has is None:
+        return False
+    try:
+        return all(
+            str(schema(f"aten::{name}", "")) == f"aten::{name}{expected}" and not has(f"aten::{name}", device)
+            for name, expected in schemas.items()
+        )
+    except RuntimeError:  # there is no such op
+        return False
+
+
 flash_sdp_enabled: Callable[[], bool] = getattr(
     torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled
 )
@@ -159,17 +176,45 @@ def constant_when_traced(function: Function) -> Function:
     return function
 
 
-def _caller_of_backward() -> Callable[[], Context | None]:
+class _Handed:
+    """What a thread hands to autograd's threads."""
+
+    __slots__ = ("context",)
+    context: Context
+
+
+def _caller_of_backward() -> tuple[Callable[[], Context | None], Callable[[], None]]:
+    nobody: Callable[[], Any] = lambda: None  # noqa: E731
     has: Callable[[str], bool] | None = getattr(torch._C, "_is_key_in_tls", None)
-    get: Callable[[str], Context] | None = getattr(torch._C, "_get_obj_in_tls", None)
+    get: Callable[[str], Any] | None = getattr(torch._C, "_get_obj_in_tls", None)
+    put: Callable[[str, Any], None] | None = getattr(torch._C, "_stash_obj_in_tls", None)
     if has is None or get is None:
-        return lambda: None
-    return lambda: get("context") if has("context") else None
+        return nobody, nobody
+    if hasattr(torch.autograd.graph, "contextvars"):  # torch hands on the context itself
+        return (lambda: get("context") if has("context") else None), nobody
+    in_backward: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+    if put is None or in_backward is None:
+        return nobody, nobody
+    key, own = "flash_attn", threading.local()
+
+    def hand_on() -> None:
+        handed: _Handed | None = getattr(own, "handed", None)
+        if handed is None:
+            handed = own.handed = _Handed()
+        handed.context = copy_context()
+        if not (has(key) and get(key) is handed):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(handed))  # torch 2.11 gives back a reference it has not taken
+            put(key, handed)
+
+    return (lambda: get(key).context if in_backward() != -1 and has(key) else None), hand_on
 
 
-caller_of_backward = _caller_of_backward()
-"""In a backward pass, in whichever of autograd's threads, the context variables of whoever called it. None elsewhere,
-and where torch doesn't say."""
+caller_of_backward, hand_on_context = _caller_of_backward()
+"""`caller_of_backward()`: in a backward pass, in whichever of autograd's threads, the context variables of whoever
+called it. None elsewhere, and where torch doesn't say.
+
+`hand_on_context()`: to be called where variables were set that backward passes are to know: torch 2.11 hands on none by
+itself. Of several async tasks of a thread, it then hands on the variables of the one that called this last."""
 
 
 def compiler_is_loaded() -> bool:
