@@ -15,11 +15,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn
-from flash_attn.torch_op import arguments, plain, private
+from flash_attn.torch_op import arguments, extension, plain, private
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op.library import plain_backward_op, plain_forward_op
 
-LONG, SHORT = ["forward", "backward"], ["plain_forward", "plain_backward"]
+LONG = ["forward", "backward"]
+EXTENSION = "_scaled_dot_product_fused_attention_overrideable"
+SHORT = {"extension": [EXTENSION, EXTENSION + "_backward"], "function": ["plain_forward", "plain_backward"]}
+
+
+@pytest.fixture(autouse=True, params=SHORT)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of calls that require grad: small ones have torch's op for extensions, others an autograd function."""
+    if request.param == "function":
+        monkeypatch.setattr(plain, "_LARGEST", -1)
+    return str(request.param)
 
 
 def _leaves(*shape: int) -> list[Tensor]:
@@ -30,7 +40,7 @@ def _ops_of(run: Callable[[], Any]) -> list[str]:
     with profile() as record:
         run()
     names = [event.name for event in sorted(record.function_events, key=lambda event: event.time_range.start)]
-    return [name.removeprefix("flash_attn::") for name in names if name.startswith("flash_attn::")]
+    return [name.split("::")[1] for name in names if name.startswith(("flash_attn::", f"aten::{EXTENSION}"))]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -47,14 +57,14 @@ def _replaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("attend", [_sdpa, _func, _replaced])
-def test_plain_calls_go_the_short_way(attend: Callable[..., Tensor]) -> None:
+def test_plain_calls_go_the_short_way(attend: Callable[..., Tensor], way: str) -> None:
     q, k, v = _leaves()
-    assert _ops_of(lambda: attend(q, k, v).sum().backward()) == SHORT
+    assert _ops_of(lambda: attend(q, k, v).sum().backward()) == SHORT[way]
     with torch.no_grad():
-        assert _ops_of(lambda: attend(q, k, v)) == SHORT[:1]
+        assert _ops_of(lambda: attend(q, k, v)) == ["plain_forward"]
 
 
-def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast() -> None:
+def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast(way: str) -> None:
     q, k, v = _leaves()
     for function in (
         lambda: _sdpa(q[:, :, :1], k, v),
@@ -64,7 +74,7 @@ def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast() -> None
         lambda: _func(q, k[:, :, :1], v[:, :, :1]),
     ):
         with torch.autocast("cpu"):
-            assert _ops_of(lambda function=function: function().sum().backward()) == SHORT
+            assert _ops_of(lambda function=function: function().sum().backward()) == SHORT[way]
 
 
 @pytest.mark.parametrize(
@@ -115,13 +125,13 @@ class _Watcher(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "flash_attn":
-            self.seen.append(op._schema.name.removeprefix("flash_attn::"))
+        if op.namespace == "flash_attn" or EXTENSION in op._schema.name:
+            self.seen.append(op._schema.name.split("::")[1])
         return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("attend", [_sdpa, _func])
-def test_who_watches_one_pass_sees_the_op_of_it(attend: Callable[..., Tensor]) -> None:
+def test_who_watches_one_pass_sees_the_op_of_it(attend: Callable[..., Tensor], way: str) -> None:
     leaves = _leaves()
     with _Watcher() as watcher:
         loss = attend(*leaves).square().sum()
@@ -130,7 +140,7 @@ def test_who_watches_one_pass_sees_the_op_of_it(attend: Callable[..., Tensor]) -
     loss = attend(*leaves).square().sum()
     with _Watcher() as watcher:
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True))
-    assert watcher.seen == LONG[1:]
+    assert watcher.seen == (SHORT if way == "extension" else {way: LONG})[way][1:]
 
 
 @pytest.mark.parametrize("attend", [_sdpa, _func, _replaced])
@@ -145,7 +155,7 @@ def test_make_fx_sees_the_ops_of_both_passes(attend: Callable[..., Tensor], pre_
     assert [name for name in names if name.startswith("flash_attn.")] == [f"flash_attn.{name}.default" for name in LONG]
 
 
-def test_hooks_of_saved_tensors_may_return_subclasses() -> None:
+def test_hooks_of_saved_tensors_may_return_subclasses(way: str) -> None:
     seen = []
 
     class Seeing(Tensor):
@@ -164,7 +174,7 @@ def test_hooks_of_saved_tensors_may_return_subclasses() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), unpack):
         out = _sdpa(*leaves)
     torch.autograd.grad(out.sum(), leaves)
-    assert "flash_attn.backward.default" in seen
+    assert ("flash_attn.backward.default" if way == "function" else f"aten.{EXTENSION}_backward.default") in seen
 
 
 def test_modes_of_torch_functions_see_the_op_of_flash_attn_func() -> None:
@@ -182,7 +192,7 @@ def test_modes_of_torch_functions_see_the_op_of_flash_attn_func() -> None:
 def test_gradients_of_gradients_raise_and_batched_ones_work() -> None:
     leaves = _leaves()
     (dq,) = torch.autograd.grad(_sdpa(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+    with pytest.raises(RuntimeError, match=r"derivative for .*backward is not implemented"):
         dq.sum().backward()
     out, weights = _sdpa(*leaves), torch.randn(4, 2, 3, 5, 8, dtype=torch.float64)
     batched = torch.autograd.grad(out, leaves, weights, retain_graph=True, is_grads_batched=True)
@@ -215,12 +225,19 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
+    function, forward = plain._apply, extension.forward
+    assert forward is not None
 
-    def record(*args: Any) -> Any:
-        given.append(args[-1])
-        return plain_backward_op(*args)
+    def recorded_function(*args: Any) -> Any:
+        given.append(args[-1][1])
+        return function(*args)
 
-    monkeypatch.setattr(plain, "_backward", record)
+    def recorded_extension(*args: Any) -> Any:
+        given.append(int(-1 - args[4]))
+        return forward(*args)
+
+    monkeypatch.setattr(plain, "_apply", recorded_function)
+    monkeypatch.setattr(extension, "forward", recorded_extension)
     torch.use_deterministic_algorithms(deterministic)
     try:
         outs = _sdpa(*_leaves()), _func(*_leaves()), _func(*_leaves(), deterministic=True)
@@ -237,6 +254,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
 
 def test_it_works_where_torch_has_no_way_past_the_search_for_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_dispatch_call_boxed")
+    monkeypatch.setattr(extension, "forward", private.past_torch_function(getattr(torch.ops.aten, EXTENSION).default))
     for name, op in (("_forward", plain_forward_op), ("_backward", plain_backward_op)):
         called = private.past_torch_function(op)
         assert called is op
@@ -314,6 +332,7 @@ def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("out of memory: flash_attn could not allocate out")
 
     monkeypatch.setattr(plain, "_forward", full)
+    monkeypatch.setattr(extension, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
         _sdpa(*_leaves())
     assert len(calls) == 1
@@ -322,8 +341,8 @@ def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_that_changes_nothing_is_no_way_round(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    attend = plain.attend
-    monkeypatch.setattr(plain, "attend", lambda *a: taken.append(a[0].dtype) or attend(*a))
+    attend = plain._attend
+    monkeypatch.setattr(plain, "_attend", lambda *a: taken.append(a[0].dtype) or attend(*a))
     q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype) for _ in range(3))
     with torch.autocast("cpu"):
         assert _sdpa(q, k, v).dtype == torch.bfloat16

@@ -8,7 +8,6 @@
 #include "../packed_mask.h"
 #include "arguments/refuse.h"
 #include "run.h"
-#include "torch/stack.h"
 
 namespace flash_attn {
 
@@ -125,18 +124,28 @@ void forward(StableIValue* values, uint64_t, uint64_t) {
   put_results(values, results.out, results.lse, drops ? torch::stable::clone(*inputs.rng_state()) : Tensor());
 }
 
+std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options) {
+  if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) return {};
+  const Results results = attend(inputs, options.lse_is_read);
+  return {results.out, options.lse_is_read ? results.lse : Tensor()};
+}
+
+std::array<Tensor, 3> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
+                                          const std::vector<bool>& needs) {
+  const Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, needs);
+  const auto defined = [](const OptionalTensor& gradient) { return gradient ? *gradient : Tensor(); };
+  return {defined(gradients.dq), defined(gradients.dk), defined(gradients.dv)};
+}
+
 void plain_forward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   Inputs inputs;
   inputs.take_plain_tensors(stack);
   const PlainOptions options = inputs.take_plain_options(stack);
   inputs.describe();
-  if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) {
-    put_results(values, Tensor(), Tensor());
-    return;
-  }
-  const Results results = attend(inputs, options.lse_is_read);
-  put_results(values, results.out, options.lse_is_read ? results.lse : Tensor());
+
+  const auto [out, lse] = attend_plain(inputs, options);
+  put_results(values, out, lse);
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {
@@ -171,8 +180,8 @@ void plain_backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_plain_options(stack);
   inputs.describe();
 
-  const Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, kNeeds);
-  put_results(values, *gradients.dq, *gradients.dk, *gradients.dv);
+  const auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, kNeeds);
+  put_results(values, dq, dk, dv);
 }
 
 }  // namespace flash_attn

@@ -4,6 +4,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <vector>
+
+#include "torch/stack.h"
+
 namespace flash_attn {
 
 void forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
@@ -11,6 +16,12 @@ void backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results)
 /// The same of q, k and v alone, whose three gradients are all wanted.
 void plain_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void plain_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+
+/// What the plain ops compute, for who takes arguments of another schema. The results are undefined where the inputs
+/// should fit and do not, and gradients where `needs` (q, k, v, and false three times) does not want them.
+std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options);
+std::array<Tensor, 3> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
+                                          const std::vector<bool>& needs);
 
 /// Reads a mask once, see packed_mask.h.
 void pack_mask(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);

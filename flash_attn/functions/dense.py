@@ -6,14 +6,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .. import tensor_subclasses
 from ..masks.prepared import PreparedMask
+from ..torch_op import attention as ops
+from ..torch_op import plain
+from ..torch_op.arguments import PLAIN_DETERMINISTIC, plain_options
 from .arguments import NO_WINDOW, Options, Outputs, Window, attention, distributed_attention
 from .other_versions import MISSING_WITHOUT_CACHE, MaskExtras, check_hints, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_FULL, _CAUSAL = (plain_options(causal, False, False) for causal in (ops.NONE, ops.BOTTOM_RIGHT))
 
 
 @overload
@@ -178,6 +184,23 @@ def flash_attn_func(
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_func", others, MISSING_WITHOUT_CACHE)
+    if (
+        alibi_slopes is learnable_sink is s_aux is attn_mask is None
+        and window_size is NO_WINDOW
+        and return_attn_probs is return_lse is False
+        and type(q) is type(k) is type(v) is Tensor
+        and type(causal) is type(deterministic) is bool
+        and type(dropout_p) is type(softcap) is float
+        and dropout_p == softcap == 0.0
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and not has_torch_function_variadic(q)
+    ):
+        number = _CAUSAL if causal else _FULL
+        if deterministic:
+            number |= PLAIN_DETERMINISTIC
+        out = plain.try_attend(q, k, v, softmax_scale, number)
+        if out is not None:
+            return out
     options = Options(
         dropout_p,
         softmax_scale,

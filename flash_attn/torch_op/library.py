@@ -137,7 +137,7 @@ def _forward_flops(*arguments: Any, out_val: Any = None) -> int:
 
 
 @register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)
-def _backward_flops(*arguments: Any, out_val: Any = None) -> int:
+def backward_flops(*arguments: Any, out_val: Any = None) -> int:
     _, _, tensors, _, _, _, options = split_backward(arguments)
     # q @ k.T again, dS @ k, dS.T @ q over head_dim; dout @ v.T, P.T @ dout over head_dim_v.
     return _matmul_flops(tensors, options) * (3 * tensors.q.shape[-1] + 2 * tensors.v.shape[-1])

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from . import extension
 from .arguments import BackwardArguments, Options, Tensors, split_backward, split_forward
 from .attention import RNG_STATE_RANGE
 from .cache import AppendAndAttend, Attend, append_and_attend_op, attend_cache_op
@@ -98,6 +99,10 @@ class Observer(TorchDispatchMode, Generic[T]):
         if op is backward_op:
             self._on_backward(split_backward(args))
             return _zeros(op, args)
+        if extension.is_backward(op, args):
+            args = extension.of_backward(*args, **(kwargs or {}))
+            self._on_backward(split_backward(args))
+            return (*_zeros(backward_op, args)[:3], None)
         if op is attend_cache_op or op is append_and_attend_op:
             self._on_cache(Attend(*args) if op is attend_cache_op else AppendAndAttend(*args).attention())
             return _zeros(op, args)

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import private
+from . import extension, private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, PLAIN_WITHOUT_LSE, from_plain
 from .autograd import call_backward, raise_out_of_memory
 from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
 
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_deterministic = torch.are_deterministic_algorithms_enabled
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
+_LARGEST, _MARK = extension.LARGEST, extension.MARK
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
@@ -38,11 +40,10 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
-    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now. `options` have
-    `PLAIN_IF_THEY_FIT`.
+    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now.
 
     What `takes` asks the op asks too, in a tenth of the time, so that it is tried. Who gets None goes the long way,
-    which can do more, or says why nobody can.
+    which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
     """
     if (
         _is_compiling()
@@ -52,10 +53,9 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
     ):
         return None
     try:
-        return attend(q, k, v, softmax_scale, options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+        return _attend(q, k, v, softmax_scale, options)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
         return None
 
 
@@ -70,16 +70,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options
     device, while no torch function mode is active and nobody watches. `options` are those of `plain_options`; gradients
     are repeatable where these or torch say so."""
     try:
-        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            if torch.are_deterministic_algorithms_enabled():
-                options |= PLAIN_DETERMINISTIC
-            out: Tensor = _apply(q, k, v, (softmax_scale, options))
-        else:
-            out, _ = _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)
-        return out
+        return cast(Tensor, _attend(q, k, v, softmax_scale, options))
     except RuntimeError as error:
         raise_out_of_memory(error)
         raise
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
+    out: Tensor | None
+    if not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        out, _ = _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)
+        return out
+    if _is_deterministic():
+        options |= PLAIN_DETERMINISTIC
+    if (forward := extension.forward) is not None and q.numel() + k.numel() <= _LARGEST:
+        if softmax_scale is None:
+            results = forward(q, k, v, None, -1.0 - options)
+        else:
+            results = forward(q, k, v, None, -1.0 - options, scale=softmax_scale)
+        if results[4] == _MARK:
+            out = results[0]
+            return out
+        extension.forward = None
+    out = _apply(q, k, v, (softmax_scale, options))
+    return out
 
 
 class PlainAttention(torch.autograd.Function):

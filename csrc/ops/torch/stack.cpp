@@ -33,8 +33,13 @@ void Inputs::take_plain_tensors(Stack& stack) {
 }
 
 PlainOptions Inputs::take_plain_options(Stack& stack) {
-  arguments_.softmax_scale = stack.take<std::optional<double>>();
-  const PlainOptions options(stack.take<int64_t>());
+  const auto softmax_scale = stack.take<std::optional<double>>();
+  return set_plain_options(softmax_scale, stack.take<int64_t>());
+}
+
+PlainOptions Inputs::set_plain_options(std::optional<double> softmax_scale, int64_t number) {
+  const PlainOptions options(number);
+  arguments_.softmax_scale = softmax_scale;
   arguments_.causal = options.causal;
   arguments_.heads_first = options.heads_first;
   arguments_.deterministic = options.deterministic;

@@ -41,9 +41,10 @@ class Inputs {
  public:
   void take_tensors(Stack& stack);
   void take_options(Stack& stack);
-  /// In place of these two, for the plain ops. Between q, k, v and options may stand what only backward takes.
+  /// In place of these two, where q, k and v are all. Between them and the options may stand what only backward takes.
   void take_plain_tensors(Stack& stack);
   PlainOptions take_plain_options(Stack& stack);
+  PlainOptions set_plain_options(std::optional<double> softmax_scale, int64_t options);
   /// To be called once everything is taken.
   void describe();
 

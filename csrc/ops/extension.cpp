@@ -1,0 +1,90 @@
+#include "extension.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "attention.h"
+
+namespace flash_attn {
+namespace {
+
+using torch::stable::detail::StableLibrary;
+
+constexpr int64_t kMark = 0x666c6173;  // the result max_q: who called sees that the kernel was ours
+
+/// The op has no argument for our options, but hands dropout_p on to backward: -1 - options. Nobody else calls with
+/// less than 0.
+int64_t plain_options(double dropout_p) {
+  if (!(dropout_p <= -1)) {
+    throw std::runtime_error(
+        "aten::_scaled_dot_product_fused_attention_overrideable: the kernel of flash_attn takes calls of flash_attn "
+        "alone");
+  }
+  return int64_t(-1 - dropout_p);
+}
+
+// (Tensor query, Tensor key, Tensor value, Tensor? attn_bias, float dropout_p, bool is_causal, bool return_debug_mask,
+//  *, float? scale) -> (Tensor output, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt
+//  max_k, Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)
+void forward_of_extension(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  Inputs inputs;
+  inputs.take_plain_tensors(stack);
+  stack.take<OptionalTensor>();
+  const double dropout_p = stack.take<double>();
+  stack.take<bool>();
+  stack.take<bool>();
+  const auto scale = stack.take<std::optional<double>>();
+  const PlainOptions options = inputs.set_plain_options(scale, plain_options(dropout_p));
+  inputs.describe();
+
+  const auto [out, lse] = attend_plain(inputs, options);
+  const Tensor none;
+  put_results(values, out, lse, none, none, kMark, int64_t{0}, none, none, none);
+}
+
+// (Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor attn_bias, bool[4] grad_input_mask, Tensor out,
+//  Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal,
+//  Tensor philox_seed, Tensor philox_offset, *, float? scale) -> (Tensor grad_query, Tensor grad_key, Tensor
+//  grad_value, Tensor grad_attn_bias)
+void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  Inputs inputs;
+  Tensor dout = stack.take<Tensor>();
+  inputs.take_plain_tensors(stack);
+  stack.take<Tensor>();
+  auto needs = stack.take<std::vector<bool>>();
+  Tensor out = stack.take<Tensor>();
+  const Tensor lse = stack.take<Tensor>();
+  for (int i = 0; i < 2; ++i) stack.take<Tensor>();
+  for (int i = 0; i < 2; ++i) stack.take<int64_t>();
+  const double dropout_p = stack.take<double>();
+  stack.take<bool>();
+  for (int i = 0; i < 2; ++i) stack.take<Tensor>();
+  const auto scale = stack.take<std::optional<double>>();
+  inputs.set_plain_options(scale, plain_options(dropout_p));
+  inputs.describe();
+
+  needs.resize(Arguments::kDifferentiable);
+  needs[3] = false;
+  const auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, needs);
+  put_results(values, dq, dk, dv, Tensor());
+}
+
+std::unique_ptr<StableLibrary> kernels_for(const char* device) {
+  auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", device, __FILE__, __LINE__);
+  library->impl("_scaled_dot_product_fused_attention_overrideable", &forward_of_extension);
+  library->impl("_scaled_dot_product_fused_attention_overrideable_backward", &backward_of_extension);
+  return library;
+}
+
+}  // namespace
+}  // namespace flash_attn
+
+void flash_attn_extend(const char* device) {
+  static std::vector<std::unique_ptr<flash_attn::StableLibrary>> libraries;  // what they register lives as long
+  libraries.push_back(flash_attn::kernels_for(device));
+}

@@ -1,0 +1,79 @@
+"""torch's op for attention of extension backends, with our kernels under it. Its derivative is torch's, in C++: an
+`autograd.Function` costs more than a small kernel, forward as well as backward.
+
+It is for small calls alone. When memory runs out in its backward pass there is no Python to raise
+torch.OutOfMemoryError, and a second derivative raises in torch's words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import private
+from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, from_plain
+from .library import LIBRARY, backward_flops
+
+_NAME = "_scaled_dot_product_fused_attention_overrideable"
+_SCHEMAS = {  # that csrc/ops/extension.cpp is written for
+    _NAME: "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias=None, float dropout_p=0., bool is_causal=False, "
+    "bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, Tensor cum_seq_q, "
+    "Tensor cum_seq_k, SymInt max_q, SymInt max_k, Tensor philox_seed, Tensor philox_offset, Tensor debug_attn_mask)",
+    _NAME + "_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor attn_bias, "
+    "bool[4] grad_input_mask, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, "
+    "SymInt max_k, float dropout_p, bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_bias)",
+}
+MARK = 0x666C6173  # our kernel's fifth result: someone else may have put another kernel in its place since
+LARGEST = 1 << 22  # elements of q and k: beyond that calls take the GPU longer than the host
+_OTHERS = (None,) * (NUM_TENSORS - 3)
+
+backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
+
+forward: Callable[..., Any] | None = None
+"""`forward(q, k, v, None, -1.0 - options[, scale=softmax_scale])`: our kernels find the options of the plain ops in
+what would be dropout_p. It returns out (None where the inputs should fit and do not), lse, None, None, `MARK` and what
+nobody needs; without the mark another kernel has answered. None where the op can't be used."""
+
+
+def _add_kernels() -> bool:
+    """Unless the op is another than the one we know, or someone else has kernels there."""
+    added: set[str] = torch.ops.flash_attn.__dict__.setdefault("extended", set())  # by an earlier import too
+    for device in {"CPU", "CUDA"} - added:
+        if not private.is_free(_SCHEMAS, device):
+            return False
+        ctypes.CDLL(str(LIBRARY)).flash_attn_extend(device.encode())
+        added.add(device)
+    return True
+
+
+if os.environ.get("FLASH_ATTN_EXTENSION_OP") != "0" and _add_kernels():
+    forward = private.past_torch_function(getattr(torch.ops.aten, _NAME).default)
+
+
+def is_backward(op: Any, arguments: Sequence[Any]) -> bool:
+    """Whether that is the backward pass of a call of `forward` with options."""
+    return op is backward_op and op is not None and arguments[12] <= -1.0
+
+
+def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
+    """Arguments of `flash_attn::backward` that mean what the arguments of `backward_op` do."""
+    dout, q, k, v, _, mask, out, lse = arguments[:8]
+    needs = [*mask[:3], *(False,) * (NUM_DIFFERENTIABLE - 3)]
+    return (dout, None, q, k, v, *_OTHERS, out, lse, needs, *from_plain(q, k, scale, int(-1.0 - arguments[12])))
+
+
+def _flops(*arguments: Any, out_val: Any = None, **options: Any) -> int:
+    return backward_flops(*of_backward(*arguments, **options))
+
+
+if forward is not None:
+    _packet = getattr(torch.ops.aten, _NAME + "_backward")
+    if getattr(flop_registry.get(_packet), "__module__", __name__) == __name__:
+        flop_registry.pop(_packet, None)  # of an earlier import
+        register_flop_formula(_packet, get_raw=True)(_flops)
