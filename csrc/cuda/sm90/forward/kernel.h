@@ -55,14 +55,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (threadIdx.x == 0) init_barriers(params, shared);
+  // Where tiles are known without another launch's results, and no panel has to be cleared first.
+  const bool begins_early = params.schedule.order != TileSchedule::kPacked && params.panels == Config::kPanels;
+  if (threadIdx.x == 128 * Config::kConsumers) {
+    init_barriers(params, shared);
+    if (begins_early) Producer<Config>{params, shared}.begin();
+  }
   if (params.panels < Config::kPanels) clear_tiles(shared);
   __syncthreads();
   grid_launch_dependents();  // combine.h waits for the end of this kernel
   if (warpgroup == Config::kConsumers) {
     register_budget_lower<Config::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) Producer<Config>{params, shared}.run();
-    if (threadIdx.x % 128 == 32) schedule_tiles<Config>(params, shared);
+    if (threadIdx.x % 128 == 0) Producer<Config>{params, shared}.run(begins_early);
+    if (threadIdx.x % 128 == 32) schedule_tiles<Config>(params, shared, begins_early);
   } else {
     register_budget_raise<Config::kConsumerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;

@@ -12,9 +12,9 @@ namespace flash_attn::cuda::sm90::forward {
 // ---- scheduler
 
 /// Works out tiles one ahead of the producer: with 64-bit lengths and divisions that takes as long as a block of
-/// columns.
+/// columns. The first one may have been made before.
 template <typename Config>
-FLASH_ATTN_DEVICE void schedule_tiles(const KernelParams& params, SharedStorage<Config>& shared) {
+FLASH_ATTN_DEVICE void schedule_tiles(const KernelParams& params, SharedStorage<Config>& shared, bool first_is_made) {
   const TileSchedule& schedule = params.schedule;
   const bool counted = schedule.next_tile != nullptr;
   if (schedule.order == TileSchedule::kPacked) grid_dependency_wait();  // for all that prepare.h writes
@@ -23,7 +23,9 @@ FLASH_ATTN_DEVICE void schedule_tiles(const KernelParams& params, SharedStorage<
   int index = blockIdx.x;
   TileRing<Config> tiles;
   for (; index < num_items; ++tiles.count) {
-    make_tile<Config::kBlockM, Config::kBlockN>(schedule, params.problem, index, shared.tiles[tiles.slot()]);
+    if (!first_is_made || tiles.count > 0) {
+      make_tile<Config::kBlockM, Config::kBlockN>(schedule, params.problem, index, shared.tiles[tiles.slot()]);
+    }
     mbarrier_arrive(&shared.tile_ready);
     if (counted && tiles.count == 0) await_counter(schedule.next_tile, params.launch_id);
     mbarrier_wait(&shared.tile_wanted, tiles.tile_phase());  // the producer is about to run out of tiles
@@ -77,7 +79,19 @@ struct Producer {
                                 tile.kv_head, tile.kv_batch);
   }
 
-  FLASH_ATTN_DEVICE void run() {
+  FLASH_ATTN_DEVICE void load_q_and_k(const Tile& tile, TileRing<Config> tiles, KVRing ring) {
+    if (Config::kStagesQ == 1) load_k(tile, tile.num_blocks - 1, ring);  // a single Q is released late: K need not wait
+    load_q(tile, tiles);
+    if (Config::kStagesQ > 1) load_k(tile, tile.num_blocks - 1, ring);
+  }
+
+  /// Makes the CTA's first tile and asks for its Q and K, while the other threads have not begun yet.
+  FLASH_ATTN_DEVICE void begin() {
+    make_tile<Config::kBlockM, Config::kBlockN>(params.schedule, params.problem, blockIdx.x, shared.tiles[0]);
+    load_q_and_k(shared.tiles[0], {}, {});
+  }
+
+  FLASH_ATTN_DEVICE void run(bool has_begun) {
     TileRing<Config> tiles;
     KVRing ring;
     for (;; ++tiles.count) {
@@ -85,9 +99,7 @@ struct Producer {
       const Tile& tile = shared.tiles[tiles.slot()];
       int n_block = tile.num_blocks - 1;
       if (n_block < 0) break;
-      if (Config::kStagesQ == 1) load_k(tile, n_block, ring);  // a single Q is released late: K need not wait for it
-      load_q(tile, tiles);
-      if (Config::kStagesQ > 1) load_k(tile, n_block, ring);
+      if (!has_begun || tiles.count > 0) load_q_and_k(tile, tiles, ring);
       const int next_at = min(n_block, kNextTileAt);
 #pragma unroll 1
       for (; n_block > 0; --n_block) {
