@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn
-from flash_attn.torch_op import arguments, extension, plain, private
+from flash_attn.torch_op import arguments, plain, private
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op.library import plain_backward_op, plain_forward_op
 
@@ -103,7 +103,8 @@ def test_both_ways_are_equal(causal: int, heads_first: bool, scale: float | None
     if heads_first:
         k, v = (x[:, :, :5] for x in (k, v))
     long, _ = ops.attention(q, k, v, softmax_scale=scale, causal=causal, heads_first=heads_first)
-    short = plain.attend(q, k, v, scale, arguments.plain_options(causal, heads_first, False))
+    short = plain.try_attend(q, k, v, scale, arguments.plain_options(causal, heads_first, False))
+    assert short is not None
     assert torch.equal(short, long) and short.stride() == long.stride()
     weight = torch.randn_like(long)
     for wanted in ((q, k, v), (k,), (q, v)):
@@ -225,7 +226,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
-    function, forward = plain._apply, extension.forward
+    function, forward = plain._apply, plain._differentiable
     assert forward is not None
 
     def recorded_function(*args: Any) -> Any:
@@ -237,7 +238,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
         return forward(*args)
 
     monkeypatch.setattr(plain, "_apply", recorded_function)
-    monkeypatch.setattr(extension, "forward", recorded_extension)
+    monkeypatch.setattr(plain, "_differentiable", recorded_extension)
     torch.use_deterministic_algorithms(deterministic)
     try:
         outs = _sdpa(*_leaves()), _func(*_leaves()), _func(*_leaves(), deterministic=True)
@@ -254,7 +255,9 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
 
 def test_it_works_where_torch_has_no_way_past_the_search_for_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_dispatch_call_boxed")
-    monkeypatch.setattr(extension, "forward", private.past_torch_function(getattr(torch.ops.aten, EXTENSION).default))
+    monkeypatch.setattr(
+        plain, "_differentiable", private.past_torch_function(getattr(torch.ops.aten, EXTENSION).default)
+    )
     for name, op in (("_forward", plain_forward_op), ("_backward", plain_backward_op)):
         called = private.past_torch_function(op)
         assert called is op
@@ -332,7 +335,7 @@ def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("out of memory: flash_attn could not allocate out")
 
     monkeypatch.setattr(plain, "_forward", full)
-    monkeypatch.setattr(extension, "forward", full)
+    monkeypatch.setattr(plain, "_differentiable", full)
     with pytest.raises(torch.OutOfMemoryError):
         _sdpa(*_leaves())
     assert len(calls) == 1
@@ -341,8 +344,8 @@ def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_that_changes_nothing_is_no_way_round(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    attend = plain._attend
-    monkeypatch.setattr(plain, "_attend", lambda *a: taken.append(a[0].dtype) or attend(*a))
+    forward = plain._forward
+    monkeypatch.setattr(plain, "_forward", lambda *a: taken.append(a[0].dtype) or forward(*a))
     q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype) for _ in range(3))
     with torch.autocast("cpu"):
         assert _sdpa(q, k, v).dtype == torch.bfloat16

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .. import tensor_subclasses
 from ..autocast import autocast
@@ -77,9 +78,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             and not (with_lse or with_probs)
             and lengths is ONE_LENGTH
             and _is_plain(options, left, right)
-            and plain.takes(q, k, v)
+            and type(q) is type(k) is type(v) is Tensor
+            and not has_torch_function_variadic(q)
         ):
-            return plain.attend(q, k, v, scale, _PLAIN[causal, deterministic])
+            out = plain.try_attend(q, k, v, scale, _PLAIN[causal, deterministic])
+            if out is not None:
+                return out
         values, packed = (None, None) if mask is None else _mask(mask, q, k)
         out, lse = ops.attention(
             q,
@@ -128,7 +132,7 @@ def _mask(mask: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _is_plain(options: Options, left: int, right: int) -> bool:
-    """Whether `plain.attend` has all that is given besides tensors."""
+    """Whether `plain.try_attend` has all that is given besides tensors."""
     dropout_p, scale, softcap = options.dropout_p, options.softmax_scale, options.softcap
     return (
         type(left) is type(right) is int  # which numpy's are not while the compiler traces

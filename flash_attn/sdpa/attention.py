@@ -14,7 +14,7 @@ from .. import tensor_subclasses
 from ..autocast import autocast
 from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
-from ..torch_op import checks, plain
+from ..torch_op import checks, masked, plain
 from ..torch_op.arguments import PLAIN_IF_THEY_FIT, PLAIN_SHARED_HEADS, plain_options
 from ..torch_op.private import torch_sdpa
 from . import context_parallel, shapes
@@ -90,24 +90,27 @@ def attend(
 ) -> Tensor:
     """The same, once nobody overrides torch functions and torch's `context_parallel` is known not to be active."""
     if (
-        attn_mask is None
-        and type(query) is type(key) is type(value) is Tensor
+        type(query) is type(key) is type(value) is Tensor
         and type(is_causal) is type(enable_gqa) is bool
         and (scale is None or type(scale) is float)
         and (type(dropout_p) is float or type(dropout_p) is int)
     ):
-        if dropout_p == 0 and query.dim() == 4:
+        out: Tensor | None = None
+        if attn_mask is not None:
+            if type(attn_mask) is Tensor and dropout_p == 0:
+                out = masked.try_attend(query, key, value, attn_mask, scale, ops.TOP_LEFT if is_causal else ops.NONE)
+        elif dropout_p == 0 and query.dim() == 4:
             options = _CAUSAL if is_causal else _FULL  # no list of two: Dynamo of torch 2.11 takes no bool for an index
             if enable_gqa:
                 options |= PLAIN_SHARED_HEADS
             out = plain.try_attend(query, key, value, scale, options)
-            if out is not None:
-                return out
         elif dropout_p != 0 and _is_common(query, key, value):
             causal = ops.TOP_LEFT if is_causal else ops.NONE
-            return ops.attention(
+            out, _ = ops.attention(
                 query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
-            )[0]
+            )
+        if out is not None:
+            return out
     return _attend(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
@@ -220,9 +223,15 @@ def _attention(given: Arguments, causal: int) -> Tensor:
     if attn_mask is not None:
         scores = (*(query.shape[:2] if lead is None else lead), query.shape[-2], key.shape[-2])
         mask, packed = to_op(attn_mask, query, scores)
-    if mask is None and plain.takes(q, k, v) and given.dropout_p == 0.0:
-        out = plain.attend(q, k, v, given.scale, _PLAIN[causal])
-    else:
+    out: Tensor | None = None
+    if (
+        mask is None
+        and given.dropout_p == 0.0
+        and type(q) is type(k) is type(v) is Tensor
+        and not has_torch_function_variadic(q)
+    ):
+        out = plain.try_attend(q, k, v, given.scale, _PLAIN[causal])
+    if out is None:
         out, _ = ops.attention(
             q,
             k,

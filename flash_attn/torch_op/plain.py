@@ -21,79 +21,61 @@ from .library import backward_op, forward_op, plain_backward_op, plain_forward_o
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
+_ops_are_watched, _any_autocast = private.ops_are_watched, private.any_autocast
+_differentiable = extension.forward  # None: the op is not ours to use
 _LARGEST, _MARK = extension.LARGEST, extension.MARK
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether :func:`attend` may be called with these tensors, here and now."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is Tensor
-        and not (q.is_nested or k.is_nested or v.is_nested)
-        and q.dim() == k.dim() == v.dim() == 4
-        and ((q.is_cuda and k.is_cuda and v.is_cuda) or (q.is_cpu and k.is_cpu and v.is_cpu))
-        and not has_torch_function((q, k, v))
-        and not private.ops_are_watched()
-    )
-
-
 def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
-    """:func:`attend`, if the op takes these tensors, of no subclass, as they are, here and now.
+    """The first result of :func:`flash_attn.torch_op.attention.attention`, if the op takes these tensors as they are,
+    here and now. They are of no subclass, no torch function mode is active, and `options` are those of
+    `plain_options`; gradients are repeatable where these or torch say so.
 
-    What `takes` asks the op asks too, in a tenth of the time, so that it is tried. Who gets None goes the long way,
-    which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
+    Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long
+    way, which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
     """
-    if (
-        _is_compiling()
-        or not (q.is_cuda or q.is_cpu)
-        or private.ops_are_watched()
-        or (private.any_autocast() and _autocast_changes(q, k, v))
-    ):
+    global _differentiable
+    if not may_take(q, k, v):
         return None
+    out: Tensor | None
     try:
-        return _attend(q, k, v, softmax_scale, options)
+        if not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            out, _ = _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)
+            return out
+        if _is_deterministic():
+            options |= PLAIN_DETERMINISTIC
+        if _differentiable is not None and q.numel() + k.numel() <= _LARGEST:
+            if softmax_scale is None:
+                results = _differentiable(q, k, v, None, -1.0 - options)
+            else:
+                results = _differentiable(q, k, v, None, -1.0 - options, scale=softmax_scale)
+            if results[4] == _MARK:
+                out = results[0]
+                return out
+            _differentiable = None
+        out = _apply(q, k, v, (softmax_scale, options))
+        return out
     except RuntimeError as error:
         raise_out_of_memory(error)
         return None
+
+
+def may_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Of tensors of no subclass: whether nobody but the op itself may mind that it is called, here and now."""
+    return not (
+        _is_compiling()
+        or not (q.is_cuda or q.is_cpu)
+        or _ops_are_watched()
+        or (_any_autocast() and _autocast_changes(q, k, v))
+    )
 
 
 def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     device = "cuda" if q.is_cuda else "cpu"
     kept = torch.float64, torch.get_autocast_dtype(device)
     return torch.is_autocast_enabled(device) and not (q.dtype == k.dtype == v.dtype and q.dtype in kept)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor:
-    """The first result of :func:`flash_attn.torch_op.attention.attention`, of plain tensors of four dimensions on one
-    device, while no torch function mode is active and nobody watches. `options` are those of `plain_options`; gradients
-    are repeatable where these or torch say so."""
-    try:
-        return cast(Tensor, _attend(q, k, v, softmax_scale, options))
-    except RuntimeError as error:
-        raise_out_of_memory(error)
-        raise
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
-    out: Tensor | None
-    if not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        out, _ = _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)
-        return out
-    if _is_deterministic():
-        options |= PLAIN_DETERMINISTIC
-    if (forward := extension.forward) is not None and q.numel() + k.numel() <= _LARGEST:
-        if softmax_scale is None:
-            results = forward(q, k, v, None, -1.0 - options)
-        else:
-            results = forward(q, k, v, None, -1.0 - options, scale=softmax_scale)
-        if results[4] == _MARK:
-            out = results[0]
-            return out
-        extension.forward = None
-    out = _apply(q, k, v, (softmax_scale, options))
-    return out
 
 
 class PlainAttention(torch.autograd.Function):

@@ -106,9 +106,21 @@ def _ops_are_watched() -> Callable[[], bool]:
     included: Callable[[Any], bool] | None = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
     if modes is None or functorch is None or included is None or not hasattr(forward_ad, "_current_level"):
         return lambda: True
-    # make_fx(pre_dispatch=True) is no dispatch mode.
-    before_dispatch = functools.partial(included, torch._C.DispatchKey.PreDispatch)
-    return lambda: modes() > 0 or functorch() or before_dispatch() or forward_ad._current_level >= 0 or jit_is_tracing()
+    # make_fx(pre_dispatch=True) is no dispatch mode. Its modes, of all threads, are known in less time than the key.
+    state: Any = getattr(torch._ops, "_mode_stack_state_for_pre_dispatch", None)
+    before: Any = getattr(state, "_ModeStackStateForPreDispatch__infra_modes", None)
+    if isinstance(before, list) and hasattr(state, "_schema_check_mode"):
+        none = [None] * len(before)
+        return lambda: (
+            modes() > 0
+            or functorch()
+            or before != none
+            or state._schema_check_mode is not None
+            or forward_ad._current_level >= 0
+            or jit_is_tracing()
+        )
+    key = torch._C.DispatchKey.PreDispatch
+    return lambda: modes() > 0 or functorch() or included(key) or forward_ad._current_level >= 0 or jit_is_tracing()
 
 
 ops_are_watched = _ops_are_watched()
