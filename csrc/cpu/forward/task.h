@@ -327,13 +327,12 @@ class ForwardTask {
   }
 
   void rescale_out(const Tile& tile, const RowBlock<Arithmetic>& block) {
+    const int64_t ldm = x_.ldm, columns = params_.head_dim_v;  // read once: a store might change members
     for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
       const Vec<Acc> factor = load<Acc>(x_.factor + lane);
       if (!any_lane<Acc>(factor != Acc(1))) continue;
-      for (int64_t c = 0; c < params_.head_dim_v; ++c) {
-        Acc* out = block.out_t + c * x_.ldm + lane;
-        store<Acc>(out, load<Acc>(out) * factor);
-      }
+      Acc* out = block.out_t + lane;
+      for (int64_t c = 0; c < columns; ++c, out += ldm) store<Acc>(out, load<Acc>(out) * factor);
     }
   }
 

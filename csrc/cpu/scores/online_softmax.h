@@ -6,8 +6,13 @@
 namespace flash_attn::cpu {
 namespace {  // see isa.h
 
-/// Scores become probabilities relative to the new row maxima; `rescale` is what older sums are to be multiplied by.
-/// False: by 1, all of them.
+/// Row maxima stay as they are until scores exceed them by so much, in powers of 2: sums hold that, and to multiply
+/// what was summed up before takes as long as half of a product (FlashAttention-4 does so with a limit of 8, too).
+template <typename T>
+constexpr T kMaxGrowth = T(8);
+
+/// Scores become probabilities relative to the row maxima, or what stands for them; `rescale` is what older sums are to
+/// be multiplied by. False: by 1, all of them.
 template <typename T>
 bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row_max, T* row_sum, T* rescale) {
   constexpr int W = kLanes<T>;
@@ -21,7 +26,8 @@ bool online_softmax(const Tile& tile, T* s, int64_t ld, T exponent_scale, T* row
       for (int i = 0; i < 4; ++i) partial_max[i] = max<T>(load<T>(column + (n + i) * ld), partial_max[i]);
     }
     for (; n < tile.columns; ++n) partial_max[0] = max<T>(load<T>(column + n * ld), partial_max[0]);
-    const Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
+    Vec<T> new_max = max<T>(max<T>(partial_max[0], partial_max[1]), max<T>(partial_max[2], partial_max[3]));
+    if (!any_lane<T>((new_max - old_max) * exponent_scale > kMaxGrowth<T>)) new_max = old_max;
     const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
     const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
     const auto probability = [&](int64_t column_n) {
