@@ -222,8 +222,8 @@ def test_a_forced_family_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -
         sdpa(q, k, v)
     if torch.cuda.get_device_capability() == (9, 0):
         monkeypatch.setenv("FLASH_ATTN_FORCE", "sm90")
-        with pytest.raises(RuntimeError, match=r"FLASH_ATTN_FORCE=sm90.*bfloat16"):
-            sdpa(q, k, v)
+        with pytest.raises(RuntimeError, match=r"FLASH_ATTN_FORCE=sm90.*neither bfloat16, float16 nor float32"):
+            sdpa(q.double(), k.double(), v.double())
 
 
 def _tensor_core_problem(seed: int) -> Problem:
