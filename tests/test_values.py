@@ -76,6 +76,34 @@ def test_keys_that_no_query_of_a_block_sees_may_be_nan(
     assert all(torch.equal(x[..., unseen, :], torch.zeros_like(x[..., unseen, :])) for x in gradients[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("kind", ["bool", "shared bias", "bias"])
+def test_a_key_that_a_mask_shows_to_rows_before_it_alone_may_be_nan(
+    kind: str, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a causal mask nobody sees it, though the mask, looked at alone, shows it to a row of the same tile: of the
+    last one to a row that is read in the place of those that do not exist."""
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+    q, k, v = (torch.randn(8, 1, 150, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    unseen = torch.zeros(150, dtype=torch.bool, device="cuda")
+    unseen[[7, 40, 101, 147]] = True
+    k[..., unseen, :] = v[..., unseen, :] = torch.nan
+    for x in (q, k, v):
+        x.requires_grad_()
+    seen = torch.ones(1 if kind == "shared bias" else 8, 1, 150, 150, dtype=torch.bool, device="cuda")
+    seen[..., unseen] = False
+    for key, row in ((7, 3), (40, 20), (101, 99), (147, 144)):
+        seen[:, :, row, key] = True
+    attn_mask = seen if kind == "bool" else torch.where(seen, 1.0, -torch.inf).to(torch.bfloat16)
+    out = sdpa(q, k, v, attn_mask, is_causal=True)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+    assert all(torch.equal(x[..., unseen, :], torch.zeros_like(x[..., unseen, :])) for x in gradients[1:])
+    expected = sdpa(q.detach(), k.detach().nan_to_num(), v.detach().nan_to_num(), attn_mask, is_causal=True)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["q", "k", "v"])

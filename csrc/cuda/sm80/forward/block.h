@@ -4,6 +4,7 @@
 #include "../../common/scores/scores.h"
 #include "../products.h"
 #include "../softmax.h"
+#include "bias.h"
 #include "config.h"
 #include "schedule/tile.h"
 
@@ -18,6 +19,8 @@ struct ForwardBlock {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kSubN = Config::kSubN;
   static constexpr int kWarpsD = Config::kWarpsD;
   static constexpr bool kExtended = Config::kExtended;
+  static_assert(!kExtended || kBlockN <= 128);
+  static constexpr int kAliveWords = 4;  // of lane % 4: bits of the columns of its fragments, of a whole tile
   using Scores = float[kMTiles][kNTiles][4];
   using KvCopy = TileCopy<kBlockN, Config::kHeadDim, Config::kThreads>;
 
@@ -26,7 +29,7 @@ struct ForwardBlock {
   const ForwardParams& p;
   unsigned char* const shared;  // q, the ring's slots, `seen`
   const int warp, lane;
-  uint32_t* const alive;                         // extended: which columns of a tile some row sees, if not in `seen`
+  uint32_t* const alive;                         // extended: the columns of a tile that some row sees
   const int first_block, first_full, last_full;  // of the tile: asked for in every block
   uint32_t k_slot;                               // that K is read from; V lies in the one after it
   int load_block;                                // whose K, or after it V, is loaded next
@@ -248,14 +251,18 @@ struct ForwardBlock {
   // With attn_mask, a key that no row of the tile sees may have NaN in V, and 0 times that is NaN: its row of V becomes
   // 0.
 
-  // Where `seen` has not told the loader, each warp tells what it sees.
+  /// Whether `seen` has not told the loader all: it knows of attn_mask alone, and other bounds may hide a key from just
+  /// those rows that the mask shows it to. Then each warp tells what it sees.
+  SM80_DEVICE bool may_have_unseen_v(int block) const {
+    if (!kExtended || p.mask.data == nullptr) return false;
+    return !has_seen() || block * kBlockN < full_begin() || (block + 1) * kBlockN > full_end();
+  }
 
-  using SeenColumns = uint32_t[(kNTiles + 15) / 16];  // bit 2 (n % 16) + c: of column 8 n + 2 (lane % 4) + c
+  /// Before a barrier, V's arrival.
+  SM80_DEVICE void tell_seen_columns() const;
 
-  SM80_DEVICE void find_seen_columns(SeenColumns& columns) const;
-
-  /// All threads call it, between a barrier after V's arrival and the product; a barrier stands inside and at the end.
-  SM80_DEVICE void clear_unseen_v(const SeenColumns& columns, int phase, uint32_t v_slot);
+  /// All threads call it, after that barrier and before the product; a barrier stands at the end.
+  SM80_DEVICE void clear_unseen_v(uint32_t v_slot);
 
   // -- the loop over tiles
 
@@ -287,15 +294,15 @@ struct ForwardBlock {
     }
   }
 
-  /// O += P V; `col` is the warp's first column.
-  SM80_DEVICE void multiply_pv(const SeenColumns& columns, int col, uint32_t v_slot) {
+  /// O += P V of a tile.
+  SM80_DEVICE void multiply_pv(int block, uint32_t v_slot) {
     if constexpr (kExtended) {
-      if (p.mask.data != nullptr && !has_seen()) clear_unseen_v(columns, col / kBlockN % 2, v_slot);
+      if (may_have_unseen_v(block)) clear_unseen_v(v_slot);
     }
     if constexpr (kWarpsD > 1) {
       multiply_shared_p(v_slot);
     } else {
-      drop(col);
+      drop(block * kBlockN + warp_key());
       multiply_own_p(v_slot);
     }
   }
@@ -303,9 +310,10 @@ struct ForwardBlock {
   /// From S of a tile, whose K is in k_slot, to O.
   SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
-    [[maybe_unused]] SeenColumns columns;
     apply_rules(col);
-    if constexpr (kExtended) find_seen_columns(columns);
+    if constexpr (kExtended) {
+      if (may_have_unseen_v(block)) tell_seen_columns();
+    }
     rescale();
     take_exponentials();
     if constexpr (kWarpsD > 1) {
@@ -313,7 +321,7 @@ struct ForwardBlock {
       store_probabilities();
     }
     wait_v();
-    multiply_pv(columns, col, slot_after(k_slot, 1));
+    multiply_pv(block, slot_after(k_slot, 1));
   }
 
   /// After a tile: K of the next one is in k_slot.
