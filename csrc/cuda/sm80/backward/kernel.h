@@ -261,9 +261,9 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     barrier_wait(scores_written(), uint32_t(step) & 1);
     add_other_queries(dv, Config::kP, Config::kDo, stage);
-    if constexpr (!Config::kTogether) barrier_arrive_warp(empty(kDo, stage));
+    if constexpr (!Config::kTogether) this->arrive_read(empty(kDo, stage));
     add_other_queries(dk, Config::kDs, Config::kQ, stage);
-    barrier_arrive_warp(empty(kQ, stage));
+    this->arrive_read(empty(kQ, stage));
     if constexpr (kStages == 1) this->template load_next<kDo>();
     const int turns = ask_turn();
     DqAccumulators dq;

@@ -49,12 +49,23 @@ struct BackwardWalk {
     if (threadIdx.x == 0) {
       for (int s = 0; s < 2 * kStages; ++s) {
         barrier_init(full(kQ, 0) + 8 * s, Config::kThreads * (Config::kExtended ? 2 : 1));
-        barrier_init(empty(kQ, 0) + 8 * s, Config::kWarps);
+        barrier_init(empty(kQ, 0) + 8 * s, params.turns != nullptr ? Config::kThreads : Config::kWarps);
       }
       barrier_init(scores_written(), Config::kWarps);
       barrier_init(scores_read(), Config::kWarps);
     }
     __syncthreads();
+  }
+
+  /// At a barrier `empty`. While they wait for their turns, warps drift apart by whole steps; then each lane speaks for
+  /// what it has read itself. ptxas leaves out __syncwarp() after ldmatrix, whose lanes are together, and racecheck,
+  /// which does not see one, reports that others' reads are not covered by the first lane's arrival.
+  SM80_DEVICE void arrive_read(uint32_t barrier) const {
+    if (params.turns != nullptr) {
+      barrier_arrive(barrier);
+    } else {
+      barrier_arrive_warp(barrier);
+    }
   }
 
   // -- steps
