@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "../scores/lost_of_lse.h"
 #include "../scores/row_statistics.h"
 #include "mask_gradient.h"
 #include "tile.h"
@@ -35,7 +36,7 @@ struct BackwardContext {
   double* slopes = nullptr;          // (batch, num_heads, splits)
   int64_t group_head = 0;            // which of the query heads that share a head of k
 
-  explicit BackwardContext(const BackwardParams& params) : params(params), statistics{nullptr, nullptr} {
+  explicit BackwardContext(const BackwardParams& params) : params(params), statistics{nullptr, nullptr, nullptr} {
     const ForwardParams& p = params.forward;
     Arena none(nullptr);
     const BackwardScratch<Arithmetic> tile(p, 1, none);
@@ -296,10 +297,13 @@ void run(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   clear_unused_rows(params);
   const int64_t rows = p.num_heads * p.total_q;
-  const Buffer lse(rows * int64_t(sizeof(Acc))), delta(rows * int64_t(sizeof(Acc)));
-  const RowStatistics<Acc> statistics{static_cast<Acc*>(lse.data()), static_cast<Acc*>(delta.data())};
+  const int64_t bytes = rows * int64_t(sizeof(Acc));
+  const Buffer lse(bytes), lost(bytes), delta(bytes);
+  const RowStatistics<Acc> statistics{static_cast<Acc*>(lse.data()), static_cast<Acc*>(lost.data()),
+                                      static_cast<Acc*>(delta.data())};
   const RowStatisticsContext<Acc> rows_context{params, statistics};
   run_tasks(p.batch * p.num_heads, 0, row_statistics_task<Acc>, &rows_context);
+  find_lost_of_lse<Arithmetic>(params, statistics);
   if (params.dsinks != nullptr) run_tasks(p.num_heads, 0, sink_gradient_task<Acc>, &rows_context);
   if (params.dmask != nullptr) run_mask_gradient<Arithmetic>(params, statistics);
   BackwardContext<Arithmetic> context(params);

@@ -10,10 +10,14 @@
 namespace flash_attn::cpu {
 namespace {  // see isa.h
 
-/// lse and delta = sum(dout * out) - dlse, (num_heads, total_q). lse is +inf where a row sees nothing: P is 0.
+/// The least lse, either way, of which something that matters is lost in float32.
+constexpr double kLeastLargeLse = 0x1p7;
+
+/// lse, what is lost of it (scores/lost_of_lse.h) and delta = sum(dout * out) - dlse, (num_heads, total_q). lse is +inf
+/// where a row sees nothing: P is 0.
 template <typename T>
 struct RowStatistics {
-  T *lse, *delta;
+  T *lse, *lost, *delta;
 };
 
 /// Where the rows of head h of sequence b start in there.
@@ -21,13 +25,20 @@ inline int64_t first_row_statistic(const ForwardParams& p, const SequenceInfo& s
   return h * p.total_q + (p.is_varlen_q() ? sequence.q_row : b * p.seqlen_q);
 }
 
+/// The score in natural units, less lse. In one place, so that it is rounded alike wherever it is used.
+template <typename T>
+FLASH_ATTN_INLINE Vec<T> less_lse(Vec<T> score, T unit, Vec<T> lse) {
+  return score * unit - lse;
+}
+
 /// A block of query rows, packed.
 template <typename Arithmetic>
 struct QueryBlock {
   using Operand = typename Arithmetic::Operand;
-  Operand *q_t, *dout_t;                  // (ldk, ldm), (lde, ldm)
-  Operand *q_across, *dout_across;        // (ldm / kPack, ldd), (ldm / kPack, ldv)
-  typename Arithmetic::Acc *lse, *delta;  // (ldm); lse is +inf in lanes without a row, or whose row sees nothing
+  Operand *q_t, *dout_t;            // (ldk, ldm), (lde, ldm)
+  Operand *q_across, *dout_across;  // (ldm / kPack, ldd), (ldm / kPack, ldv)
+  // (ldm); lse is +inf in lanes without a row, or whose row sees nothing
+  typename Arithmetic::Acc *lse, *lost, *delta;
 };
 
 template <typename Arithmetic>
@@ -68,6 +79,7 @@ struct BackwardScratch {
                                          arena.take<Operand>(lde * ldm),
                                          arena.take<Operand>(ldm / kPack * ldd),
                                          arena.take<Operand>(ldm / kPack * ldv),
+                                         arena.take<Acc>(ldm),
                                          arena.take<Acc>(ldm),
                                          arena.take<Acc>(ldm)};
       if (queries != nullptr) queries[i] = block;
@@ -110,6 +122,7 @@ class BackwardTile {
         keep_scale(p.dropout_p > 0.0 ? Acc(make_dropout(p.rng_state, p.dropout_p).scale) : Acc(1)),
         x(scratch),
         lse_(statistics.lse + first_row_statistic(p, sequence, b, h)),
+        lost_(statistics.lost + first_row_statistic(p, sequence, b, h)),
         delta_(statistics.delta + first_row_statistic(p, sequence, b, h)) {}
 
   /// Element (row, head, 0) of this sequence; `row` counts from its start, `first` is that start in the tensor.
@@ -134,9 +147,11 @@ class BackwardTile {
   /// Rows that see nothing at all are read as 0, whatever q and dout hold there.
   void load_queries(int64_t m_begin, int64_t rows, const QueryBlock<Arithmetic>& block) {
     const Acc* lse = row_lse(m_begin);
+    const Acc* lost = lost_ + m_begin;
     const Acc* delta = delta_ + m_begin;
     for (int64_t lane = 0; lane < x.ldm; ++lane) {
       block.lse[lane] = lane < rows ? lse[lane] : kInfinity<Acc>;
+      block.lost[lane] = lane < rows ? lost[lane] : Acc(0);
       block.delta[lane] = lane < rows ? delta[lane] : Acc(0);
       x.drop[lane] = block.lse[lane] == kInfinity<Acc>;
     }
@@ -149,14 +164,20 @@ class BackwardTile {
     pack_across<Arithmetic>(dout, padded, block.dout_across, x.ldv);
   }
 
+  /// x.s = the scores.
+  void compute_scores(const Tile& tile, const QueryBlock<Arithmetic>& block) {
+    const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x.ldm;
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (p.head_dim + kPack - 1) / kPack, x.k_rows, x.ldk,
+                                        block.q_t + lane, ldm, x.s + lane, ldm, false);
+    apply_rules<Acc>(rules, tile, {x.s, x.bias, x.softcap_slope, x.bytes, ldm});
+  }
+
   /// x.s = P after dropout, x.ds = dS toward the score before its softcap; `dslope` grows by what the tile adds. With
   /// `toward_bias` dS stays the gradient of the whole score. `k` is what dq is to be made of.
   void compute(const Tile& tile, const QueryBlock<Arithmetic>& block, bool want_ds, bool toward_bias, double* dslope,
                const Operand*& k) {
     const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x.ldm;
-    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (p.head_dim + kPack - 1) / kPack, x.k_rows, x.ldk,
-                                        block.q_t + lane, ldm, x.s + lane, ldm, false);
-    apply_rules<Acc>(rules, tile, {x.s, x.bias, x.softcap_slope, x.bytes, ldm});
+    compute_scores(tile, block);
     k = tile.masked && find_dead_columns<Acc>(tile, x.s, ldm, x.dead) ? clean_keys(tile) : x.k_across;
     if (p.dropout_p > 0.0) draw_dropout<Acc>(rules, tile, x.bytes, ldm);
     if (want_ds) {
@@ -219,10 +240,17 @@ class BackwardTile {
     const bool dropout = p.dropout_p > 0.0;
     const Acc unit = rules.extended ? Acc(1) : rules.scale;
     for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<Acc>) {
-      const Vec<Acc> lse = load<Acc>(block.lse + lane), delta = load<Acc>(block.delta + lane);
+      const Vec<Acc> lse = load<Acc>(block.lse + lane), lost = load<Acc>(block.lost + lane);
+      const Vec<Acc> delta = load<Acc>(block.delta + lane);
+      const bool large = any_lane<Acc>((lse > Acc(kLeastLargeLse)) | (lse < Acc(-kLeastLargeLse)));
       for (int64_t n = 0; n < tile.columns; ++n) {
         const int64_t i = n * x.ldm + lane;
-        const Vec<Acc> probability = exp2<Acc>(load<Acc>(x.s + i) * unit - lse, Acc(kLog2E));
+        Vec<Acc> exponent = less_lse<Acc>(load<Acc>(x.s + i), unit, lse);
+        if (large) {
+          exponent -= lost;
+          exponent = exponent > Acc(0) ? -exponent : exponent;  // by rounding alone
+        }
+        const Vec<Acc> probability = exp2<Acc>(exponent, Acc(kLog2E));
         Vec<Acc> kept = probability, dp = want_ds ? load<Acc>(x.ds + i) : Vec<Acc>{};
         if (dropout) {
           const IntVec<Acc> dropped = load_bytes<Acc>(x.bytes + n * byte_stride(x.ldm) + lane) == 0;
@@ -248,7 +276,7 @@ class BackwardTile {
     return total;
   }
 
-  const Acc *lse_, *delta_;  // (seqlen_q)
+  const Acc *lse_, *lost_, *delta_;  // (seqlen_q)
 };
 
 }  // namespace

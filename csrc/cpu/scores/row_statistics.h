@@ -54,7 +54,7 @@ void row_statistics_task(const void* context, int64_t index, void*) {
   });
 }
 
-/// Task `index` is a head: dsink = -sum over rows of exp(sink - lse) * delta.
+/// Task `index` is a head: dsink = -sum over rows of exp(sink - lse - lost) * delta.
 template <typename T>
 void sink_gradient_task(const void* context, int64_t index, void*) {
   const auto& task = *static_cast<const RowStatisticsContext<T>*>(context);
@@ -68,7 +68,8 @@ void sink_gradient_task(const void* context, int64_t index, void*) {
     const int64_t first = first_row_statistic(p, sequence, b, index);
     for (int64_t i = first; i < first + sequence.seqlen_q; ++i) {
       if (statistics.lse[i] == kInfinity<T>) continue;
-      sum -= __builtin_exp(sink - double(statistics.lse[i])) * double(statistics.delta[i]);
+      const double exponent = sink - double(statistics.lse[i]) - double(statistics.lost[i]);
+      sum -= __builtin_exp(exponent) * double(statistics.delta[i]);
     }
   }
   static_cast<T*>(params.dsinks)[index] = T(sum);

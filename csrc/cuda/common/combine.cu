@@ -24,11 +24,11 @@ __global__ void combine_kernel(const __grid_constant__ CombineParams params) {
   const int parts = schedule.num_splits;
   const int64_t first = int64_t{split_tile} * parts * params.block_m + row_in_tile;
   const float2* const statistics = schedule.partial_statistics + first;
-  float largest = kMinMax, sum = 0.f;
+  float largest = -INFINITY, sum = 0.f;
   for (int i = 0; i < parts; ++i) largest = fmaxf(largest, statistics[int64_t{i} * params.block_m].x);
   for (int i = 0; i < parts; ++i) {
     const float2 part = statistics[int64_t{i} * params.block_m];
-    sum += fast_exp2(part.x - largest) * part.y;
+    if (part.y != 0.f) sum += fast_exp2((part.x - largest) * params.to_log2) * part.y;
   }
   const bool empty = sum == 0.f || row >= info.seqlen_q;
 
@@ -39,7 +39,7 @@ __global__ void combine_kernel(const __grid_constant__ CombineParams params) {
     for (int i = 0; i < parts && !empty; ++i) {
       const float2 of_part = statistics[int64_t{i} * params.block_m];
       if (of_part.y == 0.f) continue;  // the row sees nothing of this part, whose O may be NaN there
-      const float weight = fast_exp2(of_part.x - largest) / sum;
+      const float weight = fast_exp2((of_part.x - largest) * params.to_log2) / sum;
       const float4 part = *reinterpret_cast<const float4*>(
           schedule.partial_out + (first + int64_t{i} * params.block_m) * params.head_dim_v + col);
       o.x += weight * part.x;
@@ -52,7 +52,7 @@ __global__ void combine_kernel(const __grid_constant__ CombineParams params) {
   if (lane == 0) {
     const RowView& lse = problem.lse;
     static_cast<float*>(lse.data)[at.batch * lse.batch + at.head * lse.head + (info.q_row + row) * lse.row] =
-        empty ? -INFINITY : log_sum_exp(largest, sum);
+        empty ? -INFINITY : log_sum_exp(largest, params.to_natural, sum);
   }
 }
 

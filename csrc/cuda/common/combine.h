@@ -12,7 +12,8 @@ struct CombineParams {
   ForwardParams problem;
   TileSchedule schedule;
   int block_m;
-  int head_dim_v;  // of the kernel: columns of partial_out
+  int head_dim_v;             // of the kernel: columns of partial_out
+  float to_natural, to_log2;  // from the maxima in partial_statistics
 };
 
 void launch_combine(const CombineParams& params, cudaStream_t stream);

@@ -72,7 +72,7 @@ void backward(const BackwardParams& given, const DeviceInfo&, void* stream_point
   void* const place = static_cast<char*>(p.workspace) + unpacked_mask_place(given);
   params.forward.mask = mask::unpack(p.mask, place, stream);
   fill_gradients(params, stream);
-  prepare_rows(params, stream);
+  prepare_rows(params, nullptr, stream);
   switch (p.dtype) {
     case DType::kFloat64: launch_tiles<double>(params, stream); break;
     case DType::kFloat32: launch_tiles<float>(params, stream); break;

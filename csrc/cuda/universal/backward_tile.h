@@ -48,7 +48,7 @@ struct BackwardHead {
   }
 };
 
-/// shared.lse and shared.delta of the tile's queries. A barrier has to stand before and after.
+/// shared.lse, shared.lost and shared.delta of the tile's queries. A barrier has to stand before and after.
 template <typename C>
 __device__ __forceinline__ void load_statistics(const BackwardArguments& a, int64_t first_row, const ScoreTile& t,
                                                 SharedStorage<C>& shared) {
@@ -57,6 +57,7 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, int6
   if (i >= C::kBlock) return;
   const int64_t row = first_row + t.m_begin + i;
   shared.lse[i] = i < t.queries ? static_cast<const Acc*>(a.rows.lse)[row] : Acc(0);
+  shared.lost[i] = i < t.queries ? static_cast<const Acc*>(a.rows.lost)[row] : Acc(0);
   shared.delta[i] = i < t.queries ? static_cast<const Acc*>(a.rows.delta)[row] : Acc(0);
 }
 
@@ -103,14 +104,16 @@ __device__ __forceinline__ void compute_gradients(const ForwardParams& p, const 
     for (int c = 0; c < C::kCols; ++c) {
       const int row = thread_row() + kThreadRows * r, column = thread_col() + kThreadCols * c;
       const int i = kTransposed ? column : row, j = kTransposed ? row : column;
-      Acc tanh = Acc(0), exponent;  // score - lse
+      Acc tanh = Acc(0), exponent;  // score - lse - lost
       if constexpr (C::kExtended) {
         exponent = rules.score(t, i, j, s[r][c], shared.scores + row * C::kLdP + column, tanh) - shared.lse[i];
       } else {
         exponent =
             t.partial && !t.sees(i, j) ? minus_infinity<Acc>() : multiply_add(s[r][c], rules.scale, -shared.lse[i]);
       }
-      const Acc probability = exponential(exponent);
+      exponent -= shared.lost[i];
+      // Above 0 by rounding alone, which of very large scores is enough for an infinity.
+      const Acc probability = exponential(exponent > Acc(0) ? -exponent : exponent);
       Acc kept = Acc(1);
       if constexpr (C::kExtended) {
         if (rules.dropout) kept = is_kept(shared, i, j) ? rules.dropout_scale : Acc(0);

@@ -59,12 +59,12 @@ struct SharedStorage {
   using Acc = typename C::Acc;
   static constexpr int kTile = C::kBlock * C::kLd;
   static constexpr int kScores = C::kBlock * (C::kLd > C::kLdP ? C::kLd : C::kLdP);
-  alignas(16) Acc resident[kTile];          // rows that the block owns
-  alignas(16) Acc scores[kScores];          // an operand of the scores, then attn_mask, then P or dS
-  alignas(16) Acc streamed[kTile];          // rows that pass by
-  Acc lse[C::kBlock], delta[C::kBlock];     // backward: of the tile's queries
-  uint8_t keep[C::kBlock * C::kBlock / 8];  // dropout: (query, key / 8), a bit each key
-  uint8_t alive[2][C::kBlock];              // attn_mask: streamed rows that some row of the block sees, either half
+  alignas(16) Acc resident[kTile];                        // rows that the block owns
+  alignas(16) Acc scores[kScores];                        // an operand of the scores, then attn_mask, then P or dS
+  alignas(16) Acc streamed[kTile];                        // rows that pass by
+  Acc lse[C::kBlock], lost[C::kBlock], delta[C::kBlock];  // backward: of the tile's queries
+  uint8_t keep[C::kBlock * C::kBlock / 8];                // dropout: (query, key / 8), a bit each key
+  uint8_t alive[2][C::kBlock];  // attn_mask: streamed rows that some row of the block sees, either half
   int64_t places[2][C::kCached ? C::kBlock : 1];  // pages: where the tile's rows of k and v lie
 };
 static_assert(sizeof(SharedStorage<Config<float, 64, true>>) <= 64 << 10, "a block of sm_75 has 64 KB");

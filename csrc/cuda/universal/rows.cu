@@ -1,4 +1,6 @@
 #include "../common/launch.h"
+#include "../common/scores/lost_of_lse.h"
+#include "extended.h"
 #include "rows.h"
 #include "scores.h"
 
@@ -42,9 +44,26 @@ struct RowArguments {
   BackwardParams params;
   RowWorkspace rows;
   int64_t first_block, num_rows;
+  bool changed;  // scores, by more than a scale
+  int* flags;    // see prepare_rows()
 };
 
-/// A warp computes delta of one (head, row).
+/// By a warp; `row` counts from the start of the tensor.
+template <typename T, typename Acc>
+__device__ Acc lost_of_row(const RowArguments& arguments, int64_t b, int64_t h, int64_t row, Acc lse) {
+  const ForwardParams& p = arguments.params.forward;
+  int64_t sequence = b;
+  while (p.cu_seqlens_q != nullptr && sequence + 1 < p.batch && p.cu_seqlens_q[sequence + 1] <= row) ++sequence;
+  const SequenceInfo info = sequence_info(p, sequence);
+  if (arguments.flags != nullptr) arguments.flags[sequence * p.num_heads_k + h / (p.num_heads / p.num_heads_k)] = 1;
+  const auto mask_value = [&](int64_t place) {
+    return with_mask_type(p.mask.dtype,
+                          [&](auto* type) { return bias_of<Acc>(static_cast<decltype(type)>(p.mask.data)[place]); });
+  };
+  return RowCounter<T, Acc>{p, info, sequence, h, arguments.changed}.lost_of(row - info.q_row, lse, mask_value);
+}
+
+/// A warp computes delta and what is lost of lse of one (head, row).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ RowArguments arguments) {
   using Acc = typename AccumulatorOf<T>::type;
@@ -61,11 +80,13 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   for (int64_t c = lane; c < p.head_dim_v; c += kWarp) sum += Acc(to_acc(out[c])) * Acc(to_acc(dout[c]));
 #pragma unroll
   for (int other = 1; other < kWarp; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+  const Acc lse = static_cast<const Acc*>(p.lse.data)[b * p.lse.batch + h * p.lse.head + row * p.lse.row];
+  const Acc lost = is_large_lse<T>(lse) ? lost_of_row<T>(arguments, b, h, row, lse) : Acc(0);
   if (lane != 0) return;
   const RowView& dlse = arguments.params.dlse;
   if (dlse.data != nullptr) sum -= static_cast<const Acc*>(dlse.data)[b * dlse.batch + h * dlse.head + row * dlse.row];
-  const Acc lse = static_cast<const Acc*>(p.lse.data)[b * p.lse.batch + h * p.lse.head + row * p.lse.row];
   static_cast<Acc*>(arguments.rows.lse)[index] = lse == minus_infinity<Acc>() ? Acc(0) : lse;
+  static_cast<Acc*>(arguments.rows.lost)[index] = lost;
   static_cast<Acc*>(arguments.rows.delta)[index] = sum;
 }
 
@@ -96,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
       if constexpr (kSinks) {
         if (sink == minus_infinity<Acc>()) continue;
         const Acc lse = static_cast<const Acc*>(arguments.rows.lse)[first + row];
-        sum -= double(exponential(sink - lse) * static_cast<const Acc*>(arguments.rows.delta)[first + row]);
+        const Acc lost = static_cast<const Acc*>(arguments.rows.lost)[first + row];
+        sum -= double(exponential((sink - lse) - lost) * static_cast<const Acc*>(arguments.rows.delta)[first + row]);
       } else {
         sum -= double(static_cast<const Acc*>(arguments.rows.slope_sum)[first + row]);
       }
@@ -129,13 +151,13 @@ int64_t array_bytes(const ForwardParams& p) {
 }  // namespace
 
 int64_t RowWorkspace::bytes(const BackwardParams& params) {
-  return array_bytes(params.forward) * (params.dslopes != nullptr ? 3 : 2);
+  return array_bytes(params.forward) * (params.dslopes != nullptr ? 4 : 3);
 }
 
 RowWorkspace RowWorkspace::in(const BackwardParams& params) {
   char* start = static_cast<char*>(params.forward.workspace);
   const int64_t bytes = array_bytes(params.forward);
-  return {start, start + bytes, params.dslopes != nullptr ? start + 2 * bytes : nullptr};
+  return {start, start + bytes, start + 2 * bytes, params.dslopes != nullptr ? start + 3 * bytes : nullptr};
 }
 
 void fill_rows(const TensorView& view, DType dtype, int64_t batch, int64_t rows, int64_t heads, int64_t columns,
@@ -163,9 +185,9 @@ void fill_gradients(const BackwardParams& params, cudaStream_t stream) {
   fill(params.dv, p.is_varlen_k(), used_k, p.total_k, p.seqlen_k, p.num_heads_k, p.head_dim_v);
 }
 
-void prepare_rows(const BackwardParams& params, cudaStream_t stream) {
+void prepare_rows(const BackwardParams& params, int* flags, cudaStream_t stream) {
   const ForwardParams& p = params.forward;
-  const RowArguments arguments{params, RowWorkspace::in(params), 0, p.num_heads * p.total_q};
+  const RowArguments arguments{params, RowWorkspace::in(params), 0, p.num_heads * p.total_q, is_extended(p), flags};
   auto* kernel = p.dtype == DType::kFloat64    ? prepare_kernel<double>
                  : p.dtype == DType::kFloat32  ? prepare_kernel<float>
                  : p.dtype == DType::kBFloat16 ? prepare_kernel<__nv_bfloat16>
@@ -175,7 +197,7 @@ void prepare_rows(const BackwardParams& params, cudaStream_t stream) {
 }
 
 void reduce_rows(const BackwardParams& params, cudaStream_t stream) {
-  const RowArguments arguments{params, RowWorkspace::in(params), 0, 0};
+  const RowArguments arguments{params, RowWorkspace::in(params), 0, 0, false, nullptr};
   if (params.forward.dtype == DType::kFloat64) {
     reduce_rows_as<double>(arguments, stream);
   } else {

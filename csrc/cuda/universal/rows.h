@@ -11,6 +11,7 @@ namespace flash_attn::cuda::universal {
 /// A place for each (head, row of all of q): head * total_q + row.
 struct RowWorkspace {
   void* lse;        // 0 for a row that sees nothing
+  void* lost;       // of lse: see common/scores/lost_of_lse.h
   void* delta;      // sum of dout * out over the row - dlse
   void* slope_sum;  // sum of dS * distance over the row; null: not wanted
   static int64_t bytes(const BackwardParams& params);
@@ -26,8 +27,9 @@ void fill_lse(const ForwardParams& params, cudaStream_t stream);
 /// Rows of dq, dk, dv that may belong to no sequence become 0: the kernels write those that take part alone.
 void fill_gradients(const BackwardParams& params, cudaStream_t stream);
 
-/// Fills RowWorkspace's lse and delta.
-void prepare_rows(const BackwardParams& params, cudaStream_t stream);
+/// Fills RowWorkspace's lse, lost and delta. Where something is lost of a row's lse, its place in `flags`, if any, by
+/// batch and head of k, becomes 1.
+void prepare_rows(const BackwardParams& params, int* flags, cudaStream_t stream);
 /// dsinks and dslopes from what stands in RowWorkspace, if wanted.
 void reduce_rows(const BackwardParams& params, cudaStream_t stream);
 

@@ -37,7 +37,7 @@ struct TileSchedule {
   // put together by combine.h.
   int split_begin, num_splits;
   float* partial_out;          // (split tiles, parts, kBlockM, kHeadDimV), O before the division
-  float2* partial_statistics;  // (split tiles, parts, kBlockM): row_max, row_sum
+  float2* partial_statistics;  // (split tiles, parts, kBlockM): row_max, row_sum; see CombineParams
 
   TileCounter* next_tile;  // null: CTA i takes tiles i, i + gridDim.x, ...
   int* first_m_block;      // kPacked: (batch + 1), query blocks of all sequences before b; written by prepare.h

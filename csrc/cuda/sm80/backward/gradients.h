@@ -2,6 +2,7 @@
 // 16 m + g + 8 (i / 2), query 8 n + 2 t + i % 2 of the warp's.
 #pragma once
 
+#include "../../common/scores/probability.h"
 #include "../../mask/transposed_bits.h"
 #include "../softmax.h"
 #include "extended.h"
@@ -78,7 +79,7 @@ struct GradientRules {
         float x[4], dx[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x[i] = fast_exp2(fmaf(s[m][n][i], params.scale_log2, i % 2 == 0 ? lse.x : lse.y));
+          x[i] = cuda::probability(fmaf(s[m][n][i], params.scale_log2, i % 2 == 0 ? lse.x : lse.y));
           dx[i] = x[i] * dp[m][n][i];
           if constexpr (kPartial) {
             const bool sees = seen[m][i / 2].hold(n, i);
@@ -230,7 +231,7 @@ struct GradientRules {
             score += b;
           }
           const bool is_kept = kept.hold(m, n, i);
-          const float exponential = fast_exp2((score + (i % 2 == 0 ? lse.x : lse.y)) * kLog2E);
+          const float exponential = cuda::probability((score + (i % 2 == 0 ? lse.x : lse.y)) * kLog2E);
           const float probability = exists ? exponential : 0.f;
           const float gradient = fmaf(is_kept ? dp[m][n][i] : 0.f, dropout_scale, i % 2 == 0 ? delta.x : delta.y);
           const float ds = exists ? probability * gradient : 0.f;

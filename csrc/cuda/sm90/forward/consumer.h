@@ -191,7 +191,7 @@ struct Consumer {
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax.row_sum[r]);
       empty[r] = sum == 0.f || row + lane / 4 + 8 * r >= tile.seqlen_q;
-      lse[r] = empty[r] ? -INFINITY : log_sum_exp(softmax.row_max[r], sum);
+      lse[r] = empty[r] ? -INFINITY : log_sum_exp(softmax.row_max[r], params.to_natural, sum);
       inverse[r] = __fdividef(1.f, sum);
     }
     store_rows(tile, row, lse, inverse, empty);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   } else {
     register_budget_raise<Config::kConsumerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
-    Consumer<Config>{params, shared, warpgroup, warp, lane, {params.scale_log2}}.run();
+    Consumer<Config>{params, shared, warpgroup, warp, lane, {params.to_log2}}.run();
   }
 }
 

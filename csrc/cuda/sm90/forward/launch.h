@@ -19,6 +19,7 @@ KernelParams kernel_params(const ForwardParams& problem, const Plan& plan) {
           make_tensor_map(tensors.out, 16),
           problem,
           plan.schedule,
+          static_cast<float>(problem.softmax_scale),
           static_cast<float>(problem.softmax_scale * 1.4426950408889634),
           static_cast<int>((problem.head_dim + 63) / 64),
           static_cast<int>((problem.head_dim_v + 63) / 64),
@@ -41,7 +42,8 @@ void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params
     check(cudaGetLastError(), "sm90 forward");
   }
   if (plan.is_split()) {
-    launch_combine({problem, plan.schedule, Config::kBlockM, Config::kHeadDimV}, stream);
+    launch_combine({problem, plan.schedule, Config::kBlockM, Config::kHeadDimV, params.to_natural, params.to_log2},
+                   stream);
   }
 }
 

@@ -22,7 +22,8 @@ struct KernelParams {
   CUtensorMap q, k, v, out;  // see tensor_map.h
   ForwardParams problem;
   TileSchedule schedule;
-  float scale_log2;      // softmax_scale / ln 2
+  // Of a score as kernels keep it, q.k as a rule.
+  float to_natural, to_log2;
   int panels, panels_v;  // of 64 columns that q and k, and v and out have
   uint64_t launch_id;    // no other launch's, see open_counter()
 };

@@ -46,7 +46,6 @@ void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, vo
   const ForwardParams& p = problem.forward;
   universal::fill_gradients(problem, stream);
   if (plan.adds_dq()) clear_dq(problem, stream);
-  universal::prepare_rows(problem, stream);
   char* const workspace = static_cast<char*>(p.workspace);
   int* const flags = reinterpret_cast<int*>(workspace + plan.flags);
   const auto place = [&](Planes planes, int64_t data, int64_t units) {
@@ -71,6 +70,9 @@ void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, vo
                                  {p.k, params.k, int(p.head_dim), false, true},
                                  {p.v, params.v, int(p.head_dim_v), false, true}};
   split(p, sources, 4, flags, stream);
+  BackwardParams rest = problem;  // of what is flagged
+  rest.forward.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
+  universal::prepare_rows(rest, flags, stream);
   if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, workspace + plan.packed_mask, stream);
   float* const dmask = plan.adds_mask_gradient ? static_cast<float*>(problem.dmask) : nullptr;
   if (dmask != nullptr) {
@@ -85,8 +87,6 @@ void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, vo
     params.dmask = (variant->gradients & kDq) != 0 ? dmask : nullptr;
     launch(*variant, params, stream);
   }
-  BackwardParams rest = problem;
-  rest.forward.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
   universal::launch_backward<float>(rest, flags, stream);
   if (rest.dmask != nullptr) universal::launch_mask_gradient<float>(rest, dmask != nullptr ? flags : nullptr, stream);
   universal::reduce_rows(problem, stream);

@@ -180,7 +180,7 @@ struct Consumer : single::Consumer<Config> {
     for (int k = 0; k < kPieces; ++k) scores.template to_exponents<kRules>(s + 8 * k, nullptr, k, bias);
     release_bias();
 #pragma unroll
-    for (int i = 0; i < Base::kFragment; ++i) s[i] = fast_exp2(s[i]);
+    for (int i = 0; i < Base::kFragment; ++i) s[i] = probability(s[i]);
     if (scores.template has<kRules>(kHidden)) {
 #pragma unroll
       for (int k = 0; k < kPieces; ++k) scores.hide(s + 8 * k, k);
@@ -218,7 +218,7 @@ struct Consumer : single::Consumer<Config> {
       scores.template subtract_delta<kRules>(dp + 8 * k, k);
       scores.template to_exponents<kRules>(of_piece, dp + 8 * k, k, bias);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) of_piece[j] = fast_exp2(of_piece[j]);
+      for (int j = 0; j < 8; ++j) of_piece[j] = probability(of_piece[j]);
       if (scores.template has<kRules>(kHidden)) scores.hide(of_piece, k);
       if ((kRules & kAtRunTime) && scores.partial) {
         mask_transposed(of_piece, scores.tile, scores.key(), scores.query() + 16 * k);

@@ -152,7 +152,10 @@ struct Consumer {
     const int stage = step % 2;
     release(&shared.q_empty[stage]);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] = fast_exp2(fmaf(s[i], params.scale_log2, Config::kProbabilityExponent));
+    for (int i = 0; i < 32; ++i) {
+      // As probability() has it, times a factor.
+      s[i] = fast_exp2(fmaf(-fabsf(s[i]), params.scale_log2, Config::kProbabilityExponent));
+    }
     if (mask) {
       mask_transposed(s, shared.tile, shared.tile.n_begin + rank * Config::kRowsN + 16 * warp + lane / 4,
                       m_block * Config::kBlockM + 2 * (lane % 4));
@@ -273,7 +276,7 @@ struct Consumer {
     if (writes) {
       const int64_t block = share.first_block + at.head * params.num_blocks + at.m_block;
       params.statistics[block * Config::kBlockM + row] =
-          row_statistics<Element>(lse, delta - dlse, params.inverse_scale);
+          row_statistics<Element>(lse, delta - dlse, params.softmax_scale, params.inverse_scale);
     }
     mbarrier_arrive(&shared.prepared_empty);
   }

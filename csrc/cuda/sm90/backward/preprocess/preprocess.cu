@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
   }
   if constexpr (kExtended) {
     const float lost = p.mask.data != nullptr && p.mask.dtype != DType::kBool
-                           ? lost_of_lse(p, info, b, at.head, at.row + own_row, lse)
+                           ? RowCounter<Element, float>{p, info, b, at.head, true}.lost_of(
+                                 at.row + own_row, lse, [&](int64_t place) { return bias_value(p.mask, place); })
                            : 0.f;
     const bool blind = lane < kPasses && at.row + own_row < info.seqlen_q && lse == -INFINITY;
     const int any_blind = __syncthreads_or(blind);
@@ -151,12 +152,12 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
     to[0] = sees ? -lse * kLog2E : lse;
     to[params.block_m] = sees ? dlse - delta : 0.f;
     to[2 * params.block_m] = sees ? -lse : lse;
-    to[3 * params.block_m] = lost;
+    to[3 * params.block_m] = -lost * kLog2E;
     return;
   }
   if (lane >= kPasses) return;
-  params.statistics[accum_row + own_row] =
-      row_statistics<Element>(lse, delta - dlse, 1.f / static_cast<float>(p.softmax_scale));
+  const float scale = static_cast<float>(p.softmax_scale);
+  params.statistics[accum_row + own_row] = row_statistics<Element>(lse, delta - dlse, scale, 1.f / scale);
 }
 
 /// Rows [begin, end) of a packed tensor.

@@ -27,8 +27,8 @@ struct RowsParams {
   bool zeroes_dq;                // dq_accum, which is undefined else
   uint4* statistics;             // (num_heads * num_blocks, block_m)
   // Of the kernels of extended/, instead: floats (num_heads * num_blocks, 4, block_m), minus lse to the base 2 (-inf:
-  // the row sees nothing), minus delta, minus lse, and what is lost of it, see lost_of_lse(); and for each 64 rows
-  // whether one of them sees nothing.
+  // the row sees nothing), minus delta, minus lse, and minus what is lost of it to the base 2, see lost_of_lse.h; and
+  // for each 64 rows whether one of them sees nothing.
   bool extended;
   int* blind;  // (num_heads * num_blocks, block_m / 64)
   // The main kernel prepares the rows of other heads itself: of batch * num_heads, or of those whose tiles' numbers

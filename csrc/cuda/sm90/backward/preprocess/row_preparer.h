@@ -49,7 +49,7 @@ struct RowPreparer {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         params.statistics[int64_t{shared.prepared.block} * kBlockM + row + 32 * i] =
-            row_statistics<Element>(lse[i], deltas[row + 32 * i], params.inverse_scale);
+            row_statistics<Element>(lse[i], deltas[row + 32 * i], params.softmax_scale, params.inverse_scale);
       }
     }
   }

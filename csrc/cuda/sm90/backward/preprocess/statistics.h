@@ -8,23 +8,25 @@
 
 #include <cmath>
 
+#include "../../../common/scores/softmax.h"
 #include "../../hopper/tma.h"
 #include "../../hopper/wgmma.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
-/// What the three elements are multiplied by: together they hold a float, in fp16 one up to 2^27 to 2^-36 of it.
+/// What the three elements are multiplied by: together they hold a float, in fp16 one up to 2^27 to 2^-36 of it. Rows
+/// of larger scores have no P, and no gradients, in fp16.
 template <typename Element>
 struct StatisticWeights {
-  static constexpr float kHigh = 1.f, kMid = 1.f, kLow = 1.f;
+  static constexpr float kHigh = 1.f, kMid = 1.f, kLow = 1.f, kLargest = 0x1p120f;
 };
 template <>
 struct StatisticWeights<__half> {
-  static constexpr float kHigh = 32768.f, kMid = 1.f, kLow = 1.f / 4096.f;
+  static constexpr float kHigh = 32768.f, kMid = 1.f, kLow = 1.f / 4096.f, kLargest = 0x1p27f;
 };
 
 /// In place of -lse / scale: P = 0. Large enough for the smallest scale that the planner accepts, 1e-4; a power of two
-/// that fp16's three elements hold, and the bound of what they do.
+/// that fp16's three elements hold.
 constexpr float kNoProbability = -0x1p27f;
 
 constexpr int kStatisticBytes = 16;  // of a query row
@@ -44,14 +46,29 @@ FLASH_ATTN_DEVICE uint2 split_statistic(float x) {
   return {pack<Element>(high, mid), pack<Element>(x * (1.f / Weights::kLow), 0.f)};
 }
 
+/// lse / scale. Of a very large lse nothing is left but the row's largest score, scale times a q.k, rounded: then the
+/// largest q.k of which that may have come.
+FLASH_ATTN_DEVICE float in_units_of_products(float lse, float scale, float inverse_scale) {
+  float x = lse * inverse_scale;
+  if (!(fabsf(lse) > kLargestInLog2)) return x;
+  const int up = x > 0.f ? 1 : -1;
+  x = __int_as_float(__float_as_int(x) + 2 * up);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (x * scale > lse) x = __int_as_float(__float_as_int(x) - up);
+  }
+  return x;
+}
+
 /// The 16 bytes of a row with this lse (-infinity: it sees nothing), and delta less the gradient of lse. inverse_scale:
 /// 1 / scale.
 template <typename Element>
-FLASH_ATTN_DEVICE uint4 row_statistics(float lse, float delta, float inverse_scale) {
+FLASH_ATTN_DEVICE uint4 row_statistics(float lse, float delta, float scale, float inverse_scale) {
+  constexpr float kLargest = StatisticWeights<Element>::kLargest;
   float minus_lse = kNoProbability, minus_delta = 0.f;
   if (lse != -INFINITY) {
-    const float x = -lse * inverse_scale;
-    minus_lse = x < kNoProbability ? kNoProbability : x > -kNoProbability ? -kNoProbability : x;  // NaN stays
+    const float x = -in_units_of_products(lse, scale, inverse_scale);
+    minus_lse = x < -kLargest ? -kLargest : x > kLargest ? kLargest : x;  // NaN stays
     minus_delta = -delta;
   }
   const uint2 first = split_statistic<Element>(minus_lse), second = split_statistic<Element>(minus_delta);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../../common/scores/mask_fragment.h"
+#include "../../../common/scores/probability.h"
 #include "../../hopper/stmatrix.h"
 #include "../../hopper/tma.h"
 #include "../dq/rows.h"
@@ -187,7 +188,7 @@ struct Consumer {
     wgmma_results(dk);
     if (Config::kDkInFlight && previous_q >= 0) release(&shared.q_empty[previous_q]);
 #pragma unroll
-    for (int i = 0; i < kFragment; ++i) s[i] = fast_exp2(s[i] * params.scale_log2);
+    for (int i = 0; i < kFragment; ++i) s[i] = probability(s[i] * params.scale_log2);
     // ptxas would sink the exponentials below the wait for dP; this branch keeps them under it.
     if (mask) {
       mask_transposed(s, tile, tile.n_begin + 64 * warpgroup + 16 * warp + lane / 4,

@@ -204,19 +204,18 @@ struct ExtendedConsumer : Consumer<Config> {
 
   // -- epilogue
 
-  /// Of one of the thread's rows, after the last block: the sum, relative to `high` in natural units, and what O is to
-  /// be multiplied by to be relative to it; 0: the row has seen nothing.
+  /// Of one of the thread's rows, after the last block: the sum, relative to `high` in units of S, and what O is to be
+  /// multiplied by to be relative to it; 0: the row has seen nothing.
   FLASH_ATTN_DEVICE float finish_row(const ExtendedTile& tile, int r, float& sum, float& high) {
-    constexpr float kLog2E = 1.4426950408889634f;
     const ForwardParams& p = params.problem;
     sum = quad_sum(softmax.row_sum[r]);
-    high = softmax.row_max[r] * params.to_natural;
+    high = softmax.row_max[r];
     float factor = high == -INFINITY ? 0.f : 1.f;
     if (p.sinks != nullptr && tile.part == 0) {
-      const float sink = static_cast<const float*>(p.sinks)[tile.head], top = fmaxf(high, sink);
+      const float sink = static_cast<const float*>(p.sinks)[tile.head] / params.to_natural, top = fmaxf(high, sink);
       if (sink != -INFINITY) {
-        factor = high == -INFINITY ? 0.f : fast_exp2((high - top) * kLog2E);
-        sum = sum * factor + fast_exp2((sink - top) * kLog2E);
+        factor = high == -INFINITY ? 0.f : fast_exp2((high - top) * params.to_log2);
+        sum = sum * factor + fast_exp2((sink - top) * params.to_log2);
         high = top;
       }
     }
@@ -231,14 +230,14 @@ struct ExtendedConsumer : Consumer<Config> {
       float sum, high;
       const float factor = finish_row(tile, r, sum, high);
       const bool exists = row + lane / 4 + 8 * r < tile.seqlen_q;
-      lse[r] = sum == 0.f || !exists ? -INFINITY : high + __log2f(sum) * 0.69314718f;
+      lse[r] = sum == 0.f || !exists ? -INFINITY : log_sum_exp(high, params.to_natural, sum);
       zero[r] = factor == 0.f || sum == 0.f || !exists;
       inverse[r] = __fdividef(factor, sum);
     }
     this->store_rows(tile, row, lse, inverse, zero);
   }
 
-  /// One part of a split tile, for combine.h, in log2; `row` is this thread's first, of the partial results.
+  /// One part of a split tile, for combine.h; `row` is this thread's first, of the partial results.
   FLASH_ATTN_DEVICE void store_part(const ExtendedTile& tile, int64_t row) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -248,7 +247,7 @@ struct ExtendedConsumer : Consumer<Config> {
       for (int i = 0; i < Config::kHeadDimV / 2; ++i) {
         if (i / 2 % 2 == r) out[i] = factor == 0.f ? 0.f : out[i] * factor;
       }
-      softmax.row_max[r] = fmaxf(high * 1.4426950408889634f, kMinMax);
+      softmax.row_max[r] = high;
       softmax.row_sum[r] = lane % 4 == 0 ? sum : 0.f;
     }
     this->store_partial(row);

@@ -16,8 +16,6 @@ struct ExtendedParams : KernelParams {
   bool has_bits;  // attn_mask is boolean
   bool has_dropout;
   bool mask_pairs;              // columns 2 j and 2 j + 1 of an additive mask are one aligned word
-  float to_log2;                // from scores to log2
-  float to_natural;             // and to natural units
   float scale, softcap, inner;  // see ScoreRules
 };
 

@@ -11,9 +11,6 @@ template <int kBlockN>
 struct ScoreSoftmax {
   static constexpr int kSize = kBlockN / 2;
   static constexpr float kGrowth = 4.f;  // in log2: see OnlineSoftmax
-  // Of a maximum that is subtracted in log2 by one fma. It rounds the maximum there: all P of the row change alike, by
-  // up to 2^(kLargest 2^-24), and lse as much the other way.
-  static constexpr float kLargest = 0x1p20f;
 
   const float to_log2;
   float row_max[2];  // -inf: the row has seen nothing
@@ -21,7 +18,7 @@ struct ScoreSoftmax {
   float base[2];     // what is subtracted from S in log2
   float rescale[2];  // of O and row_sum, when `grown`
   bool grown;
-  bool large;  // some row's maximum is beyond kLargest
+  bool large;  // some row's maximum is beyond kLargestInLog2
 
   FLASH_ATTN_DEVICE ScoreSoftmax(float to_log2) : to_log2(to_log2) {}
 
@@ -49,7 +46,7 @@ struct ScoreSoftmax {
         row_sum[r] *= rescale[r];
         base[r] = high == -INFINITY ? 0.f : high * to_log2;
       }
-      large = __any_sync(~0u, fmaxf(fabsf(base[0]), fabsf(base[1])) > kLargest);
+      large = __any_sync(~0u, fmaxf(fabsf(base[0]), fabsf(base[1])) > kLargestInLog2);
     }
     exponentials(s);
   }

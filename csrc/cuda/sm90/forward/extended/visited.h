@@ -1,6 +1,7 @@
 // Which blocks a tile visits under attn_mask: those with a column that one of its rows sees.
 #pragma once
 
+#include "../../../common/scores/bias_value.h"
 #include "config.h"
 
 namespace flash_attn::cuda::sm90::forward {
@@ -56,11 +57,7 @@ FLASH_ATTN_DEVICE bool is_bad_and_unseen(const ExtendedParams& params, const Ext
 #pragma unroll 1
   for (int row = tile.m_begin; row < min(tile.m_begin + rows, tile.seqlen_q); ++row) {
     if (col < row + band.left || col > row + band.right) continue;
-    const int64_t place = first + row * mask.row;
-    const bool hidden = mask.dtype == DType::kFloat32 ? static_cast<const float*>(mask.data)[place] == -INFINITY
-                                                      : static_cast<const uint16_t*>(mask.data)[place] ==
-                                                            (mask.dtype == DType::kBFloat16 ? 0xff80 : 0xfc00);
-    if (!hidden) return false;
+    if (bias_value(mask, first + row * mask.row) != -INFINITY) return false;
   }
   return true;
 }
