@@ -4,6 +4,7 @@
 
 A step is forward, backward and AdamW, under bfloat16 autocast on CUDA. Both run the same model, as `replace_sdpa()` is
 all that differs, and their gradients are compared first. A ratio is torch's time over ours: above 1 ours is faster.
+Where steps take much longer than their kernels alone (`kernels_ms`), the device waits for the host.
 
 `train_gpt` is `examples/train_gpt.py --compare`: two whole runs, one after the other, of which the median step by the
 host's clock counts.
@@ -182,6 +183,10 @@ def measure(name: str, shape: Shape, device: torch.device, rounds: int) -> repor
     timer = timing.device_times if device.type == "cuda" else timing.cpu_times
     times = dict(zip(ways, timer([(enter, steps[way]) for way, enter in ways.items()], rounds), strict=True))
     row = {"model": name, **vars(shape), "agreement": difference}
+    if device.type == "cuda":  # a step that waits for the host says little of the device
+        for way, enter in ways.items():
+            with enter():
+                row[f"{way}_kernels_ms"] = round(timing.kernels_ms(steps[way]), 4)
     return (
         row
         | {f"{way}_ms": round(ms, 4) for way, ms in times.items()}
@@ -229,8 +234,11 @@ def main() -> None:
         else:
             row = measure(name, replace(MODELS[name], **changes), device, args.rounds)
         rows.append(row)
+        kernels = [f"{row[key]:.2f}" for key in ("torch_kernels_ms", "ours_kernels_ms") if key in row]
+        alone = f", kernels alone {' and '.join(kernels)} ms" if kernels else ""
         print(
-            f"{name:14} torch {row['torch_ms']:.2f} ms, ours {row['ours_ms']:.2f} ms, x{row['ratio']:.3f}", flush=True
+            f"{name:14} torch {row['torch_ms']:.2f} ms, ours {row['ours_ms']:.2f} ms, x{row['ratio']:.3f}{alone}",
+            flush=True,
         )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -276,8 +276,9 @@ def models_section(name: str, content: Row) -> list[str]:
     body = []
     for row in content["rows"]:
         times = [f"{row[name]:.2f}" for name in ("torch_ms", "ours_ms")]
-        body.append([row["model"], f"{row['batch']} x {row['seqlen']:,}", *times, f"{row['ratio']:.3f}"])
-    head = ["model", "batch x length", "torch, ms", "ours, ms", "x"]
+        alone = [f"{row[key]:.2f}" if key in row else "" for key in ("torch_kernels_ms", "ours_kernels_ms")]
+        body.append([row["model"], f"{row['batch']} x {row['seqlen']:,}", *times, f"{row['ratio']:.3f}", *alone])
+    head = ["model", "batch x length", "torch, ms", "ours, ms", "x", "torch's kernels alone", "ours"]
     return [f"## Training steps of models (`{name}.json`)", "", taken(content["header"]), "", *table(head, body), ""]
 
 

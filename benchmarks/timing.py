@@ -75,6 +75,18 @@ def device_times(timed: Sequence[Timed], rounds: int) -> list[float]:
     return _medians(len(timed), rounds, sample)
 
 
+def kernels_ms(call: Callable[[], object], repeats: int = 3) -> float:
+    """Milliseconds of a call's kernels alone, added up, by torch's profiler."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in on_device) / repeats / 1e3
+
+
 def cpu_times(timed: Sequence[Timed], rounds: int) -> list[float]:
     """Median milliseconds of each call by the host's clock, after one round to warm up."""
     repeats = []
