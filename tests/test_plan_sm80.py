@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +117,51 @@ def test_explains_that_rows_are_read_element_by_element(head_dim: int) -> None:
     choice = plan(head_dim=head_dim, device=A100)
     for of_pass in (choice["forward"], choice["backward"]):
         assert of_pass["decisions"]["loads"] == "by element"
+
+
+README = Path(__file__).parents[1] / "csrc/cuda/sm80/README.md"
+
+
+def _readme_tables() -> list[dict[int, list[str]]]:
+    """By head dimension the cells of each of the two tables, without and with rules of scores; one a column."""
+    tables: list[dict[int, list[str]]] = []
+    for line in README.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "head dim":
+            tables.append({})
+        elif tables and cells[0].isdigit():
+            row = tables[-1][int(cells[0])] = cells[1:]
+            row[-1] = row[-2] if row[-1] == "as 9.0" else row[-1]
+    return tables
+
+
+# A GPU of each architecture, and its column.
+COLUMNS = [(A100, 0), (RTX_3090, 1), (RTX_4090, 1), (RTX_5090, 1), (H200, 2), (B200, 3)]
+
+
+@pytest.mark.parametrize("device, column", COLUMNS, ids=[f"sm_{device[0]}" for device, _ in COLUMNS])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "softcap"])
+def test_the_readme_says_which_kernels_a_gpu_gets(
+    options: dict[str, float], device: tuple[int, int, int, int], column: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = _readme_tables()[len(options)]
+    assert sorted(table) == [64, 96, 128, 192, 256, 512]
+    for head_dim, cells in table.items():
+        forward, backward = cells[column].split("; ")
+        # Of a family that is asked for all of a problem has to be taken.
+        if backward != "universal":
+            monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        choice = plan(head_dim=head_dim, device=device, **options)
+        monkeypatch.delenv("FLASH_ATTN_FORCE", raising=False)
+        tile, blocks = forward.split(" on ")
+        assert re.match(rf"mma d{head_dim} {tile}( |$)", choice["forward"]["kernel"]), (head_dim, choice["forward"])
+        assert choice["forward"]["decisions"]["blocks_per_sm"] == int(blocks)
+        kernel = choice["backward"]["kernel"]
+        if backward == "universal":
+            assert choice["backward"]["family"] == "universal"
+        else:
+            assert re.match(rf"mma d{head_dim} {backward}( |$)", kernel), (head_dim, kernel)
+        assert kernel.endswith("extended") == (bool(options) and backward != "universal")
 
 
 def test_keys_of_few_tiles_are_shared_out() -> None:

@@ -6,33 +6,50 @@
 
 namespace flash_attn::cuda::sm80 {
 
-/// Whether a GPU can run what was compiled for `archs`, as CMAKE_CUDA_ARCHITECTURES, with spaces: "80-real 90-real
-/// 120". Machine code runs on its own and on later minor versions, PTX ("-virtual", or a number alone, which is both)
-/// on everything later; but PTX of 8.x leaves out kernels that need more shared memory than those GPUs have.
-inline bool has_code_for(int compute_capability, const char* archs) {
+/// Whose code of `archs` a GPU runs, as CMAKE_CUDA_ARCHITECTURES, with spaces: "80-real 90-real 120"; 0: none is for
+/// it. Machine code runs on its own and on later minor versions, PTX ("-virtual", or a number alone, which is both) on
+/// everything later; but PTX of 8.x is not taken: it is slow to compile, and has nothing of what came with 9.0.
+inline int code_arch(int compute_capability, const char* archs) {
+  int best = 0;
   for (const char* at = archs; *at != '\0';) {
     char* end = nullptr;
     const int arch = int(std::strtol(at, &end, 10));
     const bool has_ptx = !(end[0] == '-' && end[1] == 'r') && arch >= 90;
-    if (arch > 0 && arch <= compute_capability && (has_ptx || arch / 10 == compute_capability / 10)) return true;
+    const bool runs = arch <= compute_capability && (has_ptx || arch / 10 == compute_capability / 10);
+    if (runs && arch > best) best = arch;
     for (at = end; *at != '\0' && *at != ' ';) ++at;
     if (*at == ' ') ++at;
   }
-  return false;
+  return best;
 }
 
-/// Of shared memory, in bytes, that tiles of a backward block may take. `arch` is a compute capability times 10, as
-/// __CUDA_ARCH__.
-constexpr int max_tile_bytes(int arch) {
-  return arch == 860 || arch == 890 || arch >= 1200 ? 99 << 10 : arch < 900 ? 163 << 10 : 227 << 10;
+inline bool has_code_for(int compute_capability, const char* archs) {
+  return code_arch(compute_capability, archs) != 0;
 }
 
-/// Backward. On compute capability 10 ptxas spills registers of the largest tiles: the next smaller ones serve there.
-constexpr bool has_code(int arch, int head_dim, int block_n, int block_m, bool extended, int bytes) {
-  const bool largest_extended =
-      extended && block_n == 128 && ((head_dim == 64 && block_m == 128) || (head_dim == 128 && block_m == 64));
-  const bool spills = arch / 100 == 10 && (largest_extended || (head_dim == 192 && block_m == 128));
-  return bytes <= max_tile_bytes(arch) && !spills;
+/// Kinds of GPUs, by the shared memory of a block: what a kernel is for, so that the others' code does without it.
+enum Gpus : unsigned {
+  kGpus99Kb = 1,   // 8.6, 8.9, 12.x
+  kGpus163Kb = 2,  // 8.0, 8.7
+  kGpus90 = 4,     // 227 KB
+  kGpus100 = 8,    // likewise; but ptxas spills registers of the largest tiles for masks and scores
+  kGpus227Kb = kGpus90 | kGpus100,
+  kAllGpus = kGpus99Kb | kGpus163Kb | kGpus227Kb,
+};
+
+/// Whose kernels there are in the code of an architecture, a compute capability times 10, as __CUDA_ARCH__. What is
+/// compiled for 8.0 runs on 8.6 and 8.9 as well. With FLASH_ATTN_ALL_TILES: everybody's, to test them on one GPU.
+constexpr unsigned gpus_of_code(int arch) {
+  if (arch >= 1000 && arch < 1200) return kGpus100;
+#ifdef FLASH_ATTN_ALL_TILES
+  return kAllGpus;
+#else
+  return arch >= 1200  ? kGpus99Kb
+         : arch >= 900 ? kGpus90
+         : arch == 800 ? kGpus163Kb | kGpus99Kb
+         : arch == 870 ? kGpus163Kb
+                       : kGpus99Kb;
+#endif
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -18,7 +18,7 @@
 namespace flash_attn::cuda::sm80 {
 
 template <typename Element_, int kHeadDim_, int kBlockN_, int kBlockM_, int kKeyTiles_, int kWarpsQ_, int kStages_,
-          int kBlocksPerSm_, bool kExtended_>
+          int kBlocksPerSm_, bool kExtended_, unsigned kGpus>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
@@ -70,7 +70,7 @@ struct BackwardConfig {
   static constexpr int kSharedBytes = kSlopeSums + (kExtended ? 4 * kWarps : 0);
 
 #ifdef __CUDA_ARCH__
-  static constexpr bool kHasCode = has_code(__CUDA_ARCH__, kHeadDim, kBlockN, kBlockM, kExtended, kSharedBytes);
+  static constexpr bool kHasCode = (kGpus & gpus_of_code(__CUDA_ARCH__)) != 0;
 #else
   static constexpr bool kHasCode = true;
 #endif

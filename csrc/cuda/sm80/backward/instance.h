@@ -8,26 +8,20 @@
 namespace flash_attn::cuda::sm80 {
 
 template <int kHeadDim, int kBlockN, int kBlockM, int kKeyTiles, int kWarpsQ, int kStages, int kBlocksPerSm,
-          bool kExtended>
+          bool kExtended, unsigned kGpus>
 BackwardVariant backward_variant(const char* name) {
-  using Bf16 =
-      BackwardConfig<__nv_bfloat16, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm, kExtended>;
-  using Fp16 = BackwardConfig<__half, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm, kExtended>;
-  return {name,
-          kHeadDim,
-          kBlockM,
-          kBlockN,
-          Bf16::kWarps,
-          kBlocksPerSm,
-          Bf16::kSharedBytes,
-          kExtended,
-          {backward_kernel<Bf16>, backward_kernel<Fp16>}};
+  using Bf16 = BackwardConfig<__nv_bfloat16, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm,
+                              kExtended, kGpus>;
+  using Fp16 =
+      BackwardConfig<__half, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm, kExtended, kGpus>;
+  return {name,         kHeadDim,           kBlockM,   kBlockN, Bf16::kWarps,
+          kBlocksPerSm, Bf16::kSharedBytes, kExtended, kGpus,   {backward_kernel<Bf16>, backward_kernel<Fp16>}};
 }
 
-template <int kHeadDim, int kBlock, int kKeyTiles, int kBlocksPerSm>
+template <int kHeadDim, int kBlock, int kKeyTiles, int kBlocksPerSm, unsigned kGpus = kAllGpus>
 MaskGradientVariant mask_gradient_variant() {
-  using Bf16 = BackwardConfig<__nv_bfloat16, kHeadDim, kBlock, kBlock, kKeyTiles, 2, 1, kBlocksPerSm, true>;
-  using Fp16 = BackwardConfig<__half, kHeadDim, kBlock, kBlock, kKeyTiles, 2, 1, kBlocksPerSm, true>;
+  using Bf16 = BackwardConfig<__nv_bfloat16, kHeadDim, kBlock, kBlock, kKeyTiles, 2, 1, kBlocksPerSm, true, kGpus>;
+  using Fp16 = BackwardConfig<__half, kHeadDim, kBlock, kBlock, kKeyTiles, 2, 1, kBlocksPerSm, true, kGpus>;
   return {kBlock, kBlock, Bf16::kWarps, Bf16::kSharedBytes, {mask_gradient_kernel<Bf16>, mask_gradient_kernel<Fp16>}};
 }
 

@@ -44,13 +44,10 @@ bool is_aligned(const BackwardParams& params) {
 /// The first that fits; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for tests and measurements).
 const BackwardVariant* choose_variant(const ForwardParams& p, bool extended, const DeviceInfo& device) {
   const char* const forced = std::getenv("FLASH_ATTN_BACKWARD_KERNEL");
+  const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
   for (const BackwardVariant& variant : variants_for(p)) {
     const int bytes = variant.shared_bytes + kStaticSharedBytes;
-    if (variant.extended != extended || bytes > device.shared_memory_per_block ||
-        !has_code(10 * device.compute_capability, variant.head_dim, variant.block_n, variant.block_m, extended,
-                  bytes)) {
-      continue;
-    }
+    if (variant.extended != extended || bytes > device.shared_memory_per_block || (variant.gpus & gpus) == 0) continue;
     if (forced == nullptr || *forced == '\0' || std::string(forced) == variant.name) return &variant;
   }
   return nullptr;

@@ -12,6 +12,7 @@ struct BackwardVariant {
   int blocks_per_sm;  // that registers allow
   int shared_bytes;
   bool extended;
+  unsigned gpus;                                  // that it is for, see code.h
   void (*kernel[2])(const BackwardKernelParams);  // for bfloat16, float16
 };
 

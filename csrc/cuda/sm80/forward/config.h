@@ -8,12 +8,13 @@
 // each with its share of O's columns and of S's keys.
 #pragma once
 
+#include "../code.h"
 #include "../shared_tile.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Element_, int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kBlocksPerSm_, int kSlots_,
-          bool kExtended_, int kWarpsD_ = 1>
+          bool kExtended_, unsigned kGpus, int kWarpsD_ = 1>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
@@ -39,6 +40,13 @@ struct ForwardConfig {
   static constexpr int kSlotsEnd = kQueryBytes + kSlots * kSlotBytes;
   static constexpr int kP = kSlotsEnd, kRowValues = kP + (kWarpsD > 1 ? kBlockM * kBlockN * 2 : 0);
   static constexpr int kTileBytes = kRowValues + (kWarpsD > 1 ? kBlockM * kWarpsD * 4 : 0);
+
+#ifdef __CUDA_ARCH__
+  static constexpr bool kHasCode = (kGpus & gpus_of_code(__CUDA_ARCH__)) != 0;
+#else
+  static constexpr bool kHasCode = true;
+#endif
+
   static_assert(kSubN % 16 == 0 && kHeadDim % 32 == 0 && kDTiles % 2 == 0 && kWarps % kWarpsD == 0);
 };
 

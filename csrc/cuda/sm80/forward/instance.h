@@ -7,11 +7,12 @@
 namespace flash_attn::cuda::sm80 {
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kBlocksPerSm, int kSlots, bool kExtended,
-          int kWarpsD = 1>
+          unsigned kGpus, int kWarpsD = 1>
 ForwardVariant forward_variant(const char* name, const TileClocks& clocks = {}) {
   using Bf16 =
-      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
-  using Fp16 = ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kWarpsD>;
+      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kGpus, kWarpsD>;
+  using Fp16 =
+      ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kGpus, kWarpsD>;
   return {name,
           kHeadDim,
           Bf16::kBlockM,
@@ -19,6 +20,7 @@ ForwardVariant forward_variant(const char* name, const TileClocks& clocks = {}) 
           Bf16::kThreads,
           kBlocksPerSm,
           kExtended,
+          kGpus,
           clocks,
           Bf16::kTileBytes,
           ForwardBlock<Bf16>::KvCopy::kStep,

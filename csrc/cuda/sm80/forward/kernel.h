@@ -25,17 +25,21 @@ namespace flash_attn::cuda::sm80 {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     forward_kernel(const __grid_constant__ ForwardKernelParams params) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint32_t alive[ForwardBlock<Config>::kAliveWords];
-  __shared__ ForwardTile shared_tile;  // read again wherever it is needed: it would take twenty registers
-  {
-    ForwardTile tile;
-    if (!find_tile<Config::kBlockM, Config::kBlockN>(params, tile)) return;
-    if (threadIdx.x == 0) shared_tile = tile;
+  if constexpr (Config::kHasCode) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ uint32_t alive[ForwardBlock<Config>::kAliveWords];
+    __shared__ ForwardTile shared_tile;  // read again wherever it is needed: it would take twenty registers
+    {
+      ForwardTile tile;
+      if (!find_tile<Config::kBlockM, Config::kBlockN>(params, tile)) return;
+      if (threadIdx.x == 0) shared_tile = tile;
+    }
+    if (Config::kExtended && threadIdx.x < ForwardBlock<Config>::kAliveWords) alive[threadIdx.x] = 0;
+    __syncthreads();  // the tile and `alive` are there
+    ForwardBlock<Config>(params, shared_tile, shared, alive).run();
+  } else {
+    __trap();
   }
-  if (Config::kExtended && threadIdx.x < ForwardBlock<Config>::kAliveWords) alive[threadIdx.x] = 0;
-  __syncthreads();  // the tile and `alive` are there
-  ForwardBlock<Config>(params, shared_tile, shared, alive).run();
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../../sequence.h"
+#include "../code.h"
 #include "../refusals.h"
 #include "schedule/schedule.h"
 
@@ -154,10 +155,11 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (plan.packs_mask) {
     plan.workspace_bytes = mask::packing_workspace(p.mask);
   }
+  const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
   ForwardPlan chosen;
   double best = 0;
   for (const ForwardVariant& variant : variants_for(p)) {
-    if (variant.extended != extended) continue;
+    if (variant.extended != extended || (variant.gpus & gpus) == 0) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
     ForwardPlan fitting = plan;
     if (!fit(variant, p, device, fitting)) continue;

@@ -21,6 +21,7 @@ struct ForwardVariant {
   int block_m, block_n, threads;
   int blocks_per_sm;  // that its registers allow
   bool extended;
+  unsigned gpus;  // that it is for, see code.h
   TileClocks clocks;
   int tile_bytes;                                // of shared memory, for tiles of q, k and v
   int copy_step;                                 // rows of K and V between those that one thread copies

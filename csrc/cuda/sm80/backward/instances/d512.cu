@@ -4,13 +4,13 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<512, 32, 64, 1, 4, 1, 1, false>("mma d512 64x32 w8 s1"),
-    backward_variant<512, 32, 64, 1, 4, 1, 1, true>("mma d512 64x32 w8 s1 extended"),
+    backward_variant<512, 32, 64, 1, 4, 1, 1, false, kGpus227Kb>("mma d512 64x32 w8 s1"),
+    backward_variant<512, 32, 64, 1, 4, 1, 1, true, kGpus227Kb>("mma d512 64x32 w8 s1 extended"),
 };
 
 }  // namespace
 
 extern const BackwardVariants kBackwardD512 = {kVariants, sizeof(kVariants) / sizeof(kVariants[0]),
-                                               mask_gradient_variant<512, 32, 1, 1>()};
+                                               mask_gradient_variant<512, 32, 1, 1, kGpus227Kb>()};
 
 }  // namespace flash_attn::cuda::sm80

@@ -4,8 +4,8 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<96, 64, 64, 2, 2, 2, 2, false>("mma d96 64x64 w4"),
-    backward_variant<96, 64, 64, 2, 2, 2, 2, true>("mma d96 64x64 w4 extended"),
+    backward_variant<96, 64, 64, 2, 2, 2, 2, false, kAllGpus>("mma d96 64x64 w4"),
+    backward_variant<96, 64, 64, 2, 2, 2, 2, true, kAllGpus>("mma d96 64x64 w4 extended"),
 };
 
 }  // namespace
