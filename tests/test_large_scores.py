@@ -113,7 +113,7 @@ def test_scores_that_a_mask_makes_large(family: str, device: str, dtype: torch.d
     # Of scores of q and k, which differ by some 2^-21, some are rounded to another neighbour beside the shift.
     tolerance = 4 * torch.finfo(dtype).eps + min(shift, 2.0**16) * 2.0**-23
     keeps_sums = family != "sm80" or dtype == torch.float32
-    lost = 0.0 if keeps_sums else min(shift * 2.0**-24, 1e3)
+    lost = 0.0 if keeps_sums else min(shift * 2.0**-20, 200.0)  # P, which is at most 1, for 1 / 200
     for result, wanted in zip(results, expected, strict=True):
         error = ((result.double() - wanted).norm() / wanted.norm()).item()
         assert error <= tolerance + (0.0 if result is results[0] else lost), (shift, error)
@@ -138,6 +138,8 @@ def test_one_query_and_many_keys(family: str, device: str, dtype: torch.dtype, m
 @pytest.mark.gpu
 @pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e9, 1e12, 1e30])
 def test_caches(magnitude: float) -> None:
+    if magnitude > _largest(FORCED or "", torch.bfloat16):
+        pytest.skip("larger than the kernels take")
     q, k, v, _ = (x.transpose(1, 2) for x in _products(magnitude, False, torch.bfloat16, "cuda", 1, 5000, 128))
     k[:, 1234] = q[:, 0] * 2
     _assert_close(flash_attn_with_kvcache(q, k, v)[:, 0], v[:, 1234])
