@@ -23,11 +23,11 @@ from torch.nn.attention.bias import causal_lower_right
 import flash_attn
 from flash_attn import explain, replace_sdpa
 from flash_attn import scaled_dot_product_attention as sdpa
-from flash_attn.sdpa import replacement
 from introspection import needs_introspection
 
 pytestmark = needs_introspection
 TORCHS = F.scaled_dot_product_attention
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _x() -> Tensor:
@@ -231,7 +231,7 @@ def test_context_parallel_raises_whichever_comes_first() -> None:
 
 
 def test_torchs_kernels_run_where_sdpa_kernel_puts_them_first() -> None:
-    math, flash, efficient = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    _, flash, efficient, math = CUDNN_FIRST
     with replace_sdpa():
         for backends, ours in (([flash, math], True), ([math, flash], False), ([efficient, flash, math], False)):
             with sdpa_kernel(backends, set_priority=True):
@@ -243,9 +243,6 @@ def test_torchs_kernels_run_where_sdpa_kernel_puts_them_first() -> None:
         assert _ours_runs()
 
 
-CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 @pytest.mark.parametrize(("capability", "ours"), [((9, 0), True), ((8, 0), False), (None, False)])
 def test_the_order_that_torch_itself_chooses_changes_nothing(
     capability: tuple[int, int] | None, ours: bool, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +250,7 @@ def test_the_order_that_torch_itself_chooses_changes_nothing(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    replacement = flash_attn.sdpa.replacement
     monkeypatch.setattr(replacement, "_any_prefers_cudnn", replacement._any_prefers_cudnn.__wrapped__)
     with replace_sdpa(), sdpa_kernel(CUDNN_FIRST, set_priority=True):
         assert _ours_runs() == ours
