@@ -80,7 +80,7 @@ struct RowCounter {
     for (int64_t key = clamp<int64_t>(keys.begin, 0, end) + threadIdx.x % 32; key < end; key += 32) {
       const Element* const of_key = k + key * p.k.row;
       Acc s = Acc(0);
-#pragma unroll 4
+#pragma unroll(sizeof(Acc) == 8 ? 1 : 4)  // registers are few
       for (int c = 0; c < int(p.head_dim); ++c) s = fma(number(q[c]), number(of_key[c]), s);
       if (!changed) {
         sum.add(fma(s, scale, -lse));
