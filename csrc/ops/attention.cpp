@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <utility>
 #include <vector>
 
 #include "../packed_mask.h"
@@ -36,17 +37,17 @@ struct Gradients {
     const Arguments& a = inputs.arguments();
     const DType statistics = statistics_dtype(p.dtype);
     const auto like_input = [&](const TensorInfo& given, const char* name, TensorView& view) {
-      Tensor gradient = empty_like_dense(given, given.size[given.ndim - 1], name);
-      view = tensor_view(info_of(gradient, name), a.heads_first);
-      return gradient;
+      NewTensor gradient = empty_like_dense(given, given.size[given.ndim - 1], name);
+      view = tensor_view(gradient.info, a.heads_first);
+      return std::move(gradient.tensor);
     };
     if (needs[0]) dq = like_input(inputs.q_given(), "dq", params.dq);
     if (needs[1]) dk = like_input(inputs.k_given(), "dk", params.dk);
     if (needs[2]) dv = like_input(inputs.v_given(), "dv", params.dv);
     const auto contiguous = [&](const TensorInfo& given, const char* name, void*& data) {
-      Tensor gradient = empty_contiguous(given.ndim, given.size, statistics, inputs.q_given(), name);
-      data = gradient.data_ptr();
-      return gradient;
+      NewTensor gradient = empty_contiguous(given.ndim, given.size, statistics, inputs.q_given(), name);
+      data = gradient.info.data;
+      return std::move(gradient.tensor);
     };
     if (needs[3]) dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
     if (needs[4]) {
@@ -58,12 +59,14 @@ struct Gradients {
 
   /// To the caller's dtype.
   void convert_dmask(const Arguments& arguments) {
-    if (dmask) dmask = converted(*dmask, arguments.attn_mask->dtype, "the gradient of attn_mask");
+    if (dmask) dmask = converted(std::move(*dmask), arguments.attn_mask->dtype, "the gradient of attn_mask");
   }
 
   void zero() {
     for (OptionalTensor* gradient : {&dq, &dk, &dv, &dmask, &dslopes, &dsinks}) {
-      if (*gradient) torch::stable::zero_(**gradient);
+      if (!*gradient) continue;
+      torch::stable::Tensor zeros = (*gradient)->shared();
+      torch::stable::zero_(zeros);
     }
   }
 };
@@ -102,12 +105,12 @@ Tensor packed(const TensorInfo& mask) {
   }
   const MaskView view = mask_view(mask);
   const int64_t words = mask::packed_bytes(view) / 8;
-  Tensor result = empty_contiguous(1, &words, DType::kInt64, mask, "the packed mask");
-  if (words == 0) return result;
+  NewTensor result = empty_contiguous(1, &words, DType::kInt64, mask, "the packed mask");
+  if (words == 0) return std::move(result.tensor);
   const Backend& backend = backend_of(mask.device);
   const DeviceScope scope(backend, mask.device_index);
-  backend.pack_mask(view, result.data_ptr(), scope.stream());
-  return result;
+  backend.pack_mask(view, result.info.data, scope.stream());
+  return std::move(result.tensor);
 }
 
 }  // namespace
@@ -119,21 +122,22 @@ void forward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_options(stack);
   inputs.describe();
 
-  const Results results = attend(inputs);
+  Results results = attend(inputs);
   const bool drops = inputs.arguments().dropout_p > 0.0;
-  put_results(values, results.out, results.lse, drops ? torch::stable::clone(*inputs.rng_state()) : Tensor());
+  Tensor rng_used = drops ? Tensor(torch::stable::clone(inputs.rng_state()->shared())) : Tensor();
+  put_results(values, std::move(results.out), std::move(results.lse), std::move(rng_used));
 }
 
 std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options) {
   if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) return {};
-  const Results results = attend(inputs, options.lse_is_read);
-  return {results.out, options.lse_is_read ? results.lse : Tensor()};
+  Results results = attend(inputs, options.lse_is_read);
+  return {std::move(results.out), options.lse_is_read ? std::move(results.lse) : Tensor()};
 }
 
 std::array<Tensor, 3> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
                                           const std::vector<bool>& needs) {
-  const Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, needs);
-  const auto defined = [](const OptionalTensor& gradient) { return gradient ? *gradient : Tensor(); };
+  Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, needs);
+  const auto defined = [](OptionalTensor& gradient) { return gradient ? std::move(*gradient) : Tensor(); };
   return {defined(gradients.dq), defined(gradients.dk), defined(gradients.dv)};
 }
 
@@ -144,8 +148,8 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
   const PlainOptions options = inputs.take_plain_options(stack);
   inputs.describe();
 
-  const auto [out, lse] = attend_plain(inputs, options);
-  put_results(values, out, lse);
+  auto [out, lse] = attend_plain(inputs, options);
+  put_results(values, std::move(out), std::move(lse));
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {
@@ -165,8 +169,9 @@ void backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_options(stack);
   inputs.describe();
 
-  const Gradients gradients = differentiate(inputs, dout, dlse, out, lse, needs);
-  put_results(values, gradients.dq, gradients.dk, gradients.dv, gradients.dmask, gradients.dslopes, gradients.dsinks);
+  Gradients g = differentiate(inputs, dout, dlse, out, lse, needs);
+  put_results(values, std::move(g.dq), std::move(g.dk), std::move(g.dv), std::move(g.dmask), std::move(g.dslopes),
+              std::move(g.dsinks));
 }
 
 void plain_backward(StableIValue* values, uint64_t, uint64_t) {
@@ -180,8 +185,8 @@ void plain_backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_plain_options(stack);
   inputs.describe();
 
-  const auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, kNeeds);
-  put_results(values, dq, dk, dv);
+  auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, kNeeds);
+  put_results(values, std::move(dq), std::move(dk), std::move(dv));
 }
 
 }  // namespace flash_attn

@@ -10,7 +10,7 @@ namespace {
 
 template <typename Params>
 Results attend(const std::vector<const Kernel<Params>*>& kernels, Params params, const TensorInfo& q_given) {
-  const Results results = empty_results(params, q_given, /*heads_first=*/false);
+  Results results = empty_results(params, q_given, /*heads_first=*/false);
   if (results.lse.numel() > 0) run(kernels, backend_of(params.device), params, q_given);
   return results;
 }
@@ -25,10 +25,10 @@ void attend_cache(StableIValue* values, uint64_t, uint64_t) {
   const CacheArguments& arguments = given.arguments();
   const ForwardParams params = make_cache_params(arguments);
   const Backend& backend = backend_of(params.device);
-  const Results results = is_float8(arguments.k_cache)
-                              ? attend(backend.float8, make_float8_params(arguments, params), q_given)
-                              : attend(backend.forward, params, q_given);
-  put_results(values, results.out, results.lse);
+  Results results = is_float8(arguments.k_cache)
+                        ? attend(backend.float8, make_float8_params(arguments, params), q_given)
+                        : attend(backend.forward, params, q_given);
+  put_results(values, std::move(results.out), std::move(results.lse));
 }
 
 void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
@@ -48,15 +48,15 @@ void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
     select_kernel(backend.float8, make_float8_params(attention, params), backend.device_info(params.device_index));
   }
   if (append.batch * append.rows > 0) copy_rows(append, arguments.k_cache);
-  OptionalTensor turned_q;
+  NewTensor turned_q;
   if (turn.count > 0 && turn.batch * turn.rows > 0) {
     turned_q = empty_like_dense(q_given, q_given.size[3], "the turned queries");
-    params.q = turn.copies[0].to = tensor_view(info_of(*turned_q, "q"), false);
+    params.q = turn.copies[0].to = tensor_view(turned_q.info, false);
     copy_rows(turn, arguments.q);
   }
-  const Results results = float8 ? attend(backend.float8, make_float8_params(attention, params), q_given)
-                                 : attend(backend.forward, params, q_given);
-  put_results(values, results.out, results.lse);
+  Results results = float8 ? attend(backend.float8, make_float8_params(attention, params), q_given)
+                           : attend(backend.forward, params, q_given);
+  put_results(values, std::move(results.out), std::move(results.lse));
 }
 
 }  // namespace flash_attn

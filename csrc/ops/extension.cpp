@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -41,9 +42,9 @@ void forward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   const PlainOptions options = inputs.set_plain_options(scale, plain_options(dropout_p));
   inputs.describe();
 
-  const auto [out, lse] = attend_plain(inputs, options);
-  const Tensor none;
-  put_results(values, out, lse, none, none, kMark, int64_t{0}, none, none, none);
+  auto [out, lse] = attend_plain(inputs, options);
+  put_results(values, std::move(out), std::move(lse), Tensor(), Tensor(), kMark, int64_t{0}, Tensor(), Tensor(),
+              Tensor());
 }
 
 // (Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor attn_bias, bool[4] grad_input_mask, Tensor out,
@@ -70,8 +71,8 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
 
   needs.resize(Arguments::kDifferentiable);
   needs[3] = false;
-  const auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, needs);
-  put_results(values, dq, dk, dv, Tensor());
+  auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, needs);
+  put_results(values, std::move(dq), std::move(dk), std::move(dv), Tensor());
 }
 
 std::unique_ptr<StableLibrary> kernels_for(const char* device) {

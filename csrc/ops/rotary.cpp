@@ -22,10 +22,10 @@ void rotary(StableIValue* values, uint64_t, uint64_t) {
   given.make_unit_stride("x");
   RowCopies copies = checked(given);
   const TensorInfo& x = given.arguments().x;
-  Tensor turned = empty_like_dense(x_given, x.size[x.ndim - 1], "the turned rows");
-  copies.copies[0].to = tensor_view(info_of(turned, "x"), false);
-  if (turned.numel() > 0) copy_rows(copies, x);
-  put_results(values, turned);
+  NewTensor turned = empty_like_dense(x_given, x.size[x.ndim - 1], "the turned rows");
+  copies.copies[0].to = tensor_view(turned.info, false);
+  if (turned.tensor.numel() > 0) copy_rows(copies, x);
+  put_results(values, std::move(turned.tensor));
 }
 
 void rotary_in_place(StableIValue* values, uint64_t, uint64_t) {

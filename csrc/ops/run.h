@@ -1,6 +1,8 @@
 // From parameters to a kernel: select, plan, allocate, launch.
 #pragma once
 
+#include <utility>
+
 #include "../select_kernel.h"
 #include "torch/torch_tensor.h"
 
@@ -32,10 +34,11 @@ void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backe
   const DeviceInfo info = backend.device_info(p.device_index);
   const Kernel<Params>& kernel = select_kernel(kernels, params, info);
   const Plan plan = kernel.plan(params, info);
-  OptionalTensor workspace;
+  Tensor workspace;
   if (plan.workspace_bytes > 0) {
-    workspace = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
-    p.workspace = workspace->data_ptr();
+    NewTensor bytes = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
+    workspace = std::move(bytes.tensor);
+    p.workspace = bytes.info.data;
   }
   const DeviceScope scope(backend, p.device_index);
   kernel.launch(params, info, scope.stream());
@@ -60,17 +63,19 @@ inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, b
   const int64_t dense[] = {params.batch, params.num_heads, params.seqlen_q},
                 packed[] = {params.num_heads, params.total_q};
   Results results;
-  results.out = empty_like_dense(q_given, params.head_dim_v, "out");
-  params.out = tensor_view(info_of(results.out, "out"), heads_first);
+  NewTensor out = empty_like_dense(q_given, params.head_dim_v, "out");
+  results.out = std::move(out.tensor);
+  params.out = tensor_view(out.info, heads_first);
   if (!lse_is_read && !params.is_varlen_q()) {
     const int64_t heads = params.num_heads * params.seqlen_q;
     params.lse = {backend_of(params.device).unread(params.device_index, params.batch * heads * size_of(dtype)), heads,
                   params.seqlen_q, 1};
     if (params.lse.data != nullptr) return results;
   }
-  results.lse = params.is_varlen_q() ? empty_contiguous(2, packed, dtype, q_given, "lse")
-                                     : empty_contiguous(3, dense, dtype, q_given, "lse");
-  params.lse = row_view(info_of(results.lse, "lse"));
+  NewTensor lse = params.is_varlen_q() ? empty_contiguous(2, packed, dtype, q_given, "lse")
+                                       : empty_contiguous(3, dense, dtype, q_given, "lse");
+  results.lse = std::move(lse.tensor);
+  params.lse = row_view(lse.info);
   return results;
 }
 

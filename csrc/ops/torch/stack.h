@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
+#include <optional>
+#include <type_traits>
+#include <utility>
 
 #include "../arguments/arguments.h"
 #include "torch_tensor.h"
@@ -17,17 +20,37 @@ class Stack {
 
   template <typename T>
   T take() {
-    return torch::stable::detail::to<T>(*next_++);
+    using torch::stable::detail::to;
+    if constexpr (std::is_same_v<T, Tensor>) {
+      return Tensor(to<AtenTensorHandle>(*next_++));
+    } else if constexpr (std::is_same_v<T, OptionalTensor>) {
+      const auto handle = to<std::optional<AtenTensorHandle>>(*next_++);
+      return handle ? OptionalTensor(*handle) : std::nullopt;
+    } else {
+      return to<T>(*next_++);
+    }
   }
 
  private:
   StableIValue* next_;
 };
 
+inline StableIValue result_of(int64_t number) { return torch::stable::detail::from(number); }
+inline StableIValue result_of(Tensor&& tensor) {
+  AtenTensorHandle handle = std::move(tensor).release();
+  if (handle == nullptr) Tensor::check(aoti_torch_new_uninitialized_tensor(&handle));
+  return torch::stable::detail::from(handle);
+}
+inline StableIValue result_of(OptionalTensor&& tensor) {
+  std::optional<AtenTensorHandle> handle;
+  if (tensor) handle = std::move(*tensor).release();
+  return torch::stable::detail::from(handle);
+}
+
 /// Puts results where the arguments were, once those are taken.
 template <typename... Results>
-void put_results(StableIValue* values, const Results&... results) {
-  ((*values++ = torch::stable::detail::from<Results>(results)), ...);
+void put_results(StableIValue* values, Results&&... results) {
+  ((*values++ = result_of(std::forward<Results>(results))), ...);
 }
 
 constexpr int count_tensors() {

@@ -1,9 +1,9 @@
 #include "torch_tensor.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 
 #include "../../out_of_memory.h"
 #include "../arguments/refuse.h"
@@ -12,23 +12,8 @@ namespace flash_attn {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Bool: return DType::kBool;
-    case ScalarType::Int: return DType::kInt32;
-    case ScalarType::Long: return DType::kInt64;
-    case ScalarType::Float8_e4m3fn: return kFloat8E4M3;
-    default: return DType::kOther;
-  }
-}
-
-int32_t shim_dtype(DType dtype) {
+int32_t code_of(DType dtype) {
+  if (dtype == kFloat8E4M3) return aoti_torch_dtype_float8_e4m3fn();
   switch (dtype) {
     case DType::kFloat64: return aoti_torch_dtype_float64();
     case DType::kFloat32: return aoti_torch_dtype_float32();
@@ -41,39 +26,67 @@ int32_t shim_dtype(DType dtype) {
   }
 }
 
-Tensor empty_strided(int ndim, const int64_t* sizes, const int64_t* strides, DType dtype, const TensorInfo& like,
-                     const char* name) {
+DType dtype_of(int32_t code) {
+  constexpr int kCodes = 64;
+  static const auto known = [] {
+    std::array<DType, kCodes> dtypes;
+    dtypes.fill(DType::kOther);
+    for (int dtype = 0; dtype <= int(kFloat8E4M3); ++dtype) {
+      const int32_t code = code_of(DType(dtype));
+      if (DType(dtype) != DType::kOther && code >= 0 && code < kCodes) dtypes[size_t(code)] = DType(dtype);
+    }
+    return dtypes;
+  }();
+  return code >= 0 && code < kCodes ? known[size_t(code)] : DType::kOther;
+}
+
+/// Allocates what `info` describes, but for the data.
+NewTensor allocated(TensorInfo info, const char* name) {
   AtenTensorHandle handle = nullptr;
-  const bool on_cpu = like.device == DeviceType::kCPU;
+  const bool on_cpu = info.device == DeviceType::kCPU;
   const int32_t device = on_cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  if (aoti_torch_empty_strided(ndim, sizes, strides, shim_dtype(dtype), device, on_cpu ? 0 : like.device_index,
-                               &handle) != 0) {
-    double bytes = size_of(dtype);
-    for (int i = 0; i < ndim; ++i) bytes *= double(sizes[i]);
-    throw_out_of_memory(like.device, bytes, name);
+  if (aoti_torch_empty_strided(info.ndim, info.size, info.stride, code_of(info.dtype), device,
+                               on_cpu ? 0 : info.device_index, &handle) != 0) {
+    double bytes = size_of(info.dtype);
+    for (int i = 0; i < info.ndim; ++i) bytes *= double(info.size[i]);
+    throw_out_of_memory(info.device, bytes, name);
   }
-  return Tensor(handle);
+  NewTensor result{Tensor(handle), info};
+  result.info.data = result.tensor.data();
+  return result;
 }
 
 }  // namespace
 
 TensorInfo info_of(const Tensor& tensor, const char* name) {
+  const AtenTensorHandle handle = tensor.handle();
+  int64_t ndim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0, device = 0;
+  const void* data = nullptr;
+  Tensor::check(aoti_torch_get_dim(handle, &ndim));
+  check_ndim(name, ndim);
+  Tensor::check(aoti_torch_get_sizes(handle, &sizes));
+  Tensor::check(aoti_torch_get_strides(handle, &strides));
+  Tensor::check(aoti_torch_get_dtype(handle, &dtype));
+  Tensor::check(aoti_torch_get_device_type(handle, &device));
+  // What came in is only read, so a copy-on-write tensor may stay one; what is written is our own.
+  Tensor::check(torch_get_const_data_ptr(handle, &data));
+
   TensorInfo info;
-  info.ndim = int(tensor.dim());
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  check_ndim(name, info.ndim);
+  info.ndim = int(ndim);
   for (int i = 0; i < info.ndim; ++i) {
     info.size[i] = sizes[i];
     info.stride[i] = strides[i];
   }
-  // What came in is only read, so a copy-on-write tensor may stay one; what is written is our own.
-  info.data = const_cast<void*>(tensor.const_data_ptr());
-  info.dtype = dtype_of(tensor);
-  if (tensor.is_cpu()) {
+  info.data = const_cast<void*>(data);
+  info.dtype = dtype_of(dtype);
+  if (device == aoti_torch_device_type_cpu()) {
     info.device = DeviceType::kCPU;
-  } else if (tensor.is_cuda()) {
+  } else if (device == aoti_torch_device_type_cuda()) {
     info.device = DeviceType::kCUDA;
-    info.device_index = tensor.get_device_index();
+    int32_t index = 0;
+    Tensor::check(aoti_torch_get_device_index(handle, &index));
+    info.device_index = index;
   } else {
     refuse(name, " must be on the CPU or a CUDA device");
   }
@@ -83,36 +96,42 @@ TensorInfo info_of(const Tensor& tensor, const char* name) {
 void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name) {
   const int last = info.ndim - 1;
   if (last < 0 || info.size[last] <= 1 || info.stride[last] == 1) return;
-  Tensor copy = empty_like_dense(info, info.size[last], name);
-  torch::stable::copy_(copy, tensor);
-  tensor = copy;
-  info = info_of(tensor, name);
+  NewTensor copy = empty_like_dense(info, info.size[last], name);
+  torch::stable::Tensor to = copy.tensor.shared();
+  torch::stable::copy_(to, tensor.shared());
+  tensor = std::move(copy.tensor);
+  info = copy.info;
 }
 
-Tensor converted(const Tensor& tensor, DType dtype, const char* name) {
+Tensor converted(Tensor tensor, DType dtype, const char* name) {
   const TensorInfo info = info_of(tensor, name);
   if (info.dtype == dtype) return tensor;
-  Tensor result = empty_contiguous(info.ndim, info.size, dtype, info, name);
-  torch::stable::copy_(result, tensor);
-  return result;
+  NewTensor result = empty_contiguous(info.ndim, info.size, dtype, info, name);
+  torch::stable::Tensor to = result.tensor.shared();
+  torch::stable::copy_(to, tensor.shared());
+  return std::move(result.tensor);
 }
 
-Tensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name) {
-  int64_t sizes[TensorInfo::kMaxDims], strides[TensorInfo::kMaxDims];
-  for (int i = 0; i < like.ndim; ++i) sizes[i] = like.size[i];
-  sizes[like.ndim - 1] = last;
-  dense_strides_like(like, last, strides);
-  return empty_strided(like.ndim, sizes, strides, like.dtype, like, name);
+NewTensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name) {
+  TensorInfo info = like;
+  info.size[like.ndim - 1] = last;
+  dense_strides_like(like, last, info.stride);
+  return allocated(info, name);
 }
 
-Tensor empty_contiguous(int ndim, const int64_t* sizes, DType dtype, const TensorInfo& like, const char* name) {
-  int64_t strides[TensorInfo::kMaxDims];
+NewTensor empty_contiguous(int ndim, const int64_t* sizes, DType dtype, const TensorInfo& like, const char* name) {
+  TensorInfo info;
+  info.dtype = dtype;
+  info.device = like.device;
+  info.device_index = like.device_index;
+  info.ndim = ndim;
   int64_t next = 1;
   for (int i = ndim - 1; i >= 0; --i) {
-    strides[i] = next;
+    info.size[i] = sizes[i];
+    info.stride[i] = next;
     next *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided(ndim, sizes, strides, dtype, like, name);
+  return allocated(info, name);
 }
 
 }  // namespace flash_attn

@@ -1,16 +1,10 @@
 // Between torch's tensors and TensorInfo: description, copies with rows that kernels can read, new tensors.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-
 #include "../tensor_info.h"
+#include "tensor.h"
 
 namespace flash_attn {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 /// `name` is the argument's, for refusals.
 TensorInfo info_of(const Tensor& tensor, const char* name);
@@ -18,14 +12,20 @@ TensorInfo info_of(const Tensor& tensor, const char* name);
 /// Kernels read rows: a tensor whose last dimension is not contiguous is replaced by a copy, and described anew.
 void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name);
 
+/// A new tensor, and what info_of() would say of it.
+struct NewTensor {
+  Tensor tensor;
+  TensorInfo info;
+};
+
 /// Contiguous. The tensor itself where it has that dtype.
-Tensor converted(const Tensor& tensor, DType dtype, const char* name);
+Tensor converted(Tensor tensor, DType dtype, const char* name);
 
 /// Uninitialised, on the device of `like`, with its sizes but `last` columns, dense, in its memory order. Throws when
 /// memory runs out, with what `name` says was to be stored.
-Tensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name);
+NewTensor empty_like_dense(const TensorInfo& like, int64_t last, const char* name);
 
 /// Uninitialised, on the device of `like`, contiguous.
-Tensor empty_contiguous(int ndim, const int64_t* sizes, DType dtype, const TensorInfo& like, const char* name);
+NewTensor empty_contiguous(int ndim, const int64_t* sizes, DType dtype, const TensorInfo& like, const char* name);
 
 }  // namespace flash_attn
