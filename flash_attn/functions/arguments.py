@@ -66,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
         causal, deterministic, with_probs, with_lse = _flags(options)
     if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
         q, k, v = autocast(q, k, v)
-    left, right = (-1, -1) if window is NO_WINDOW else window_bounds(window)
+    left, right = window_bounds(window)
     if s_aux is not None:
         sink = only_sink(sink, s_aux)
     starts_q, starts_k, used_q, used_k, longest_q, longest_k = (

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 from .. import tensor_subclasses
 from ..masks.prepared import PreparedMask
 from ..torch_op import attention as ops
-from ..torch_op import plain
+from ..torch_op import plain, private
 from ..torch_op.arguments import PLAIN_DETERMINISTIC, plain_options
 from .arguments import NO_WINDOW, Options, Outputs, Window, attention, distributed_attention
 from .other_versions import MISSING_WITHOUT_CACHE, MaskExtras, check_hints, refuse
@@ -185,7 +185,8 @@ def flash_attn_func(
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_func", others, MISSING_WITHOUT_CACHE)
     if (
-        alibi_slopes is learnable_sink is s_aux is attn_mask is None
+        not private.is_traced()  # Dynamo of torch 2.11 knows no `is` of tuples
+        and alibi_slopes is learnable_sink is s_aux is attn_mask is None
         and window_size is NO_WINDOW
         and return_attn_probs is return_lse is False
         and type(q) is type(k) is type(v) is Tensor

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..torch_op.private import torch_sdpa
+
 
 def check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Raises unless q is (..., L, E), k (..., S, E) and v (..., S, Ev), with heads before L and S for `enable_gqa`."""
@@ -43,9 +45,18 @@ def fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
     return heads_k in (heads, 1) or (enable_gqa and heads_k > 0 and heads % heads_k == 0)
 
 
+def _broadcasts_empty() -> bool:
+    """Whether torch's function broadcasts leading dimensions where there are no keys, as it did up to 2.11."""
+    query, key = (torch.empty(batch, 1, rows, 1, device="cpu") for batch, rows in ((1, 1), (2, 0)))
+    return torch_sdpa(query, key, key).shape[0] == 2
+
+
+_BROADCASTS_EMPTY = _broadcasts_empty()
+
+
 def empty_result(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-    """Zeros, where no result depends on the inputs: torch then broadcasts no leading dimensions, and checks none."""
-    if query.shape[-2] == 0 or 0 in value.shape:
+    """Zeros, where no result depends on the inputs and torch then broadcasts no leading dimensions, and checks none."""
+    if not _BROADCASTS_EMPTY and (query.shape[-2] == 0 or 0 in value.shape):
         zeros = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return zeros + query[..., :0].sum() + key[..., :0].sum() + value[..., :0].sum()
     return None

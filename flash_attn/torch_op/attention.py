@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, vmap  # noqa: F401 - vmap registers its rules
+from . import checks, flops, vmap  # noqa: F401 - these two register what they hold
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
 from .autograd import apply_attention, call_forward, call_op, requires_grad
 from .library import forward_op

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch import Tensor
 
 from . import private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, from_plain
-from .library import LIBRARY, backward_flops
+from .library import LIBRARY
 
 _NAME = "_scaled_dot_product_fused_attention_overrideable"
 _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
@@ -52,7 +52,20 @@ def _add_kernels() -> bool:
     return True
 
 
+def _fake_backward(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
+    """What compiled autograd traces: torch 2.11 has none of its own."""
+    pairs = zip(arguments[1:4], arguments[5], strict=False)
+    return (*(torch.empty_like(x) if is_needed else None for x, is_needed in pairs), None)
+
+
+def _add_fake_kernel() -> None:
+    if not private.has_kernel(_NAME + "_backward", "Meta"):
+        torch.ops.flash_attn.extension = library = torch.library.Library("aten", "IMPL")  # no module keeps it
+        library.impl(_NAME + "_backward", _fake_backward, "Meta")
+
+
 if os.environ.get("FLASH_ATTN_EXTENSION_OP") != "0" and _add_kernels():
+    _add_fake_kernel()
     forward = private.past_torch_function(getattr(torch.ops.aten, _NAME).default)
 
 
@@ -66,14 +79,3 @@ def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
     dout, q, k, v, _, mask, out, lse = arguments[:8]
     needs = [*mask[:3], *(False,) * (NUM_DIFFERENTIABLE - 3)]
     return (dout, None, q, k, v, *_OTHERS, out, lse, needs, *from_plain(q, k, scale, int(-1.0 - arguments[12])))
-
-
-def _flops(*arguments: Any, out_val: Any = None, **options: Any) -> int:
-    return backward_flops(*of_backward(*arguments, **options))
-
-
-if forward is not None:
-    _packet = getattr(torch.ops.aten, _NAME + "_backward")
-    if getattr(flop_registry.get(_packet), "__module__", __name__) == __name__:
-        flop_registry.pop(_packet, None)  # of an earlier import
-        register_flop_formula(_packet, get_raw=True)(_flops)

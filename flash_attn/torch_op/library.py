@@ -1,4 +1,4 @@
-"""Loads the op library and registers what torch needs to trace its two ops: fake kernels and FLOP formulas."""
+"""Loads the op library and registers what torch needs to trace its two ops: fake kernels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from flash_attn.portions import FOLDERS
 
-from .arguments import NUM_DIFFERENTIABLE, Options, Tensors, split_backward, split_forward
+from .arguments import NUM_DIFFERENTIABLE, split_backward, split_forward
 from .private import is_known, typical_value
 from .refusals import refuse_backward, refuse_forward
 
@@ -112,32 +111,3 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     for y, need in zip(tensors[3:NUM_DIFFERENTIABLE], needs[3:], strict=False):
         gradients.append(torch.empty(y.shape, dtype=y.dtype, device=y.device) if need and y is not None else None)
     return tuple(gradients)
-
-
-def _matmul_flops(tensors: Tensors, options: Options) -> int:
-    """FLOPs of q @ k.T divided by head_dim, over all heads and sequences; masked scores count too, as in torch."""
-    q, k, starts_q, starts_k = tensors.q, tensors.k, tensors.cu_seqlens_q, tensors.cu_seqlens_k
-    heads = q.shape[1] if q.dim() == 3 or options.heads_first else q.shape[2]
-    if starts_q is not None and starts_k is not None:
-        scores = int((starts_q.diff().double() * starts_k.diff().double()).sum().item())
-    else:
-        batch = q.shape[0] if q.dim() == 4 else k.shape[0]
-        scores = batch * options.max_seqlen_q * options.max_seqlen_k
-    return 2 * heads * scores
-
-
-for _op in (torch.ops.flash_attn.forward, torch.ops.flash_attn.backward):
-    flop_registry.pop(_op, None)  # of an earlier import
-
-
-@register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)
-def _forward_flops(*arguments: Any, out_val: Any = None) -> int:
-    tensors, options = split_forward(arguments)
-    return _matmul_flops(tensors, options) * (tensors.q.shape[-1] + tensors.v.shape[-1])
-
-
-@register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)
-def backward_flops(*arguments: Any, out_val: Any = None) -> int:
-    _, _, tensors, _, _, _, options = split_backward(arguments)
-    # q @ k.T again, dS @ k, dS.T @ q over head_dim; dout @ v.T, P.T @ dout over head_dim_v.
-    return _matmul_flops(tensors, options) * (3 * tensors.q.shape[-1] + 2 * tensors.v.shape[-1])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import plain
+from . import plain, private
 from .arguments import NUM_TENSORS, Options, Tensors
 from .autograd import apply_attention, call_forward
 
-_is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
+_is_grad_enabled, _is_deterministic = torch.is_grad_enabled, private.is_deterministic
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 4)
 
 

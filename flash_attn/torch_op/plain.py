@@ -18,8 +18,7 @@ from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, PLA
 from .autograd import call_backward, raise_out_of_memory
 from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
 
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_is_deterministic = torch.are_deterministic_algorithms_enabled
+_is_traced, _is_grad_enabled, _is_deterministic = private.is_traced, torch.is_grad_enabled, private.is_deterministic
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _ops_are_watched, _any_autocast = private.ops_are_watched, private.any_autocast
 _differentiable = extension.forward  # None: the op is not ours to use
@@ -65,7 +64,7 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
 def may_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Of tensors of no subclass: whether nobody but the op itself may mind that it is called, here and now."""
     return not (
-        _is_compiling()
+        _is_traced()
         or not (q.is_cuda or q.is_cpu)
         or _ops_are_watched()
         or (_any_autocast() and _autocast_changes(q, k, v))

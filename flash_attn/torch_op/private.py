@@ -138,6 +138,16 @@ any_autocast = _any_autocast()
 """Whether autocast is on for any device, asked in half the time of the question for one of them."""
 
 
+is_traced = torch.compiler.is_dynamo_compiling
+"""Whether Dynamo reads this. `torch.compiler.is_compiling()`, which takes twice as long, is true of other tracers too:
+those watch ops."""
+
+is_deterministic: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+"""What `torch.are_deterministic_algorithms_enabled()` says, in a third of its time."""
+
+
 def past_torch_function(op: Any) -> Callable[..., Any]:
     """`op` for arguments of which none overrides torch functions, outside of modes that do: the search for those costs
     more than a small kernel. The op itself where torch has no such way."""
@@ -145,15 +155,21 @@ def past_torch_function(op: Any) -> Callable[..., Any]:
     return op if call is None or handle is None else functools.partial(call, handle)
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether an op of torch's own has a kernel for a device, or for another dispatch key. True where torch doesn't
+    say."""
+    has: Callable[[str, str], bool] | None = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    return has is None or has(f"aten::{op}", key)
+
+
 def is_free(schemas: Mapping[str, str], device: str) -> bool:
     """Whether torch has ops of its own with these names and schemas, and no kernel of theirs for the device."""
     schema: Callable[[str, str], Any] | None = getattr(torch._C, "_get_schema", None)
-    has: Callable[[str, str], bool] | None = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
-    if schema is None or has is None:
+    if schema is None:
         return False
     try:
         return all(
-            str(schema(f"aten::{name}", "")) == f"aten::{name}{expected}" and not has(f"aten::{name}", device)
+            str(schema(f"aten::{name}", "")) == f"aten::{name}{expected}" and not has_kernel(name, device)
             for name, expected in schemas.items()
         )
     except RuntimeError:  # there is no such op
