@@ -11,31 +11,42 @@ namespace {  // see isa.h
 
 /// So many query rows are few.
 template <typename T>
-constexpr int64_t kFewRows = kLanes<T> >= 8 ? kLanes<T> / 4 : 1;
-constexpr int kFewRowsVectors = 8;  // of a row of v at a time: enough sums to hide the latency of an addition
+constexpr int64_t kFewRows = kLanes<T> >= 8 ? 4 : 1;
+constexpr int kFewRowsVectors = 8;  // of sums at a time: enough to hide the latency of an addition
 
 template <typename Storage>
 FLASH_ATTN_INLINE void prefetch_row(const Storage* row, int64_t columns) {
   for (int64_t c = 0; c < columns; c += kCacheLine / int64_t(sizeof(Storage))) __builtin_prefetch(row + c, 0, 2);
 }
 
-/// Products of a row of k with q, summed up to the lanes.
-template <typename Arithmetic, typename Storage>
-FLASH_ATTN_INLINE Vec<typename Arithmetic::Acc> dot_lanes(const Storage* row, int64_t columns,
-                                                          const typename Arithmetic::Operand* q) {
+/// Calls f(integral_constant(rows at once), first row) until all rows had their turn: what was loaded serves several.
+template <typename F>
+FLASH_ATTN_INLINE void for_groups_of_rows(int64_t rows, F f) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) f(std::integral_constant<int, 4>(), m);
+  for (; m + 2 <= rows; m += 2) f(std::integral_constant<int, 2>(), m);
+  if (m < rows) f(std::integral_constant<int, 1>(), m);
+}
+
+/// Products of a row of k with kRows rows of q, (kRows, ldq), summed up to the lanes.
+template <typename Arithmetic, int kRows, typename Storage>
+FLASH_ATTN_INLINE void dot_lanes(const Storage* row, int64_t columns, const typename Arithmetic::Operand* q,
+                                 int64_t ldq, Vec<typename Arithmetic::Acc>* sums) {
   using Operand = typename Arithmetic::Operand;
-  constexpr int W = kLanes<Operand>;
-  Vec<typename Arithmetic::Acc> even{}, odd{};
-  const auto add = [&](auto& sum, int64_t c) {
-    sum = Arithmetic::multiply_add(sum, load_operands<Operand>(row, c, columns), load_vector<Vec<Operand>>(q + c));
+  constexpr int W = kLanes<Operand>, kNumbers = W * Arithmetic::kPack;
+  Vec<typename Arithmetic::Acc> even[kRows] = {}, odd[kRows] = {};
+  const auto add = [&](auto* to, const Vec<Operand>& k, int64_t c) {
+    for (int r = 0; r < kRows; ++r)
+      to[r] = Arithmetic::multiply_add(to[r], k, load_vector<Vec<Operand>>(q + r * ldq + c));
   };
-  int64_t c = 0;
-  for (; (c + 2 * W) * Arithmetic::kPack <= columns; c += 2 * W) {
-    add(even, c);
-    add(odd, c + W);
+  int64_t c = 0, left = columns;
+  for (; left >= 2 * kNumbers; c += 2 * W, left -= 2 * kNumbers) {
+    const Storage* k = row + c * Arithmetic::kPack;
+    add(even, load_operands<Operand>(k, 0, kNumbers), c);
+    add(odd, load_operands<Operand>(k + kNumbers, 0, kNumbers), c + W);
   }
-  for (; c * Arithmetic::kPack < columns; c += W) add(even, c);
-  return even + odd;
+  for (; left > 0; c += W, left -= kNumbers) add(even, load_operands<Operand>(row, c, columns), c);
+  for (int r = 0; r < kRows; ++r) sums[r] = even[r] + odd[r];
 }
 
 /// s (rows, ld) = q keys^T for q (rows, ldq), operands along rows; whole vectors of s are written. `next` is what is
@@ -50,17 +61,20 @@ void score_few_rows(const Rows& keys, const Rows& next, const typename Arithmeti
     const auto* v = static_cast<decltype(type)>(next.data);
     for (int64_t n = 0; n < keys.count; n += W) {
       const int64_t count = min(W, keys.count - n);
-      for (int64_t m = 0; m < rows; ++m) {
-        Vec<Acc> sums[W] = {};
+      for_groups_of_rows(rows, [&](auto at_once, int64_t m) {
+        constexpr int kRows = decltype(at_once)::value;
+        Vec<Acc> sums[kRows][W] = {};
         for (int64_t i = 0; i < count; ++i) {
-          sums[i] = dot_lanes<Arithmetic>(k + (n + i) * keys.stride, keys.columns, q + m * ldq);
+          Vec<Acc> dots[kRows];
+          dot_lanes<Arithmetic, kRows>(k + (n + i) * keys.stride, keys.columns, q + m * ldq, ldq, dots);
+          for (int r = 0; r < kRows; ++r) sums[r][i] = dots[r];
           if (m == 0) {
             prefetch_row(v + (n + i) * next.stride, next.columns);
             prefetch_row(k + (n + i + keys.count) * keys.stride, keys.columns);
           }
         }
-        store<Acc>(s + m * ld + n, sum_lanes<Acc>(sums));
-      }
+        for (int r = 0; r < kRows; ++r) store<Acc>(s + (m + r) * ld + n, sum_lanes<Acc>(sums[r]));
+      });
     }
   });
 }
@@ -89,41 +103,49 @@ T softmax_few_row(T* s, int64_t columns, T exponent_scale, T& row_max, T& row_su
   return alpha;
 }
 
-/// kVectors vectors of one row: out = factor * out + p values. `dead`, when given, marks keys that are not read.
-template <typename T, int kVectors, typename Storage>
+/// kVectors vectors of kRows rows: out (kRows, ldo) = factor * out + p values, for p (kRows, ldp). `dead`, when given,
+/// marks keys that are not read.
+template <typename T, int kRows, int kVectors, typename Storage>
 FLASH_ATTN_INLINE void add_few_columns(const Storage* values, int64_t stride, int64_t keys, int64_t columns, const T* p,
-                                       const uint8_t* dead, T factor, T* out) {
+                                       int64_t ldp, const uint8_t* dead, const T* factor, T* out, int64_t ldo) {
   constexpr int W = kLanes<T>;
-  Vec<T> sums[kVectors] = {};
+  Vec<T> sums[kRows][kVectors] = {};
   for (int64_t n = 0; n < keys; ++n) {
     if (dead != nullptr && dead[n] != 0) continue;
     const Storage* row = values + n * stride;
     for (int j = 0; j < kVectors; ++j) {
-      sums[j] += (kVectors > 1 ? load<T>(row + j * W) : load_up_to<T>(row, columns)) * p[n];
+      const Vec<T> value = kVectors > 1 ? load<T>(row + j * W) : load_up_to<T>(row, columns);
+      for (int r = 0; r < kRows; ++r) sums[r][j] += value * p[r * ldp + n];
     }
   }
-  for (int j = 0; j < kVectors; ++j) store<T>(out + j * W, load<T>(out + j * W) * factor + sums[j]);
+  for (int r = 0; r < kRows; ++r) {
+    T* const to = out + r * ldo;
+    for (int j = 0; j < kVectors; ++j) store<T>(to + j * W, load<T>(to + j * W) * factor[r] + sums[r][j]);
+  }
 }
 
-/// All columns of one row.
+/// All columns of `rows` rows: p (rows, ldp), factor (rows), out (rows, ldo).
 template <typename Arithmetic>
-void add_few_row(const Rows& values, const typename Arithmetic::Acc* p, const uint8_t* dead,
-                 typename Arithmetic::Acc factor, typename Arithmetic::Acc* out) {
+void add_few_rows(const Rows& values, int64_t rows, const typename Arithmetic::Acc* p, int64_t ldp, const uint8_t* dead,
+                  const typename Arithmetic::Acc* factor, typename Arithmetic::Acc* out, int64_t ldo) {
   using Acc = typename Arithmetic::Acc;
   constexpr int W = kLanes<Acc>;
   with_operand_storage<Arithmetic>(values.dtype, [&](auto type) {
     const auto* data = static_cast<decltype(type)>(values.data);
-    int64_t c = 0;
-    const auto add = [&](auto vectors) {
-      constexpr int kVectors = decltype(vectors)::value;
-      for (; c + (kVectors > 1 ? kVectors * W : 1) <= values.columns; c += kVectors * W) {
-        add_few_columns<Acc, kVectors>(data + c, values.stride, values.count, values.columns - c, p, dead, factor,
-                                       out + c);
-      }
-    };
-    add(std::integral_constant<int, kFewRowsVectors>());
-    add(std::integral_constant<int, kFewRowsVectors / 2>());
-    add(std::integral_constant<int, 1>());
+    for_groups_of_rows(rows, [&](auto at_once, int64_t m) {
+      constexpr int kRows = decltype(at_once)::value;
+      int64_t c = 0;
+      const auto add = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        for (; c + (kVectors > 1 ? kVectors * W : 1) <= values.columns; c += kVectors * W) {
+          add_few_columns<Acc, kRows, kVectors>(data + c, values.stride, values.count, values.columns - c, p + m * ldp,
+                                                ldp, dead, factor + m, out + m * ldo + c, ldo);
+        }
+      };
+      add(std::integral_constant<int, kFewRowsVectors / kRows>());
+      if constexpr (kRows == 1) add(std::integral_constant<int, kFewRowsVectors / 2>());
+      add(std::integral_constant<int, 1>());
+    });
   });
 }
 

@@ -185,15 +185,16 @@ class ForwardTask {
     const bool dead = ruled && apply_rules_to_few(tile, block);
     if (params_.dropout_p > 0.0) draw_dropout<Acc>(rules_, tile, x_.bytes, x_.ldm);
     const Rows loaded = values();
+    Acc factor[kFewRows<Acc>];
     for (int64_t m = 0; m < block.rows; ++m) {
       Acc* p = x_.s_rows + m * kForwardBlockN;
-      const Acc factor =
-          softmax_few_row<Acc>(p, tile.columns, rules_.exponent_scale, block.row_max[m], block.row_sum[m]);
+      factor[m] = softmax_few_row<Acc>(p, tile.columns, rules_.exponent_scale, block.row_max[m], block.row_sum[m]);
       for (int64_t n = 0; params_.dropout_p > 0.0 && n < tile.columns; ++n) {
         if (x_.bytes[n * byte_stride(x_.ldm) + m] == 0) p[n] = Acc(0);
       }
-      add_few_row<Arithmetic>(loaded, p, dead ? x_.dead : nullptr, factor, x_.out_rows + m * x_.ldv);
     }
+    add_few_rows<Arithmetic>(loaded, block.rows, x_.s_rows, kForwardBlockN, dead ? x_.dead : nullptr, factor,
+                             x_.out_rows, x_.ldv);
   }
 
   /// The rules have rows as lanes. True: there are dead columns.
