@@ -177,7 +177,7 @@ def mask(selection: Selection) -> list[Problem]:
     """Dense masks and biases, and what changes scores: dropout, softcap, ALiBi."""
     batch, seqlen, width = (4, 4096, 2048) if selection.on_cuda else (2, 512, 512)
     problems = []
-    for head_dim in (64, 128):
+    for head_dim in selection.head_dims or (64, 128, 256):
         plain = Problem(head_dim, False, seqlen, batch, width // head_dim, _dtype(selection))
         long = replace(plain, seqlen=4 * seqlen, batch=1)
         tree = replace(plain, seqlen=64, seqlen_k=2 * seqlen)

@@ -46,8 +46,8 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
   return v;
 }
 
-constexpr Variant extended_variant(const char* name, int head_dim, int block_m) {
-  Variant v = variant(name, head_dim, head_dim, block_m, 1);
+constexpr Variant extended_variant(const char* name, int head_dim, int block_m, int cluster) {
+  Variant v = variant(name, head_dim, head_dim, block_m, cluster);
   v.extended = true;
   v.many_registers = block_m == 64;
   return v;
@@ -65,9 +65,11 @@ extern const Variant kD64 = variant("d64", 64, 64, 128, 1);
 extern const Variant kD64Fused = fused_variant();
 extern const Variant kD96 = variant("d96", 96, 96, 64, 1);
 extern const Variant kD128 = variant("d128", 128, 128, 64, 1);
-extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128);
-extern const Variant kD96Extended = extended_variant("d96 extended", 96, 64);
-extern const Variant kD128Extended = extended_variant("d128 extended", 128, 64);
+extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128, 1);
+extern const Variant kD96Extended = extended_variant("d96 extended", 96, 64, 1);
+extern const Variant kD128Extended = extended_variant("d128 extended", 128, 64, 1);
+extern const Variant kD192Extended = extended_variant("d192 extended", 192, 64, 2);
+extern const Variant kD256Extended = extended_variant("d256 extended", 256, 64, 2);
 extern const Variant kD192V128 = variant("d192-128", 192, 128, 64, 2);
 extern const Variant kD192 = variant("d192", 192, 192, 64, 2);
 extern const Variant kD256 = variant("d256", 256, 256, 64, 2);

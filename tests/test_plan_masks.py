@@ -38,17 +38,6 @@ def test_masks_and_rules_of_scores_get_extended_kernels(
 
 
 @needs_sm90
-@pytest.mark.parametrize("head_dim", [192, 256])
-@pytest.mark.parametrize("changes, reason", SCORES)
-def test_the_hopper_backward_refuses_masks_and_rules_of_scores_from_head_dim_128_on(
-    changes: dict[str, Any], reason: str, head_dim: int
-) -> None:
-    choice = plan(head_dim=head_dim, **changes)["backward"]
-    assert choice["family"] == "sm80"
-    assert [reason in text for name, text in choice["rejected"] if name == "sm90"] == [True]
-
-
-@needs_sm90
 @pytest.mark.parametrize("kind, names", [("extended", HOPPER_EXTENDED), ("biased", HOPPER_BIASED)])
 def test_an_extended_kernel_can_be_asked_for_by_its_name(
     kind: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -72,7 +61,16 @@ def test_what_passes_over_rules_of_scores_is_a_kernel_of_its_own(head_dim: int) 
 
 @needs_sm90
 @pytest.mark.parametrize("changes", [changes for changes, _ in SCORES])
-@pytest.mark.parametrize("head_dim, kernel", [(40, "d64 128x128"), (96, "d96 64x128"), (128, "d128 64x128")])
+@pytest.mark.parametrize(
+    "head_dim, kernel",
+    [
+        (40, "d64 128x128"),
+        (96, "d96 64x128"),
+        (128, "d128 64x128"),
+        (136, "d192 64x128 pair"),
+        (200, "d256 64x128 pair"),
+    ],
+)
 def test_what_changes_scores_has_backward_kernels_of_its_own(
     head_dim: int, kernel: str, changes: dict[str, Any]
 ) -> None:
@@ -92,6 +90,7 @@ def test_what_changes_scores_has_backward_kernels_of_its_own(
         ((1, 16), {"deterministic": True}, "by another launch"),
         ((4, 16), {"dropout_p": 0.1}, "by another launch"),
         ((4, 16), {"head_dim": 64}, "stored by tiles"),
+        ((4, 16), {"head_dim": 256}, "by another launch"),
     ],
 )
 def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(

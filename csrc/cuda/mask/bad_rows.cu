@@ -1,5 +1,6 @@
 #include "../common/launch.h"
 #include "bad_rows.h"
+#include "bad_values.h"
 
 namespace flash_attn::cuda::mask {
 namespace {
@@ -8,17 +9,12 @@ constexpr int kThreads = 256, kRowsOfWord = 64;
 
 struct Arguments {
   TensorView v;
-  uint32_t exponent;        // of NaN and infinities, in both halves of a word
+  uint32_t exponent;        // see bad_values.h
   int rows, heads, pieces;  // pieces of 16 bytes in a row
   int words_per_head;
   int64_t num_words;
   uint64_t* words;
 };
-
-__device__ bool is_bad(uint32_t pair, uint32_t exponent) {
-  const uint32_t x = pair & exponent;
-  return (x & 0xffffu) == (exponent & 0xffffu) || (x >> 16) == (exponent >> 16);
-}
 
 /// A warp makes a word: kLanes neighbouring lanes read a row, a piece each.
 template <int kLanes>
@@ -71,7 +67,7 @@ int64_t bad_rows_bytes(const ForwardParams& p) { return p.batch * p.num_heads_k 
 BadRows find_bad_rows(const ForwardParams& p, void* data, cudaStream_t stream) {
   Arguments a{};
   a.v = p.v;
-  a.exponent = p.dtype == DType::kBFloat16 ? 0x7f807f80u : 0x7c007c00u;
+  a.exponent = p.dtype == DType::kBFloat16 ? kBadExponentBf16 : kBadExponentFp16;
   a.rows = int(p.seqlen_k);
   a.heads = int(p.num_heads_k);
   a.pieces = int(p.head_dim_v / 8);

@@ -45,9 +45,6 @@ const char* refuses_tensors(const BackwardParams& params) {
 /// Of scores that are more than scale * q.k.
 const char* refuses_rules(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
-  if (extended_variant_for(params) == nullptr) {
-    return "there are attn_mask, alibi_slopes, sinks, softcap or dropout, and head_dim is over 128";
-  }
   if (p.softcap > 0.0 && params.dslopes != nullptr) return "alibi_slopes have a gradient beside softcap";
   if (const char* reason = refuses_bias(p)) return reason;
   if (params.dmask != nullptr && sm80::kBackward.refuses(of_dmask_alone(params), device) != nullptr) {

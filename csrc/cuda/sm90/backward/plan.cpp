@@ -264,7 +264,7 @@ const Variant& variant_for(const ForwardParams& p) {
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {
   const Forced forced = Forced::from_environment();
-  const Variant& variant = is_extended(params.forward) ? *extended_variant_for(params) : variant_for(params.forward);
+  const Variant& variant = is_extended(params.forward) ? extended_variant_for(params) : variant_for(params.forward);
   const bool can = &variant == &kD64 && takes_one_cta(params);
   const bool one_cta = can && (forced.one_cta < 0 ? one_cta_pays(params.forward, device) : forced.one_cta > 0);
   const Plan plan = choose_plan(params, device, one_cta ? kD64Fused : variant, forced);

@@ -36,7 +36,7 @@ struct Variant {
 
 // Each in its own .cu file, see choose_plan() for the choice.
 extern const Variant kD64, kD64Fused, kD96, kD128, kD192V128, kD192, kD256;
-extern const Variant kD64Extended, kD96Extended, kD128Extended;
+extern const Variant kD64Extended, kD96Extended, kD128Extended, kD192Extended, kD256Extended;
 
 /// How the work on a key head is split, see HeadSplit.
 struct SplitPlan {
@@ -100,8 +100,8 @@ struct Plan {
 
 /// Whether scores are more than scale * q.k, or attn_mask hides some.
 bool is_extended(const ForwardParams& params);
-/// The kernel for the problem's head dimensions that takes every problem like it; null: there is none.
-const Variant* extended_variant_for(const BackwardParams& params);
+/// The kernel for the problem's head dimensions that takes every problem like it.
+const Variant& extended_variant_for(const BackwardParams& params);
 /// What is left to decide when the order of tiles and the way of dq are.
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device);
 /// Why that kernel does not take an additive attn_mask, as a clause; null if it does.

@@ -81,6 +81,13 @@ FLASH_ATTN_DEVICE int* turn_count(const KernelParams& params, BlockCounters& blo
   return params.is_ordered() ? &block.added[rank] : &block.claim;
 }
 
+/// By a thread: the step's turn has come; `first`: consumers store.
+FLASH_ATTN_DEVICE void say_turn(DqTurns& turns, uint32_t step, bool first) {
+  mbarrier_wait(&turns.released[step % 2], step / 2 % 2 ^ 1);
+  turns.first[step % 2] = first;
+  mbarrier_arrive(&turns.begun[step % 2]);
+}
+
 /// By a thread: waits for the turn of a step, `step` counted over all tiles; `block`: counters of the step's.
 template <typename Config>
 FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, int m_block, BlockCounters& block,
@@ -95,9 +102,7 @@ FLASH_ATTN_DEVICE void begin_turn(const KernelParams& params, const Tile& tile, 
   } else {
     first = claim_block<Config::kCtas>(count, tile.index, rank == 0);
   }
-  mbarrier_wait(&turns.released[step % 2], step / 2 % 2 ^ 1);
-  turns.first[step % 2] = first;
-  mbarrier_arrive(&turns.begun[step % 2]);
+  say_turn(turns, step, first);
 }
 
 /// By the same thread or another.

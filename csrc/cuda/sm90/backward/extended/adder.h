@@ -59,27 +59,13 @@ FLASH_ATTN_DEVICE void add_dq(const KernelParams& params, SharedStorage<Config>&
 /// By one thread, where consumers add dQ themselves: in a fixed order tells them when it is their turn.
 template <typename Config>
 FLASH_ATTN_DEVICE void follow_dq(const KernelParams& params, SharedStorage<Config>& shared) {
-  single::TileRing<Config> tiles;
-  StepReader steps;
-  uint32_t number = 0;
-  while (true) {
-    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
-    const Tile& tile = shared.tiles[tiles.slot()];
-    if (tile.num_heads < 0) break;
-    steps.template for_each<false>(shared, [&](const Step& step) {
-      if (!params.is_ordered()) return;
-      DqTurns& turns = shared.dq_turns;
-      BlockCounters& block = params.dq_counters[block_of_step(params, tile, step)];
-      wait_for_count(&block.added[0], step.before);
-      mbarrier_wait(&turns.released[number % 2], number / 2 % 2 ^ 1);
-      turns.first[number % 2] = 0;
-      mbarrier_arrive(&turns.begun[number % 2]);
-      end_turn(params, block, turns, number);
-      ++number;
-    });
-    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
-    ++tiles.count;
-  }
+  follow_steps<Config>(shared, [&](const Tile& tile, const Step& step, uint32_t number) {
+    if (!params.is_ordered()) return;
+    BlockCounters& block = params.dq_counters[block_of_step(params, tile, step)];
+    wait_for_count(&block.added[0], step.before);
+    say_turn(shared.dq_turns, number, false);
+    end_turn(params, block, shared.dq_turns, number);
+  });
 }
 
 }  // namespace flash_attn::cuda::sm90::backward::extended

@@ -18,6 +18,7 @@ struct ExtendedConfig : single::KernelConfig<Element, Shape> {
   // all scores until dP is there, whatever the rules.
   static constexpr bool kManyRegisters = Shape::kBlockM == 64;
   static constexpr int kWords = Shape::kBlockM / 64;  // of a bit for each of a thread's scores
+  static constexpr int kChunkSteps = 32;              // as many as a warp lists at once
 };
 
 /// A query block that a tile visits.
@@ -32,11 +33,12 @@ struct Step {
 /// Named barriers, beside single/config.h's.
 enum Barrier : int { kWarpgroup = 4 };  // + consumer: its own threads
 
-constexpr int kChunkSteps = 32, kChunks = 2;
+constexpr int kChunks = 2;
 
 /// Steps of a tile, in their order; see steps.h.
+template <int kSteps>
 struct StepChunk {
-  Step steps[kChunkSteps];
+  Step steps[kSteps];
   int count;
   int last;  // the tile's last
 };
@@ -56,7 +58,7 @@ struct SharedStorage : single::SharedStorage<Config> {
   DqTurns dmask_turns;
   Dropout dropout;
   ListPlace list;
-  StepChunk chunks[kChunks];
+  StepChunk<Config::kChunkSteps> chunks[kChunks];
   float slope_sums[128 * Config::kConsumers];                      // a thread's, of the head so far
   alignas(128) uint8_t bits[Config::kStages][Config::kBytesBits];  // [warp][kWords][lane] of 32 bits, see ScoreBits
   alignas(1024) uint8_t bias[Config::kBytesBias];                  // [consumer][kBlockM][64 keys], of 16-bit elements

@@ -26,7 +26,6 @@ struct Consumer : single::Consumer<Config> {
   /// 0 for what is not finite in this consumer's rows of K and V: a key that attn_mask hides from a query must not
   /// reach its dQ. Rows that do see such a key get NaN by their lse or delta.
   FLASH_ATTN_DEVICE void clear_bad_keys() {
-    constexpr uint32_t kExponent = std::is_same_v<Element, __half> ? 0x7c00 : 0x7f80;
     const int thread = threadIdx.x % 128;
     bool wrote = false;
 #pragma unroll 1
@@ -35,19 +34,7 @@ struct Consumer : single::Consumer<Config> {
       const uint32_t from = shared_address(buffer) + panel % Config::kPanels * Config::kPanelBytesKV +
                             warpgroup * (64 * 128) + thread * 16;
 #pragma unroll 1
-      for (int i = 0; i < 64 * 128; i += 128 * 16) {
-        uint32_t x[4];
-        load_shared(from + i, x);
-        bool bad = false;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool low = (x[j] & kExponent) == kExponent, high = (x[j] >> 16 & kExponent) == kExponent;
-          bad |= low | high;
-          x[j] &= (low ? 0u : 0xffffu) | (high ? 0u : 0xffff0000u);
-        }
-        if (bad) store_shared(from + i, x);
-        wrote |= bad;
-      }
+      for (int i = 0; i < 64 * 128; i += 128 * 16) wrote |= clear_bad_values<Element>(from + i);
     }
     if (wrote) async_proxy_fence();  // wgmma reads them
     named_barrier_sync(kWarpgroup + warpgroup, 128);
@@ -78,20 +65,9 @@ struct Consumer : single::Consumer<Config> {
     const int batch = params.split.heads.divide(tile.batch_head), head = tile.q_head + at.head;
     const uint32_t statistics = shared_address(shared.statistics[q.stage]);
     const int rules = (params.extended.rules & (at.rules & kBiased ? ~0 : ~kLoadsBias)) | at.rules;
-    Scores scores{params,
-                  shared,
-                  tile,
-                  rules,
-                  lane,
-                  batch,
-                  head,
-                  tile.n_begin + 64 * warpgroup + 16 * warp,
-                  at.m_block * kBlockM,
-                  partial,
-                  statistics,
-                  0.f,
-                  true,
-                  kept};
+    Scores scores{
+        params,  tile,       rules, lane, batch, head, tile.n_begin + 64 * warpgroup + 16 * warp, at.m_block * kBlockM,
+        partial, statistics, 0.f,   true, kept};
     if (const ForwardParams& problem = params.problem; problem.alibi_slopes != nullptr) {
       scores.slope = static_cast<const float*>(
           problem.alibi_slopes)[batch * problem.alibi_batch_stride + int64_t{head} * problem.alibi_head_stride];
@@ -191,7 +167,7 @@ struct Consumer : single::Consumer<Config> {
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
       scores.template to_gradients<kRules>(s + 8 * k, dp + 8 * k, k);
-      if (scores.template has<kRules>(kDslopes)) scores.sum_distances(dp + 8 * k, k);
+      if (scores.template has<kRules>(kDslopes)) shared.slope_sums[threadIdx.x] += scores.sum_distances(dp + 8 * k, k);
       if constexpr ((kRules & kDmask) == 0) pack_piece(k);
     }
     if constexpr ((kRules & kDmask) != 0) {
@@ -224,7 +200,7 @@ struct Consumer : single::Consumer<Config> {
         mask_transposed(of_piece, scores.tile, scores.key(), scores.query() + 16 * k);
       }
       scores.template multiply<kRules>(of_piece, dp + 8 * k, k);
-      if (scores.template has<kRules>(kDslopes)) scores.sum_distances(dp + 8 * k, k);
+      if (scores.template has<kRules>(kDslopes)) shared.slope_sums[threadIdx.x] += scores.sum_distances(dp + 8 * k, k);
       pack_piece(k);
     }
     release_bias();

@@ -28,32 +28,19 @@ FLASH_ATTN_DEVICE int64_t mask_slice(const MaskView& mask, int batch, int head) 
 /// from registers.
 template <typename Config>
 FLASH_ATTN_DEVICE void follow_dmask(const KernelParams& params, SharedStorage<Config>& shared) {
-  single::TileRing<Config> tiles;
-  StepReader steps;
-  uint32_t number = 0;
-  while (true) {
-    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
-    const Tile& tile = shared.tiles[tiles.slot()];
-    if (tile.num_heads < 0) break;
-    steps.template for_each<false>(shared, [&](const Step& step) {
-      DqTurns& turns = shared.dmask_turns;
-      const int batch = params.split.heads.divide(tile.batch_head), head = tile.q_head + step.head;
-      const int64_t n_block =
-          mask_slice(params.problem.mask, batch, head) * params.schedule.num_n_blocks + tile.n_begin / Config::kBlockN;
-      int* const count = params.extended.dmask_counters + n_block * params.num_m_blocks + step.m_block;
-      const int before = dmask_turns_before(params.problem, batch, head);
-      wait_for_count(count, before);
-      mbarrier_wait(&turns.released[number % 2], number / 2 % 2 ^ 1);
-      turns.first[number % 2] = before == 0;
-      mbarrier_arrive(&turns.begun[number % 2]);
-      mbarrier_wait(&turns.added[number % 2], number / 2 % 2);
-      mbarrier_arrive(&turns.released[number % 2]);
-      add_to_count(count);
-      ++number;
-    });
-    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
-    ++tiles.count;
-  }
+  follow_steps<Config>(shared, [&](const Tile& tile, const Step& step, uint32_t number) {
+    DqTurns& turns = shared.dmask_turns;
+    const int batch = params.split.heads.divide(tile.batch_head), head = tile.q_head + step.head;
+    const int64_t n_block =
+        mask_slice(params.problem.mask, batch, head) * params.schedule.num_n_blocks + tile.n_begin / Config::kBlockN;
+    int* const count = params.extended.dmask_counters + n_block * params.num_m_blocks + step.m_block;
+    const int before = dmask_turns_before(params.problem, batch, head);
+    wait_for_count(count, before);
+    say_turn(turns, number, before == 0);
+    mbarrier_wait(&turns.added[number % 2], number / 2 % 2);
+    mbarrier_arrive(&turns.released[number % 2]);
+    add_to_count(count);
+  });
 }
 
 /// Stores or adds. By a predicate, as global_store_or_add().

@@ -26,11 +26,12 @@ void plan_dmask(ExtendedPlan& extended, const Plan& plan, const BackwardParams& 
   const ForwardParams& p = params.forward;
   const bool whole = p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
   const bool has_follower = !(plan.dq.is_ordered() && plan.variant->dq_path == DqPath::kWarp);
+  const bool by_tiles = plan.variant->cluster == 1;
   const bool in_turns = p.is_dense() && scores_of_number(p) <= kMaxDmaskTurns && has_follower;
   const bool bias_alone = extended.bias_by_tma && !extended.packs_mask && p.softcap == 0.0 && p.dropout_p == 0.0 &&
                           p.alibi_slopes == nullptr;
   const bool in_32_bits = p.mask.row_size * p.mask.col_size < INT32_MAX;
-  extended.stores_dmask = whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
+  extended.stores_dmask = by_tiles && whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
   extended.adds_dmask = extended.stores_dmask && scores_of_number(p) > 1;
   extended.computes_dmask = !extended.stores_dmask;
   if (extended.computes_dmask) {
@@ -57,15 +58,15 @@ const char* refuses_bias(const ForwardParams& p) {
   return nullptr;
 }
 
-const Variant* extended_variant_for(const BackwardParams& params) {
+const Variant& extended_variant_for(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const bool needs_registers = p.has_bias() && (params.dmask != nullptr || !has_mask_map(p));
-  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended};
+  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended, &kD192Extended};
   for (const Variant* variant : all) {
     if (needs_registers && !variant->many_registers) continue;
-    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return variant;
+    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return *variant;
   }
-  return nullptr;
+  return kD256Extended;
 }
 
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {

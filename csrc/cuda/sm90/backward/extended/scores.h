@@ -108,7 +108,6 @@ struct StepScores {
   static constexpr int kFragment = kBlockM / 2;  // scores of a thread
 
   const KernelParams& params;
-  SharedStorage<Config>& shared;
   const Tile& tile;
   const int rules;
   const int lane;
@@ -291,12 +290,12 @@ struct StepScores {
     }
   }
 
-  FLASH_ATTN_DEVICE void sum_distances(const float* ds, int k) const {
+  FLASH_ATTN_DEVICE float sum_distances(const float* ds, int k) const {
     const float first = first_distance();
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum = fmaf(ds[j], distance(first, k, j), sum);
-    shared.slope_sums[threadIdx.x] += sum;
+    return sum;
   }
 
   /// Numbers within a slice of the mask have 32 bits (plan.cpp).

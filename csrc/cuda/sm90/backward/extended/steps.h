@@ -16,8 +16,8 @@ struct StepReader {
 
   /// All steps of the next tile, by a thread, or by a warp that says once that it is through: visit(step), or
   /// visit(step, whether it is a chunk's first, last).
-  template <bool kWarp, typename Config, typename Visit>
-  FLASH_ATTN_DEVICE void for_each(SharedStorage<Config>& shared, Visit visit) {
+  template <bool kWarp, typename Storage, typename Visit>
+  FLASH_ATTN_DEVICE void for_each(Storage& shared, Visit visit) {
     bool last;
     do {
       const int slot = chunk % kChunks;
@@ -39,18 +39,72 @@ struct StepReader {
   }
 };
 
+/// By one thread: all steps of all tiles, counted through: visit(tile, step, number).
+template <typename Config, typename Visit>
+FLASH_ATTN_DEVICE void follow_steps(SharedStorage<Config>& shared, Visit visit) {
+  single::TileRing<Config> tiles;
+  StepReader steps;
+  uint32_t number = 0;
+  while (true) {
+    mbarrier_wait(&shared.tile_full[tiles.slot()], tiles.slot_phase());
+    const Tile& tile = shared.tiles[tiles.slot()];
+    if (tile.num_heads < 0) break;
+    steps.template for_each<false>(shared, [&](const Step& step) { visit(tile, step, number++); });
+    mbarrier_arrive(&shared.tile_empty[tiles.slot()]);
+    ++tiles.count;
+  }
+}
+
+/// All steps of a single tile, step by step, for who has to know whether there is another one before it ends a step.
+template <typename Storage>
+struct StepCursor {
+  Storage& shared;
+  uint32_t chunk = 0;
+  int number = 0;  // in the chunk
+
+  FLASH_ATTN_DEVICE const Step& at() const { return shared.chunks[chunk % kChunks].steps[number]; }
+
+  /// To the first step; false if there is none.
+  FLASH_ATTN_DEVICE bool begin() {
+    await_chunk();
+    return find_step();
+  }
+  /// To the next one.
+  FLASH_ATTN_DEVICE bool advance() {
+    ++number;
+    return find_step();
+  }
+
+ private:
+  FLASH_ATTN_DEVICE void await_chunk() const {
+    mbarrier_wait(&shared.steps_full[chunk % kChunks], chunk / kChunks % 2);
+  }
+  FLASH_ATTN_DEVICE bool find_step() {
+    while (number >= shared.chunks[chunk % kChunks].count) {
+      const bool last = shared.chunks[chunk % kChunks].last != 0;
+      mbarrier_arrive(&shared.steps_empty[chunk % kChunks]);
+      if (last) return false;
+      ++chunk;
+      number = 0;
+      await_chunk();
+    }
+    return true;
+  }
+};
+
 /// Of the step, in dq_accum and statistics.
 FLASH_ATTN_DEVICE int block_of_step(const KernelParams& params, const Tile& tile, const Step& step) {
   return tile.block + step.head * params.num_blocks + step.m_block;
 }
 
 /// By a warp, for tiles one after the other. Has few registers: its place in the ring lies in shared memory.
-template <typename Config>
+template <typename Config, typename Storage = SharedStorage<Config>>
 struct StepLister {
-  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kChunkSteps = Config::kChunkSteps;
+  using Chunk = StepChunk<kChunkSteps>;
 
   const KernelParams& params;
-  SharedStorage<Config>& shared;
+  Storage& shared;
 
   /// The number in TileClasses of a head's block of query block 0 and key block 0.
   FLASH_ATTN_DEVICE int first_block_of_head(const Tile& tile, int head) const {
@@ -92,7 +146,7 @@ struct StepLister {
   }
 
   /// When its readers are through with what it held before.
-  FLASH_ATTN_DEVICE StepChunk& next_chunk() const {
+  FLASH_ATTN_DEVICE Chunk& next_chunk() const {
     const uint32_t chunk = shared.list.chunk;
     mbarrier_wait(&shared.steps_empty[chunk % kChunks], chunk / kChunks % 2 ^ 1);
     return shared.chunks[chunk % kChunks];
@@ -110,9 +164,10 @@ struct StepLister {
     mbarrier_arrive(&shared.steps_full[slot]);
   }
 
-  /// Of the tile's blocks of the list's head, 32 from number `first` on in its order.
+  /// Of the tile's blocks of the list's head, kChunkSteps from number `first` on in its order.
   FLASH_ATTN_DEVICE void list_blocks(const Tile& tile) const {
-    const int blocks = tile.m_end - tile.m_begin, number = shared.list.first + lane_id();
+    const int blocks = tile.m_end - tile.m_begin;
+    const int number = kChunkSteps < 32 && lane_id() >= kChunkSteps ? blocks : shared.list.first + lane_id();
     int m_block = tile.m_first + number * block_step<Config>(tile);
     if (m_block >= tile.m_end) m_block -= blocks;
     const int block = first_block_of_head(tile, shared.list.head) +
@@ -122,7 +177,7 @@ struct StepLister {
     const bool visited = (found & mask::kSeen) != 0;
     const uint32_t all = __ballot_sync(~0u, visited);
     if (all == 0 && !is_last(tile)) return;
-    StepChunk& chunk = next_chunk();
+    Chunk& chunk = next_chunk();
     if (visited) {
       uint32_t before;
       asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(before));

@@ -14,6 +14,7 @@ template <typename Element_, int kHeadDim_, int kHeadDimV_, bool kRowParts_ = fa
 struct KernelConfig {
   using Element = Element_;
   static constexpr bool kRowParts = kRowParts_;                       // as in single/config.h
+  static constexpr bool kExtended = false;                            // extended_pair/
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
   static constexpr int kCtas = 2;
   static constexpr bool kDescends = true;  // as in single/config.h

@@ -43,7 +43,9 @@ struct Consumer {
     Mma::template ss<false>(s, a, b);
 #pragma unroll
     for (int k = 1; k < kDepth / 16; ++k) Mma::template ss<true>(s, a + k_step_along(k, 64), b + k_step_along(k, 64));
-    add_statistics(Element{}, s, weights, statistics_descriptor(shared.statistics[stage]));
+    if constexpr (!Config::kExtended) {
+      add_statistics(Element{}, s, weights, statistics_descriptor(shared.statistics[stage]));
+    }
     wgmma_commit();
   }
 
@@ -168,6 +170,21 @@ struct Consumer {
     issue_accumulate(shared.dout);
   }
 
+  /// dS, packed, to both CTAs' products for dQ.
+  FLASH_ATTN_DEVICE void send_ds(int stage, int phase) {
+    mbarrier_wait(&shared.ds_free[stage], phase ^ 1);
+    const uint32_t row = shared_address(shared.ds[stage]) + ds_store_offset(warp, lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) stmatrix_x4_transposed(row + i * 2048, operand + 4 * i);
+    async_proxy_fence();  // wgmma and the copy engine read it
+    named_barrier_sync(kDsWritten, 128);
+    if (threadIdx.x % 128 == 0) {
+      mbarrier_arrive(&shared.ds_full[stage]);
+      bulk_copy_to_peer(peer_address(shared.ds_peer[stage], rank ^ 1), shared.ds[stage], Config::kPanelBytes,
+                        peer_address(&shared.ds_peer_full[stage], rank ^ 1));
+    }
+  }
+
   /// dP, dS and dK.
   FLASH_ATTN_DEVICE void process_gradients() {
     const int stage = step % 2, phase = step / 2 % 2;
@@ -186,17 +203,7 @@ struct Consumer {
     release(&shared.dout_empty);
     multiply_probabilities(p);
     pack_operand();
-    mbarrier_wait(&shared.ds_free[stage], phase ^ 1);
-    const uint32_t row = shared_address(shared.ds[stage]) + ds_store_offset(warp, lane);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) stmatrix_x4_transposed(row + i * 2048, operand + 4 * i);
-    async_proxy_fence();  // wgmma and the copy engine read it
-    named_barrier_sync(kDsWritten, 128);
-    if (threadIdx.x % 128 == 0) {
-      mbarrier_arrive(&shared.ds_full[stage]);
-      bulk_copy_to_peer(peer_address(shared.ds_peer[stage], rank ^ 1), shared.ds[stage], Config::kPanelBytes,
-                        peer_address(&shared.ds_peer_full[stage], rank ^ 1));
-    }
+    send_ds(stage, phase);
     issue_accumulate(shared.q[stage]);
   }
 

@@ -20,8 +20,14 @@ struct Producer {
 
   FLASH_ATTN_DEVICE void load_panels(uint8_t* buffer, const CUtensorMap& map, uint64_t* full, int first, int end, int x,
                                      int y, int head, int batch) {
-    for (int panel = first; panel < end; ++panel) {
+    const auto load = [&](int panel) {
       tma_load(buffer + (panel - first) * Config::kPanelBytes, &map, full, {64 * panel, x, y, head, batch});
+    };
+    if constexpr (Config::kExtended) {  // has fewer registers left
+#pragma unroll 1
+      for (int panel = first; panel < end; ++panel) load(panel);
+    } else {
+      for (int panel = first; panel < end; ++panel) load(panel);
     }
   }
 
@@ -46,27 +52,26 @@ struct Producer {
     load_kv(shared.k_peer, params.k, &shared.k_full, peer_first, peer_end, rank ^ 1);
   }
 
-  FLASH_ATTN_DEVICE void load_q(int step, const BlockWalk<Config>& at) {
+  FLASH_ATTN_DEVICE void load_q(int step, int head, int m_block) {
     const Tile& tile = shared.tile;
     uint64_t* const full = &shared.q_full[step % 2];
     mbarrier_wait(&shared.q_empty[step % 2], step / 2 % 2 ^ 1);
     mbarrier_arrive_expect(full, params.panels * Config::kPanelBytes + Config::kBytesStatistics);
-    load_panels(shared.q[step % 2], params.q, full, 0, params.panels, tile.q_x + at.m_block * Config::kBlockM, tile.q_y,
-                tile.q_head + at.head, tile.q_batch);
+    load_panels(shared.q[step % 2], params.q, full, 0, params.panels, tile.q_x + m_block * Config::kBlockM, tile.q_y,
+                tile.q_head + head, tile.q_batch);
   }
 
-  FLASH_ATTN_DEVICE void load_statistics(int step, const BlockWalk<Config>& at) {
-    const int64_t block = at.index(params);
+  FLASH_ATTN_DEVICE void load_statistics(int step, int64_t block) {
     bulk_load(shared.statistics[step % 2], params.statistics + block * Config::kBlockM, Config::kBytesStatistics,
               &shared.q_full[step % 2]);
   }
 
-  FLASH_ATTN_DEVICE void load_dout(int step, const BlockWalk<Config>& at) {
+  FLASH_ATTN_DEVICE void load_dout(int step, int head, int m_block) {
     const Tile& tile = shared.tile;
     mbarrier_wait(&shared.dout_empty, step % 2 ^ 1);
     mbarrier_arrive_expect(&shared.dout_full, params.panels_v * Config::kPanelBytes);
-    load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v,
-                tile.q_x + at.m_block * Config::kBlockM, tile.q_y, tile.q_head + at.head, tile.q_batch);
+    load_panels(shared.dout, params.dout, &shared.dout_full, 0, params.panels_v, tile.q_x + m_block * Config::kBlockM,
+                tile.q_y, tile.q_head + head, tile.q_batch);
   }
 
   FLASH_ATTN_DEVICE void run() {
@@ -76,14 +81,14 @@ struct Producer {
     int step = 0;
     for_each_block<Config>(tile, [&](const BlockWalk<Config>& walk) {
       if (step == 1) mbarrier_wait(&shared.all_prepared, 0);  // their out lies where this Q comes
-      load_q(step, walk);
+      load_q(step, walk.head, walk.m_block);
       if (step == 0) load_v();
       if (walk.starts_head() && params.preparation.enabled()) {
         await_prepared(params, tile, walk.head);
         global_proxy_fence();
       }
-      load_statistics(step, walk);
-      load_dout(step, walk);
+      load_statistics(step, walk.index(params));
+      load_dout(step, walk.head, walk.m_block);
       ++step;
     });
   }

@@ -209,6 +209,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename Element, bool kExtended>
+auto preprocess_for(int dq_columns) {
+  return dq_columns == 64    ? preprocess_kernel<Element, 64, kExtended>
+         : dq_columns == 128 ? preprocess_kernel<Element, 128, kExtended>
+                             : preprocess_kernel<Element, 256, kExtended>;
+}
+
 template <typename Element>
 void launch_prepare(const RowsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
@@ -218,11 +225,8 @@ void launch_prepare(const RowsParams& params, cudaStream_t stream) {
       params.prepared_tiles > 0 ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
       : params.m_blocks.starts != nullptr ? params.m_blocks.count() * p.num_heads * groups_of_block
                                           : params.prepared_heads * params.num_m_blocks * groups_of_block;
-  const auto kernel = params.extended            ? params.dq_columns == 64 ? preprocess_kernel<Element, 64, true>
-                                                                           : preprocess_kernel<Element, 128, true>
-                      : params.dq_columns == 64  ? preprocess_kernel<Element, 64, false>
-                      : params.dq_columns == 128 ? preprocess_kernel<Element, 128, false>
-                                                 : preprocess_kernel<Element, 256, false>;
+  const auto kernel = params.extended ? preprocess_for<Element, true>(params.dq_columns)
+                                      : preprocess_for<Element, false>(params.dq_columns);
   kernel<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(params);
   check(cudaGetLastError(), "sm90 backward statistics");
 }

@@ -1,25 +1,19 @@
 // From a compiled configuration to a Variant. Only instantiation files include this.
 #pragma once
 
-#include "../../../common/launch.h"
-#include "../../hopper/budgets.h"
+#include "../launch_kernel.h"
 #include "kernel.h"
 #include "variant.h"
 
 namespace flash_attn::cuda::sm90::backward::single {
 
 template <typename Config>
-void launch_kernel(const KernelParams& params, int grid, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
-  static_assert(kSharedBytes <= kMaxSharedBytes, "the tiles do not fit");
-  const auto kernel = backward_kernel<Config>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "sm90 shared memory");
-  launch_dependent(kernel, dim3(grid), Config::kThreads, kSharedBytes, stream, params, "sm90 backward");
-}
+constexpr auto kLaunchKernel =
+    launch_kernel<backward_kernel<Config>, Config::kThreads, int{sizeof(SharedStorage<Config>)}>;
 
 template <typename Shape, bool kRowParts>
-constexpr Launch kLaunch = {launch_kernel<KernelConfig<__nv_bfloat16, Shape, kRowParts>>,
-                            launch_kernel<KernelConfig<__half, Shape, kRowParts>>};
+constexpr Launch kLaunch = {kLaunchKernel<KernelConfig<__nv_bfloat16, Shape, kRowParts>>,
+                            kLaunchKernel<KernelConfig<__half, Shape, kRowParts>>};
 
 template <typename Shape>
 constexpr Variant make_variant(const char* name) {

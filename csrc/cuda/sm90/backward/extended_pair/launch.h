@@ -1,0 +1,24 @@
+// From a compiled configuration of two CTAs with rules of scores to a Variant. Only instantiation files include this.
+#pragma once
+
+#include "../launch_kernel.h"
+#include "../pair/variant.h"
+#include "kernel.h"
+
+namespace flash_attn::cuda::sm90::backward::extended_pair {
+
+template <typename Config>
+constexpr auto kLaunchKernel =
+    launch_kernel<backward_kernel<Config>, Config::kThreads, int{sizeof(pair::SharedStorage<Config>)}>;
+
+template <int kHeadDim, int kHeadDimV>
+constexpr Variant make_variant(const char* name) {
+  using Bf16 = ExtendedConfig<__nv_bfloat16, kHeadDim, kHeadDimV>;
+  Variant variant = pair::variant_of<Bf16>(name);
+  variant.extended = true;
+  variant.many_registers = Bf16::kManyRegisters;
+  variant.launch = {kLaunchKernel<Bf16>, kLaunchKernel<ExtendedConfig<__half, kHeadDim, kHeadDimV>>};
+  return variant;
+}
+
+}  // namespace flash_attn::cuda::sm90::backward::extended_pair

@@ -1,0 +1,7 @@
+#include "../extended_pair/launch.h"
+
+namespace flash_attn::cuda::sm90::backward {
+
+const Variant kD256Extended = extended_pair::make_variant<256, 256>("wgmma d256 64x128 pair extended");
+
+}  // namespace flash_attn::cuda::sm90::backward
