@@ -28,72 +28,38 @@ void fill_saved(const Arguments& arguments, Tensor& dout, const OptionalTensor& 
   if (saved.dlse) params.dlse = row_view(*saved.dlse);
 }
 
-/// The gradients, in the order of `needs`: q, k, v, attn_mask, alibi_slopes, sinks.
-struct Gradients {
-  OptionalTensor dq, dk, dv, dmask, dslopes, dsinks;
-
-  Gradients(const Inputs& inputs, const std::vector<bool>& needs, BackwardParams& params) {
-    const ForwardParams& p = params.forward;
-    const Arguments& a = inputs.arguments();
-    const DType statistics = statistics_dtype(p.dtype);
-    const auto like_input = [&](const TensorInfo& given, const char* name, TensorView& view) {
-      NewTensor gradient = empty_like_dense(given, given.size[given.ndim - 1], name);
-      view = tensor_view(gradient.info, a.heads_first);
-      return std::move(gradient.tensor);
-    };
-    if (needs[0]) dq = like_input(inputs.q_given(), "dq", params.dq);
-    if (needs[1]) dk = like_input(inputs.k_given(), "dk", params.dk);
-    if (needs[2]) dv = like_input(inputs.v_given(), "dv", params.dv);
-    const auto contiguous = [&](const TensorInfo& given, const char* name, void*& data) {
-      NewTensor gradient = empty_contiguous(given.ndim, given.size, statistics, inputs.q_given(), name);
-      data = gradient.info.data;
-      return std::move(gradient.tensor);
-    };
-    if (needs[3]) dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
-    if (needs[4]) {
-      dslopes = contiguous(*a.alibi_slopes, "the gradient of alibi_slopes", params.dslopes);
-      params.slopes_have_batch = a.alibi_slopes->ndim == 2;
-    }
-    if (needs[5]) dsinks = contiguous(*a.sinks, "the gradient of sinks", params.dsinks);
+Gradients empty_gradients(const Inputs& inputs, const std::vector<bool>& needs, BackwardParams& params) {
+  const Arguments& a = inputs.arguments();
+  Gradients gradients;
+  const auto like_input = [&](const TensorInfo& given, const char* name, TensorView& view) {
+    NewTensor gradient = empty_like_dense(given, given.size[given.ndim - 1], name);
+    view = tensor_view(gradient.info, a.heads_first);
+    return std::move(gradient.tensor);
+  };
+  if (needs[0]) gradients.dq = like_input(inputs.q_given(), "dq", params.dq);
+  if (needs[1]) gradients.dk = like_input(inputs.k_given(), "dk", params.dk);
+  if (needs[2]) gradients.dv = like_input(inputs.v_given(), "dv", params.dv);
+  const DType statistics = statistics_dtype(params.forward.dtype);
+  const auto contiguous = [&](const TensorInfo& given, const char* name, void*& data) {
+    NewTensor gradient = empty_contiguous(given.ndim, given.size, statistics, inputs.q_given(), name);
+    data = gradient.info.data;
+    return std::move(gradient.tensor);
+  };
+  if (needs[3]) gradients.dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
+  if (needs[4]) {
+    gradients.dslopes = contiguous(*a.alibi_slopes, "the gradient of alibi_slopes", params.dslopes);
+    params.slopes_have_batch = a.alibi_slopes->ndim == 2;
   }
-
-  /// To the caller's dtype.
-  void convert_dmask(const Arguments& arguments) {
-    if (dmask) dmask = converted(std::move(*dmask), arguments.attn_mask->dtype, "the gradient of attn_mask");
-  }
-
-  void zero() {
-    for (OptionalTensor* gradient : {&dq, &dk, &dv, &dmask, &dslopes, &dsinks}) {
-      if (!*gradient) continue;
-      torch::stable::Tensor zeros = (*gradient)->shared();
-      torch::stable::zero_(zeros);
-    }
-  }
-};
-
-Results attend(const Inputs& inputs, bool lse_is_read = true) {
-  ForwardParams params = make_forward_params(inputs.arguments());
-  const Backend& backend = backend_of(params.device);
-  Results results = empty_results(params, inputs.q_given(), inputs.arguments().heads_first, lse_is_read);
-  if (params.total_q * params.num_heads > 0) run(backend.forward, backend, params, inputs.q_given());
-  return results;
+  if (needs[5]) gradients.dsinks = contiguous(*a.sinks, "the gradient of sinks", params.dsinks);
+  return gradients;
 }
 
-Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
-                        const std::vector<bool>& needs) {
-  const Arguments& arguments = inputs.arguments();
-  BackwardParams params;
-  params.forward = make_forward_params(arguments);
-  fill_saved(arguments, dout, dlse, out, lse, needs, params);
-  const Backend& backend = backend_of(params.forward.device);
-  Gradients gradients(inputs, needs, params);
-  if (lse.numel() == 0 || params.forward.batch == 0) {
-    gradients.zero();
-  } else {
-    run(backend.backward, backend, params, inputs.q_given());
+void zero(Gradients& g) {
+  for (OptionalTensor* gradient : {&g.dq, &g.dk, &g.dv, &g.dmask, &g.dslopes, &g.dsinks}) {
+    if (!*gradient) continue;
+    torch::stable::Tensor zeros = (*gradient)->shared();
+    torch::stable::zero_(zeros);
   }
-  gradients.convert_dmask(arguments);
-  return gradients;
 }
 
 Tensor packed(const TensorInfo& mask) {
@@ -114,6 +80,33 @@ Tensor packed(const TensorInfo& mask) {
 }
 
 }  // namespace
+
+Results attend(const Inputs& inputs, bool lse_is_read, const Tensor* lse) {
+  ForwardParams params = make_forward_params(inputs.arguments());
+  const Backend& backend = backend_of(params.device);
+  Results results = empty_results(params, inputs.q_given(), inputs.arguments().heads_first, lse_is_read, lse);
+  if (params.total_q * params.num_heads > 0) run(backend.forward, backend, params, inputs.q_given());
+  return results;
+}
+
+Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
+                        const std::vector<bool>& needs) {
+  const Arguments& arguments = inputs.arguments();
+  BackwardParams params;
+  params.forward = make_forward_params(arguments);
+  fill_saved(arguments, dout, dlse, out, lse, needs, params);
+  const Backend& backend = backend_of(params.forward.device);
+  Gradients gradients = empty_gradients(inputs, needs, params);
+  if (lse.numel() == 0 || params.forward.batch == 0) {
+    zero(gradients);
+  } else {
+    run(backend.backward, backend, params, inputs.q_given());
+  }
+  if (gradients.dmask) {
+    gradients.dmask = converted(std::move(*gradients.dmask), arguments.attn_mask->dtype, "the gradient of attn_mask");
+  }
+  return gradients;
+}
 
 void forward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);

@@ -17,6 +17,23 @@ void backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results)
 void plain_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void plain_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
+/// Out and lse, not yet filled or filled.
+struct Results {
+  Tensor out, lse;
+};
+
+/// The gradients that are wanted, in the order of `needs`.
+struct Gradients {
+  OptionalTensor dq, dk, dv, dmask, dslopes, dsinks;
+};
+
+/// Both passes of whatever `inputs` describe. With lse_is_read false there may be no lse; where `lse` is given,
+/// (batch, num_heads, seqlen_q) of any strides, it is written there and not returned. `needs`: q, k, v, attn_mask,
+/// alibi_slopes, sinks.
+Results attend(const Inputs& inputs, bool lse_is_read = true, const Tensor* lse = nullptr);
+Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
+                        const std::vector<bool>& needs);
+
 /// What the plain ops compute, for who takes arguments of another schema. The results are undefined where the inputs
 /// should fit and do not, and gradients where `needs` (q, k, v, and false three times) does not want them.
 std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options);

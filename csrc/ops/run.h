@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "../select_kernel.h"
+#include "attention.h"
 #include "torch/torch_tensor.h"
 
 namespace flash_attn {
@@ -51,14 +52,10 @@ inline void copy_rows(const RowCopies& copies, const TensorInfo& like) {
   backend.copy_rows(copies, scope.stream());
 }
 
-/// What forward returns, not yet filled; `params` gets to know it.
-struct Results {
-  Tensor out, lse;
-};
-
-/// With lse_is_read false there may be no lse.
+/// What forward returns, not yet filled; `params` gets to know it. With lse_is_read false there may be no lse, and
+/// with `given_lse`, which is written to then, there is none.
 inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, bool heads_first,
-                             bool lse_is_read = true) {
+                             bool lse_is_read = true, const Tensor* given_lse = nullptr) {
   const DType dtype = statistics_dtype(params.dtype);
   const int64_t dense[] = {params.batch, params.num_heads, params.seqlen_q},
                 packed[] = {params.num_heads, params.total_q};
@@ -66,6 +63,10 @@ inline Results empty_results(ForwardParams& params, const TensorInfo& q_given, b
   NewTensor out = empty_like_dense(q_given, params.head_dim_v, "out");
   results.out = std::move(out.tensor);
   params.out = tensor_view(out.info, heads_first);
+  if (given_lse != nullptr) {
+    params.lse = row_view(info_of(*given_lse, "lse"));
+    return results;
+  }
   if (!lse_is_read && !params.is_varlen_q()) {
     const int64_t heads = params.num_heads * params.seqlen_q;
     params.lse = {backend_of(params.device).unread(params.device_index, params.batch * heads * size_of(dtype)), heads,

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from ..torch_op.private import (
     sdp_priority,
     torch_sdpa,
 )
+from . import aten, context_parallel
 from . import attention as sdpa
-from . import context_parallel
 from .arguments import Arguments
 from .causal_bias import is_causal_bias
 
@@ -194,15 +194,42 @@ class replace_sdpa:  # noqa: N801 - used as a function
     the function by name beforehand, the inference fast paths of `nn.TransformerEncoderLayer` and
     `nn.MultiheadAttention`, and the latter with ``need_weights=True``, are not reached.
 
+    ``level="aten"`` leaves the function alone and puts kernels of this package under the ops of torch that it calls,
+    `aten::_scaled_dot_product_flash_attention` and its siblings for cuDNN, memory-efficient attention and the CPU. That
+    reaches whatever calls them: the function imported by name, C++, compiled code, also what was compiled before or is
+    run afterwards. What torch gives to none of its fused kernels stays torch's (float64 on CUDA, dropout on the CPU,
+    v with another head dim there, `sdpa_kernel(MATH)`). It holds for the whole process, in a block too. Gradients
+    repeat bit for bit; second derivatives raise in torch's words. Torch may warn that a kernel is registered over its
+    own.
+
+    Args:
+        level: "function" (default) or "aten".
+
     Raises:
-        NotImplementedError: torch's `context_parallel` is active.
+        NotImplementedError: torch's `context_parallel` is active; or with level "aten", torch's ops have changed.
+        RuntimeError: level "aten" in a function that is being compiled.
+        ValueError: another level.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, level: Literal["function", "aten"] = "function") -> None:
+        if level not in ("function", "aten"):
+            raise ValueError(f"level must be 'function' or 'aten', but is {level!r}")
+        self._level = level
+        self._overrides = False  # kernels are under torch's ops
         self._layer: _Layer | None = None  # while it holds for the whole process
         self._blocks: list[tuple[open_blocks.Block, _Layer]] = []
         self._before: Any = None  # while it holds in code that is traced
-        self._begin()
+        if level == "aten":
+            self._override()
+        else:
+            self._begin()
+
+    def _override(self) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("replace_sdpa(level='aten') holds for the process: call it outside of compiled code")
+        if not self._overrides:
+            aten.override()
+            self._overrides = True
 
     def _begin(self) -> None:
         global _process_wide
@@ -215,6 +242,9 @@ class replace_sdpa:  # noqa: N801 - used as a function
 
     def restore(self) -> None:
         """Ends it, wherever it holds."""
+        if self._overrides:
+            self._overrides = False
+            aten.restore()
         if self._before is not None:
             F.scaled_dot_product_attention, self._before = self._before, None
         self._end_process_wide()
@@ -238,6 +268,9 @@ class replace_sdpa:  # noqa: N801 - used as a function
             _unstack()
 
     def __enter__(self) -> replace_sdpa:
+        if self._level == "aten":
+            self._override()
+            return self
         if torch.compiler.is_compiling():
             if self._before is None:
                 self._begin()
@@ -251,6 +284,9 @@ class replace_sdpa:  # noqa: N801 - used as a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._level == "aten":
+            self.restore()
+            return
         if self._before is not None:
             F.scaled_dot_product_attention, self._before = self._before, None
             return

@@ -60,7 +60,8 @@ def _fake_backward(*arguments: Any, scale: float | None = None) -> tuple[Tensor 
 
 def _add_fake_kernel() -> None:
     if not private.has_kernel(_NAME + "_backward", "Meta"):
-        torch.ops.flash_attn.extension = library = torch.library.Library("aten", "IMPL")  # no module keeps it
+        namespace: Any = torch.ops.flash_attn
+        namespace.extension = library = torch.library.Library("aten", "IMPL")  # no module keeps it
         library.impl(_NAME + "_backward", _fake_backward, "Meta")
 
 

@@ -162,18 +162,22 @@ def has_kernel(op: str, key: str) -> bool:
     return has is None or has(f"aten::{op}", key)
 
 
+def changed_ops(schemas: Mapping[str, str]) -> list[str]:
+    """Those of torch's own ops that have other schemas than these, or that it does not have."""
+    schema: Callable[[str, str], Any] | None = getattr(torch._C, "_get_schema", None)
+
+    def is_known(name: str, expected: str) -> bool:
+        try:
+            return schema is not None and str(schema(f"aten::{name}", "")) == f"aten::{name}{expected}"
+        except RuntimeError:  # there is no such op
+            return False
+
+    return [name for name, expected in schemas.items() if not is_known(name, expected)]
+
+
 def is_free(schemas: Mapping[str, str], device: str) -> bool:
     """Whether torch has ops of its own with these names and schemas, and no kernel of theirs for the device."""
-    schema: Callable[[str, str], Any] | None = getattr(torch._C, "_get_schema", None)
-    if schema is None:
-        return False
-    try:
-        return all(
-            str(schema(f"aten::{name}", "")) == f"aten::{name}{expected}" and not has_kernel(name, device)
-            for name, expected in schemas.items()
-        )
-    except RuntimeError:  # there is no such op
-        return False
+    return not changed_ops(schemas) and not any(has_kernel(name, device) for name in schemas)
 
 
 flash_sdp_enabled: Callable[[], bool] = getattr(

@@ -1,5 +1,6 @@
 #include "stack.h"
 
+#include <algorithm>
 #include <type_traits>
 
 namespace flash_attn {
@@ -8,6 +9,16 @@ namespace {
 
 TensorInfo& given(TensorInfo& info) { return info; }
 TensorInfo& given(std::optional<TensorInfo>& info) { return *info; }
+
+constexpr int kMask = 3;  // its place among the tensors
+
+/// (batch, heads, seqlen, head_dim), as if it were a view of (batch, seqlen, heads, head_dim).
+void lie_by_rows(TensorInfo& info) {
+  info.stride[3] = 1;
+  info.stride[1] = std::max<int64_t>(info.size[3], 1);
+  info.stride[2] = info.stride[1] * std::max<int64_t>(info.size[1], 1);
+  info.stride[0] = info.stride[2] * std::max<int64_t>(info.size[2], 1);
+}
 
 }  // namespace
 
@@ -44,6 +55,19 @@ PlainOptions Inputs::set_plain_options(std::optional<double> softmax_scale, int6
   arguments_.heads_first = options.heads_first;
   arguments_.deterministic = options.deterministic;
   return options;
+}
+
+void Inputs::set_mask(OptionalTensor mask) {
+  if (mask && mask->is_defined()) tensors_[kMask] = std::move(mask);
+}
+
+void Inputs::set_rng_state(Tensor rng_state) {
+  arguments_.rng_state = info_of(rng_state, "rng_state");
+  tensors_.back() = std::move(rng_state);
+}
+
+void Inputs::lay_results_out_by_rows() {
+  for (TensorInfo* given : {&q_given_, &k_given_, &v_given_}) lie_by_rows(*given);
 }
 
 void Inputs::describe() {

@@ -68,8 +68,15 @@ class Inputs {
   void take_plain_tensors(Stack& stack);
   PlainOptions take_plain_options(Stack& stack);
   PlainOptions set_plain_options(std::optional<double> softmax_scale, int64_t options);
+  /// For other ops' arguments that mean the same as ours.
+  void set_mask(OptionalTensor mask);
+  Arguments& options() { return arguments_; }
   /// To be called once everything is taken.
   void describe();
+  /// May also be called after.
+  void set_rng_state(Tensor rng_state);
+  /// Results are to lie in memory as (batch, seqlen, heads, head_dim), whatever order q, k and v have.
+  void lay_results_out_by_rows();
 
   const Arguments& arguments() const { return arguments_; }
   /// As the caller passed them, before any copy: their memory order is the results'.

@@ -31,6 +31,12 @@ class Tensor {
   AtenTensorHandle handle() const { return handle_; }
   AtenTensorHandle release() && { return std::exchange(handle_, nullptr); }
 
+  /// Whether it is one: what autograd saved may be a tensor of torch's that is none.
+  bool is_defined() const {
+    bool is_defined = false;
+    if (handle_ != nullptr) check(aoti_torch_is_defined(handle_, &is_defined));
+    return is_defined;
+  }
   void* data() const {
     void* data = nullptr;
     check(aoti_torch_get_data_ptr(handle_, &data));
