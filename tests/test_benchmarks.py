@@ -146,12 +146,12 @@ def test_visible_pairs_are_those_of_the_mask(module: Callable[[str], ModuleType]
 
 def test_what_a_suite_has_is_said_when_nothing_is_chosen(module: Callable[[str], ModuleType]) -> None:
     shapes = module("shapes")
-    selection = shapes.Selection(on_cuda=True, head_dims=[96], cases=["dropout"])
+    selection = shapes.Selection(on_cuda=True, seqlens=[96], cases=["dropout"])
     with pytest.raises(
-        SystemExit, match=r"on CUDA it has head dims 64, 128; lengths 64, 4096, 16384; full; cases random"
+        SystemExit, match=r"on CUDA it has head dims 64, 128, 256; lengths 64, 4096, 16384; full; cases random"
     ):
         shapes.problems_of("mask", selection)
-    chosen = shapes.problems_of("mask", replace(selection, head_dims=[64]))
+    chosen = shapes.problems_of("mask", replace(selection, seqlens=None, head_dims=[64]))
     assert [(p.head_dim, p.case, p.batch, p.heads, p.seqlen) for p in chosen] == [(64, "dropout", 4, 32, 4096)]
 
 
