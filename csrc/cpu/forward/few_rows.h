@@ -1,6 +1,6 @@
 // A tile of the forward pass for so few query rows that most lanes would idle if rows were lanes. Here keys are the
 // lanes of a row's scores and head dimensions those of its result, and k and v are read once, where they lie: memory is
-// the limit, not arithmetic. What is read next is prefetched, because k and v take turns.
+// the limit, not arithmetic. What is read next is prefetched where it comes from far, because k and v take turns.
 #pragma once
 
 #include "../parallel.h"
@@ -12,7 +12,10 @@ namespace {  // see isa.h
 /// So many query rows are few.
 template <typename T>
 constexpr int64_t kFewRows = kLanes<T> >= 8 ? 4 : 1;
-constexpr int kFewRowsVectors = 8;  // of sums at a time: enough to hide the latency of an addition
+// Of sums at a time: enough to hide the latency of an addition, and to read what several rows share once.
+template <typename T, int kRows>
+constexpr int kFewRowsVectors = kRows == 1 ? 8 : (sizeof(Vec<T>) == 64 ? 16 : 8) / kRows;
+constexpr int64_t kNearBytes = 4 << 20;  // of all keys and values: so many are in a cache, where prefetching costs more
 
 template <typename Storage>
 FLASH_ATTN_INLINE void prefetch_row(const Storage* row, int64_t columns) {
@@ -49,16 +52,15 @@ FLASH_ATTN_INLINE void dot_lanes(const Storage* row, int64_t columns, const type
   for (int r = 0; r < kRows; ++r) sums[r] = even[r] + odd[r];
 }
 
-/// s (rows, ld) = q keys^T for q (rows, ldq), operands along rows; whole vectors of s are written. `next` is what is
-/// read after these keys, and what follows them in memory after that.
+/// s (rows, ld) = q keys^T for q (rows, ldq), operands along rows; whole vectors of s are written. `next`, when given,
+/// is read after these keys, and what follows them in memory after that: both are prefetched.
 template <typename Arithmetic>
-void score_few_rows(const Rows& keys, const Rows& next, const typename Arithmetic::Operand* q, int64_t ldq,
+void score_few_rows(const Rows& keys, const Rows* next, const typename Arithmetic::Operand* q, int64_t ldq,
                     int64_t rows, typename Arithmetic::Acc* s, int64_t ld) {
   using Acc = typename Arithmetic::Acc;
   constexpr int W = kLanes<Acc>;
   with_operand_storage<Arithmetic>(keys.dtype, [&](auto type) {
     const auto* k = static_cast<decltype(type)>(keys.data);
-    const auto* v = static_cast<decltype(type)>(next.data);
     for (int64_t n = 0; n < keys.count; n += W) {
       const int64_t count = min(W, keys.count - n);
       for_groups_of_rows(rows, [&](auto at_once, int64_t m) {
@@ -68,8 +70,8 @@ void score_few_rows(const Rows& keys, const Rows& next, const typename Arithmeti
           Vec<Acc> dots[kRows];
           dot_lanes<Arithmetic, kRows>(k + (n + i) * keys.stride, keys.columns, q + m * ldq, ldq, dots);
           for (int r = 0; r < kRows; ++r) sums[r][i] = dots[r];
-          if (m == 0) {
-            prefetch_row(v + (n + i) * next.stride, next.columns);
+          if (m == 0 && next != nullptr) {
+            prefetch_row(static_cast<decltype(type)>(next->data) + (n + i) * next->stride, next->columns);
             prefetch_row(k + (n + i + keys.count) * keys.stride, keys.columns);
           }
         }
@@ -142,8 +144,9 @@ void add_few_rows(const Rows& values, int64_t rows, const typename Arithmetic::A
                                                 ldp, dead, factor + m, out + m * ldo + c, ldo);
         }
       };
-      add(std::integral_constant<int, kFewRowsVectors / kRows>());
-      if constexpr (kRows == 1) add(std::integral_constant<int, kFewRowsVectors / 2>());
+      constexpr int kMost = kFewRowsVectors<Acc, kRows>;
+      add(std::integral_constant<int, kMost>());
+      if constexpr (kMost > 2) add(std::integral_constant<int, kMost / 2>());
       add(std::integral_constant<int, 1>());
     });
   });

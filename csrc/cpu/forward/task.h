@@ -180,7 +180,8 @@ class ForwardTask {
     const Rows keys = cached_rows(params_.k, row, tile.columns, params_.head_dim);
     // What is gathered from pages takes the place of what was gathered before.
     const Rows next = key_rows_.pages == nullptr ? values() : keys;
-    score_few_rows<Arithmetic>(keys, next, block.q_t, x_.ldk, block.rows, x_.s_rows, kForwardBlockN);
+    score_few_rows<Arithmetic>(keys, are_near() ? nullptr : &next, block.q_t, x_.ldk, block.rows, x_.s_rows,
+                               kForwardBlockN);
     const bool ruled = has_rules<Acc>(rules_, tile);
     const bool dead = ruled && apply_rules_to_few(tile, block);
     if (params_.dropout_p > 0.0) draw_dropout<Acc>(rules_, tile, x_.bytes, x_.ldm);
@@ -195,6 +196,11 @@ class ForwardTask {
     }
     add_few_rows<Arithmetic>(loaded, block.rows, x_.s_rows, kForwardBlockN, dead ? x_.dead : nullptr, factor,
                              x_.out_rows, x_.ldv);
+  }
+
+  bool are_near() const {
+    const int64_t columns = params_.num_heads_k * (params_.head_dim + params_.head_dim_v);
+    return params_.total_k * columns * size_of(params_.dtype) <= kNearBytes;
   }
 
   /// The rules have rows as lanes. True: there are dead columns.
