@@ -1,8 +1,8 @@
 """torch's op for attention of extension backends, with our kernels under it. Its derivative is torch's, in C++: an
 `autograd.Function` costs more than a small kernel, forward as well as backward.
 
-It is for small calls alone. When memory runs out in its backward pass there is no Python to raise
-torch.OutOfMemoryError, and a second derivative raises in torch's words.
+Large calls keep the function: when memory runs out in a backward pass without Python, nobody raises
+torch.OutOfMemoryError, but torch a RuntimeError with the same text. A second derivative raises in torch's words.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_bias)",
 }
 MARK = 0x666C6173  # our kernel's fifth result: someone else may have put another kernel in its place since
-LARGEST = 1 << 22  # elements of q and k: beyond that calls take the GPU longer than the host
+LARGEST = 1 << 24  # elements of q: beyond that calls take the GPU longer than a host whose caches are cold
 _OTHERS = (None,) * (NUM_TENSORS - 3)
 
 backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)

@@ -45,7 +45,7 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
             return out
         if _is_deterministic():
             options |= PLAIN_DETERMINISTIC
-        if _differentiable is not None and q.numel() + k.numel() <= _LARGEST:
+        if _differentiable is not None and q.numel() <= _LARGEST:
             if softmax_scale is None:
                 results = _differentiable(q, k, v, None, -1.0 - options)
             else:
