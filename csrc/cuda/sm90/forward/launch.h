@@ -3,6 +3,7 @@
 
 #include "../../common/combine.h"
 #include "../../common/launch.h"
+#include "../../common/shared_memory.h"
 #include "../hopper/tensor_map.h"
 #include "kernel.h"
 #include "plan.h"
@@ -34,7 +35,7 @@ void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params
   if (plan.needs_prepare()) {
     launch_prepare(problem, Config::kBlockM, plan.schedule.first_m_block, stream);
   }
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "sm90 shared memory");
+  allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, "sm90 shared memory");
   if (plan.needs_prepare()) {
     launch_dependent(kernel, dim3(plan.grid), Config::kThreads, shared_bytes, stream, params, "sm90 forward");
   } else {
