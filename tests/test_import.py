@@ -27,6 +27,19 @@ def test_the_import_brings_next_to_nothing() -> None:
     assert len(brought) < 20
 
 
+def test_flops_are_counted_when_the_counter_comes_after() -> None:
+    code = """if True:
+        assert "torch.utils.flop_counter" not in sys.modules
+        from torch.utils.flop_counter import FlopCounterMode
+        x = torch.randn(1, 2, 5, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as flops:
+            flash_attn.scaled_dot_product_attention(x, x, x).sum().backward()
+        assert flops.get_total_flops() == 2 * 2 * 5 * 5 * 8 * 7
+        assert not any(type(finder).__module__.startswith("flash_attn.torch_op") for finder in sys.meta_path)
+    """
+    _brings(code, before="import torch, flash_attn")
+
+
 def test_a_first_call_brings_no_compiler() -> None:
     brought = _brings(
         "x = torch.randn(1, 1, 4, 8, requires_grad=True)\n"
