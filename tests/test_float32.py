@@ -141,7 +141,9 @@ def _check(kind: str, seqlen: int, head_dim: int, causal: bool, monkeypatch: pyt
         pytest.skip("its kernels are for 64 columns")
     inputs = _inputs(kind, (SEEDS, 1, seqlen, head_dim))
     want = _exact(*inputs, causal)
-    pairs, universal = (_found(family, inputs, causal, monkeypatch) for family in (FAMILY, "universal"))
+    pairs = _found(FAMILY, inputs, causal, monkeypatch)
+    # Each sum term by term, as the order is fixed: dq as a sum of sums, in any order, would be nearer.
+    universal = _found("universal", inputs, causal, monkeypatch, deterministic=True)
     for name, exact in want.items():
         mine, yardstick = ((x[name].double() - exact) for x in (pairs, universal))
         rms = float(mine.square().mean().sqrt() / yardstick.square().mean().sqrt())
@@ -151,7 +153,7 @@ def _check(kind: str, seqlen: int, head_dim: int, causal: bool, monkeypatch: pyt
         ulp = 2**-23 * float(exact.abs().max())
         largest, allowed = float(mine.abs().max()), 2 * float(yardstick.abs().max()) + ulp
         assert largest <= allowed or name == "lse", f"{name}: largest error {largest:.2e}, at most {allowed:.2e}"
-        if kind in FLAGGED:
+        if kind in FLAGGED and name != "dq":  # which many add to, in whatever order
             assert torch.equal(pairs[name], universal[name])
 
 
@@ -212,7 +214,7 @@ class TestFlags:
 
     @staticmethod
     def _flagged(inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
-        pairs, universal = (_found(family, inputs, False, monkeypatch) for family in (FAMILY, "universal"))
+        pairs, universal = (_found(family, inputs, False, monkeypatch, True) for family in (FAMILY, "universal"))
         same = [
             pairs[name].nan_to_num().eq(universal[name].nan_to_num()).flatten(2).all(2)
             for name in ("out", "dq", "dk", "dv")

@@ -2,8 +2,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
+#include "../../sequence.h"
 #include "../mask/unpacked_mask.h"
 #include "backward_launch.h"
+#include "float32/float32.h"
 #include "forward_launch.h"
 #include "rows.h"
 #include "universal.h"
@@ -27,21 +31,70 @@ const char* variant(DType dtype, int bucket) {
 
 int block_size(DType dtype) { return dtype == DType::kFloat64 ? 32 : 64; }
 
-Plan plan_forward(const ForwardParams& p, const DeviceInfo&) {
+#ifdef FLASH_ATTN_WITH_SM80
+
+// Blocks of the kernels of float32/.
+int64_t num_large_tiles(const ForwardParams& p) {
+  return p.batch * p.num_heads * ceil_div(mean_problem(p).seqlen_q, float32::kForwardTile.queries);
+}
+int64_t num_large_tiles(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  return p.batch * p.num_heads_k * ceil_div(mean_problem(p).seqlen_k, float32::kBackwardTile.keys);
+}
+
+/// Whether the kernels of float32/ run the problem: not where so few blocks leave most of the GPU idle.
+template <typename Params>
+bool has_large_tiles(const Params& params, const DeviceInfo& device) {
+  return device.compute_capability >= 80 && float32::takes(params) && 2 * num_large_tiles(params) >= device.num_sms;
+}
+
+#else
+
+template <typename Params>
+bool has_large_tiles(const Params&, const DeviceInfo&) {
+  return false;
+}
+
+#endif
+
+/// The name of such a kernel, for heads of `columns`.
+const char* large_tiles(const ForwardParams& p, int64_t columns) {
+  return is_extended(p) ? "simt fp32 d64 8x8 extended" : columns <= 64 ? "simt fp32 d64 8x8" : "simt fp32 d128 8x8";
+}
+
+Plan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
+  if (has_large_tiles(p, device)) {
+    return {large_tiles(p, p.head_dim_v), float32::kForwardTile.queries, float32::kForwardTile.keys,
+            mask::unpacked_bytes(p.mask)};
+  }
   return {variant(p.dtype, forward_bucket(p)), block_size(p.dtype), block_size(p.dtype), mask::unpacked_bytes(p.mask)};
 }
 
 /// Where in the workspace of backward a mask is unpacked.
 int64_t unpacked_mask_place(const BackwardParams& params) { return mask::aligned_part(RowWorkspace::bytes(params)); }
 
-Plan plan_backward(const BackwardParams& params, const DeviceInfo&) {
+Plan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const int64_t mask = mask::unpacked_bytes(p.mask);
+  if (has_large_tiles(params, device)) {
+    Plan plan{large_tiles(p, std::max(p.head_dim, p.head_dim_v)), float32::kBackwardTile.queries,
+              float32::kBackwardTile.keys, mask > 0 ? unpacked_mask_place(params) + mask : RowWorkspace::bytes(params)};
+    const bool of_rows = p.deterministic || params.dslopes != nullptr;
+    plan.decide("dq", of_rows ? variant(p.dtype, backward_bucket(p)) : "added to zeros");
+    return plan;
+  }
   return {variant(p.dtype, backward_bucket(p)), block_size(p.dtype), block_size(p.dtype),
           mask > 0 ? unpacked_mask_place(params) + mask : RowWorkspace::bytes(params)};
 }
 
-void forward(const ForwardParams& given, const DeviceInfo&, void* stream_pointer) {
+void launch_float32(const ForwardParams& p, const DeviceInfo& device, cudaStream_t stream) {
+#ifdef FLASH_ATTN_WITH_SM80
+  if (has_large_tiles(p, device)) return float32::forward(p, nullptr, stream);
+#endif
+  launch_forward<float>(p, nullptr, stream);
+}
+
+void forward(const ForwardParams& given, const DeviceInfo& device, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   ForwardParams p = given;
   p.mask = mask::unpack(p.mask, p.workspace, stream);
@@ -53,19 +106,31 @@ void forward(const ForwardParams& given, const DeviceInfo&, void* stream_pointer
   }
   switch (p.dtype) {
     case DType::kFloat64: return launch_forward<double>(p, nullptr, stream);
-    case DType::kFloat32: return launch_forward<float>(p, nullptr, stream);
+    case DType::kFloat32: return launch_float32(p, device, stream);
     case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, nullptr, stream);
     default: return launch_forward<__half>(p, nullptr, stream);
   }
 }
 
 template <typename T>
-void launch_tiles(const BackwardParams& params, cudaStream_t stream) {
+void launch_tiles(const BackwardParams& params, const DeviceInfo&, cudaStream_t stream) {
   launch_backward<T>(params, nullptr, stream);
+}
+template <>
+void launch_tiles<float>(const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
+#ifdef FLASH_ATTN_WITH_SM80
+  if (has_large_tiles(params, device)) return float32::backward(params, nullptr, stream);
+#endif
+  launch_backward<float>(params, nullptr, stream);
+}
+
+template <typename T>
+void launch(const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
+  launch_tiles<T>(params, device, stream);
   if (params.dmask != nullptr) launch_mask_gradient<T>(params, nullptr, stream);
 }
 
-void backward(const BackwardParams& given, const DeviceInfo&, void* stream_pointer) {
+void backward(const BackwardParams& given, const DeviceInfo& device, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   BackwardParams params = given;
   const ForwardParams& p = params.forward;
@@ -74,10 +139,10 @@ void backward(const BackwardParams& given, const DeviceInfo&, void* stream_point
   fill_gradients(params, stream);
   prepare_rows(params, nullptr, stream);
   switch (p.dtype) {
-    case DType::kFloat64: launch_tiles<double>(params, stream); break;
-    case DType::kFloat32: launch_tiles<float>(params, stream); break;
-    case DType::kBFloat16: launch_tiles<__nv_bfloat16>(params, stream); break;
-    default: launch_tiles<__half>(params, stream); break;
+    case DType::kFloat64: launch<double>(params, device, stream); break;
+    case DType::kFloat32: launch<float>(params, device, stream); break;
+    case DType::kBFloat16: launch<__nv_bfloat16>(params, device, stream); break;
+    default: launch<__half>(params, device, stream); break;
   }
   reduce_rows(params, stream);
 }

@@ -26,7 +26,7 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) { r
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 
-/// A tile of one head's scores: queries [m_begin, m_begin + kBlock), keys [n_begin, n_begin + kBlock). Query i of it
+/// A tile of one head's scores: queries [m_begin, m_begin + kQueries), keys [n_begin, n_begin + kKeys). Query i of it
 /// sees key j when i < queries, j < keys and low <= j - i <= high.
 struct ScoreTile {
   int64_t m_begin, n_begin;
@@ -39,18 +39,18 @@ struct ScoreTile {
   }
 };
 
-template <int kBlock>
+template <int kQueries, int kKeys = kQueries>
 __device__ __forceinline__ ScoreTile score_tile(const ForwardParams& p, const SequenceInfo& sequence, int64_t m_begin,
                                                 int64_t n_begin) {
-  constexpr int64_t kFar = 2 * kBlock;
+  constexpr int64_t kFar = kQueries + kKeys;
   ScoreTile t;
   t.m_begin = m_begin, t.n_begin = n_begin;
-  t.queries = int(clamp<int64_t>(sequence.seqlen_q - m_begin, 0, kBlock));
-  t.keys = int(clamp<int64_t>(sequence.seqlen_k - n_begin, 0, kBlock));
+  t.queries = int(clamp<int64_t>(sequence.seqlen_q - m_begin, 0, kQueries));
+  t.keys = int(clamp<int64_t>(sequence.seqlen_k - n_begin, 0, kKeys));
   t.offset = m_begin + sequence.diagonal - n_begin;
   t.low = p.window_left < 0 ? -int(kFar) : int(clamp<int64_t>(t.offset - p.window_left, -kFar, kFar));
   t.high = p.window_right < 0 ? int(kFar) : int(clamp<int64_t>(t.offset + p.window_right, -kFar, kFar));
-  t.partial = t.queries < kBlock || t.keys < kBlock || t.low > 1 - kBlock || t.high < kBlock - 1;
+  t.partial = t.queries < kQueries || t.keys < kKeys || t.low > 1 - kQueries || t.high < kKeys - 1;
   return t;
 }
 

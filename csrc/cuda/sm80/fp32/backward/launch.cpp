@@ -2,6 +2,7 @@
 
 #include "../../../mask/unpacked_mask.h"
 #include "../../../universal/backward_launch.h"
+#include "../../../universal/float32/float32.h"
 #include "../split.h"
 #include "plan.h"
 
@@ -87,7 +88,7 @@ void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, vo
     params.dmask = (variant->gradients & kDq) != 0 ? dmask : nullptr;
     launch(*variant, params, stream);
   }
-  universal::launch_backward<float>(rest, flags, stream);
+  universal::float32::backward(rest, flags, stream);
   if (rest.dmask != nullptr) universal::launch_mask_gradient<float>(rest, dmask != nullptr ? flags : nullptr, stream);
   universal::reduce_rows(problem, stream);
 }

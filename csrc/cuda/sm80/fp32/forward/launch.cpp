@@ -2,7 +2,7 @@
 
 #include "../../../common/tiles/visibility.h"
 #include "../../../mask/unpacked_mask.h"
-#include "../../../universal/forward_launch.h"
+#include "../../../universal/float32/float32.h"
 #include "../../../universal/rows.h"
 #include "../split.h"
 #include "plan.h"
@@ -53,7 +53,7 @@ void launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* strea
                       variant.name);
   ForwardParams flagged = p;
   flagged.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
-  universal::launch_forward<float>(flagged, flags, stream);
+  universal::float32::forward(flagged, flags, stream);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32
