@@ -53,6 +53,13 @@ bool is_forced(const char* family) {
   return forced != nullptr && std::strcmp(forced, family) == 0;
 }
 
+bool allows_reduced_float32() {
+  const char* const precision = std::getenv("FLASH_ATTN_FLOAT32");
+  if (precision == nullptr || std::strcmp(precision, "") == 0 || std::strcmp(precision, "exact") == 0) return false;
+  if (std::strcmp(precision, "reduced") == 0) return true;
+  throw std::runtime_error(std::string("FLASH_ATTN_FLOAT32=") + precision + ": accepted are exact and reduced");
+}
+
 template <typename Params>
 const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
                                     const DeviceInfo& info, std::vector<Rejection>* rejections) {

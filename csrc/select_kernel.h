@@ -20,6 +20,10 @@ struct Rejection {
 /// Whether FLASH_ATTN_FORCE asks for this family of CUDA kernels.
 FLASH_ATTN_EXPORT bool is_forced(const char* family);
 
+/// Whether FLASH_ATTN_FLOAT32 is "reduced": float32 may be rounded to fp16 where that is faster. Not set or "exact": it
+/// may not; anything else throws.
+FLASH_ATTN_EXPORT bool allows_reduced_float32();
+
 /// The kernel for `params`. FLASH_ATTN_FORCE=<family> allows only that family on CUDA and throws with its reason if it
 /// refuses. `rejections`, if given, collects why each earlier family did not take the problem.
 template <typename Params>

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flash_attn.torch_op import attention as ops
 from introspection import needs_kernels
+from problems import Problem, run
 
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
 SEEDS = 8
@@ -167,6 +168,82 @@ class TestExactness:
         self, kind: str, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _check(kind, 1024, head_dim, causal, monkeypatch)
+
+
+def _to_fp16_digits(x: Tensor) -> Tensor:
+    """The nearest numbers of 11 significant bits, which fp16 and TF32 have, of any exponent."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def _of_rounded(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> dict[str, Tensor]:
+    """_exact() with every factor of a product rounded."""
+    dout, scale = dout.double(), q.shape[-1] ** -0.5
+    q, k, v, rounded_dout = (_to_fp16_digits(x.double()) for x in (q, k, v, dout))
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse[..., None]).exp()
+    rounded_p = _to_fp16_digits(p)
+    out = rounded_p @ v
+    ds = p * (rounded_dout @ v.mT - (dout * out).sum(-1, keepdim=True))
+    ds = _to_fp16_digits(ds)
+    return {"out": out, "lse": lse, "dq": ds @ k * scale, "dk": ds.mT @ q * scale, "dv": rounded_p.mT @ rounded_dout}
+
+
+class TestReduced:
+    """FLASH_ATTN_FLOAT32=reduced: the error is that of rounding each factor of a product to 11 bits, as TF32 does."""
+
+    pytestmark = gpu
+
+    @pytest.fixture(autouse=True)
+    def _reduced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASH_ATTN_FLOAT32", "reduced")
+
+    @pytest.mark.parametrize("deterministic", [False, True], ids=["free", "fixed"])
+    @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+    @pytest.mark.parametrize("head_dim", [40, 64, 128])
+    @pytest.mark.parametrize("kind", ["normal", "keys grow", "tiny", "huge", "one entry of V 1e4", "V mean 1"])
+    def test_errors_are_those_of_tf32(
+        self, kind: str, head_dim: int, causal: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if FAMILY == "sm80" and head_dim > 64:
+            pytest.skip("its kernels are for 64 columns")
+        inputs = _inputs(kind, (2, 2, 1024, head_dim))
+        want, rounded = _exact(*inputs, causal), _of_rounded(*inputs, causal)
+        found = _found(FAMILY, inputs, causal, monkeypatch, deterministic)
+        for name in ("out", "dq", "dk", "dv"):
+            exact = want[name]
+            mine, yardstick = (float((x[name].double() - exact).square().mean().sqrt()) for x in (found, rounded))
+            assert mine <= 1.15 * yardstick, f"{name}: RMS error {mine:.2e}, with factors of 11 bits {yardstick:.2e}"
+            assert mine >= 0.5 * yardstick, f"{name}: RMS error {mine:.2e} is not of a reduced product"
+
+    def test_flagged_inputs_stay_exact(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = _inputs("columns 4", (1, 1, 1024, 64))
+        reduced, universal = (_found(family, inputs, False, monkeypatch) for family in (FAMILY, "universal"))
+        assert torch.equal(reduced["out"], universal["out"])
+
+    def test_features_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASH_ATTN_FORCE", FAMILY)
+        shape = dict(dtype=torch.float32, batch=2, heads=4, heads_k=2, head_dim=64, head_dim_v=64)
+        sizes = dict(seqlen_q=300, seqlen_k=333)
+        for feature in (
+            dict(mask="bool"),
+            dict(mask="float"),
+            dict(softcap=3.0, slopes="head"),
+            dict(dropout=0.3, causal=ops.BOTTOM_RIGHT),
+            dict(packed=True, window=(60, 20), use_lse=True),
+        ):
+            problem = Problem(**shape, **sizes, **feature)  # type: ignore[arg-type]
+            monkeypatch.setenv("FLASH_ATTN_FLOAT32", "exact")
+            exact = run(problem, "cuda")
+            monkeypatch.setenv("FLASH_ATTN_FLOAT32", "reduced")
+            for name, x in run(problem, "cuda").items():
+                finite = exact[name].isfinite()
+                mine, other = x.detach()[finite].double(), exact[name].detach()[finite].double()
+                far = float((mine - other).square().mean().sqrt() / other.square().mean().sqrt())
+                assert 0 < far < 3e-3, (name, far, problem)
 
 
 class TestSizes:

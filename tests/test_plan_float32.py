@@ -57,6 +57,23 @@ class TestPlan:
         for choice in plan(batch=16, head_dim=head_dim, seqlen_q=256, seqlen_k=300, dtype="float32").values():
             assert choice["decisions"]["products"] == PAIRS
 
+    def test_numbers_are_rounded_only_where_that_is_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def products(head_dim: int, device: tuple[int, int, int, int] = H200) -> set[Any]:
+            chosen = plan(head_dim=head_dim, dtype="float32", device=device)
+            return {choice["decisions"].get("products") for choice in chosen.values()}
+
+        if "90" not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        for precision in ("", "exact"):
+            monkeypatch.setenv("FLASH_ATTN_FLOAT32", precision)
+            assert products(64) == {PAIRS}
+        monkeypatch.setenv("FLASH_ATTN_FLOAT32", "reduced")
+        assert products(64) == products(128) == {"of numbers rounded to fp16"}
+        assert products(256) == {PAIRS}  # for which there are no such kernels
+        monkeypatch.setenv("FLASH_ATTN_FLOAT32", "tf32")
+        with pytest.raises(RuntimeError, match="FLASH_ATTN_FLOAT32=tf32: accepted are exact and reduced"):
+            plan(head_dim=64, dtype="float32")
+
     @pytest.mark.parametrize(
         "device, changes, reason",
         [

@@ -10,12 +10,16 @@ namespace flash_attn::cuda::sm80::fp32 {
 struct Kernels {
   static constexpr int kHeadDims = 4;
   const char* family;
-  const char* prefix;  // of the kernels' names
+  const char* prefix;    // of the kernels' names
+  const char* products;  // for people
   // By the head dimension that they are for, behind them null.
   const ForwardVariants* forward[kHeadDims];
   const BackwardVariants* backward[kHeadDims];
+  const Kernels* reduced;  // the same with one product of numbers rounded to fp16; null: these are
 
   int64_t max_head_dim() const;
+  /// These, or the reduced ones where they are allowed and take the head dimension.
+  const Kernels& allowed(const ForwardParams& p) const;
 };
 
 extern const Kernels kMmaKernels;

@@ -22,11 +22,12 @@ struct PairFragment {
 };
 
 /// sum += a b and rest += what the low halves add: small numbers have a sum of their own, from which the alignment to
-/// a large one cuts nothing off.
+/// a large one cuts nothing off. kReduced: of the high halves alone.
+template <bool kReduced>
 SM80_DEVICE void mma_pair(float (&sum)[4], float (&rest)[4], const PairFragment& a, const PairFragment& b, int half) {
-  mma_m16n8k16<__half>(rest, a.low, b.high[2 * half], b.high[2 * half + 1]);
+  if constexpr (!kReduced) mma_m16n8k16<__half>(rest, a.low, b.high[2 * half], b.high[2 * half + 1]);
   mma_m16n8k16<__half>(sum, a.high, b.high[2 * half], b.high[2 * half + 1]);
-  mma_m16n8k16<__half>(rest, a.high, b.low[2 * half], b.low[2 * half + 1]);
+  if constexpr (!kReduced) mma_m16n8k16<__half>(rest, a.high, b.low[2 * half], b.low[2 * half + 1]);
 }
 
 template <int kM, int kN>

@@ -9,21 +9,23 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 /// High and low halves of 16 columns of a tile, of number `step`.
-template <int kHeadDim>
+template <int kHeadDim, bool kReduced>
 SM80_DEVICE void load_pair(PairFragment& pair, uint32_t lane_address, int step, int row) {
   using Tile = SharedTile<2 * kHeadDim>;
   ldmatrix_x4(pair.high, Tile::along(lane_address, step) + row * Tile::kRowBytes);
-  ldmatrix_x4(pair.low, Tile::along(lane_address, step + kHeadDim / 16) + row * Tile::kRowBytes);
+  if constexpr (!kReduced)
+    ldmatrix_x4(pair.low, Tile::along(lane_address, step + kHeadDim / 16) + row * Tile::kRowBytes);
 }
-template <int kHeadDim>
+template <int kHeadDim, bool kReduced>
 SM80_DEVICE void load_pair_trans(PairFragment& pair, uint32_t lane_address, int step, int row) {
   using Tile = SharedTile<2 * kHeadDim>;
   ldmatrix_x4_trans(pair.high, Tile::along(lane_address, step) + row * Tile::kRowBytes);
-  ldmatrix_x4_trans(pair.low, Tile::along(lane_address, step + kHeadDim / 16) + row * Tile::kRowBytes);
+  if constexpr (!kReduced)
+    ldmatrix_x4_trans(pair.low, Tile::along(lane_address, step + kHeadDim / 16) + row * Tile::kRowBytes);
 }
 
 /// s (16 kM, 8 kN) = a b^T over the columns of both tiles; a by rows, b by columns. A sum is of 16 kSumSteps columns.
-template <int kHeadDim, int kSumSteps, int kM, int kN>
+template <bool kReduced, int kHeadDim, int kSumSteps, int kM, int kN>
 SM80_DEVICE void multiply_rows(float (&s)[kM][kN][4], uint32_t a_lane, uint32_t b_lane) {
   constexpr int kSteps = kHeadDim / 16;
   static_assert(kSteps % kSumSteps == 0);
@@ -39,15 +41,15 @@ SM80_DEVICE void multiply_rows(float (&s)[kM][kN][4], uint32_t a_lane, uint32_t 
     for (int d = first; d < first + kSumSteps; ++d) {
       PairFragment a[kM];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) load_pair<kHeadDim>(a[m], a_lane, d, 16 * m);
+      for (int m = 0; m < kM; ++m) load_pair<kHeadDim, kReduced>(a[m], a_lane, d, 16 * m);
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         PairFragment b;
-        load_pair<kHeadDim>(b, b_lane, d, 8 * n);
+        load_pair<kHeadDim, kReduced>(b, b_lane, d, 8 * n);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          mma_pair(sum[m][n], rest[m][n], a[m], b, 0);
-          mma_pair(sum[m][n + 1], rest[m][n + 1], a[m], b, 1);
+          mma_pair<kReduced>(sum[m][n], rest[m][n], a[m], b, 0);
+          mma_pair<kReduced>(sum[m][n + 1], rest[m][n + 1], a[m], b, 1);
         }
       }
     }
@@ -58,7 +60,7 @@ SM80_DEVICE void multiply_rows(float (&s)[kM][kN][4], uint32_t a_lane, uint32_t 
 
 /// o (16 kM, kHeadDim) += a b, of which a (16 kM, 16 kK) is in registers and b lies by rows. `unit(m, half)` is what a
 /// number of o is of those of a b, for each of the lane's rows.
-template <int kHeadDim, int kM, int kK, typename Unit>
+template <bool kReduced, int kHeadDim, int kM, int kK, typename Unit>
 SM80_DEVICE void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment (&a)[kK][kM], uint32_t b_lane,
                              const Unit& unit) {
 #pragma unroll
@@ -69,11 +71,11 @@ SM80_DEVICE void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment
 #pragma unroll
     for (int k = 0; k < kK; ++k) {
       PairFragment b;
-      load_pair_trans<kHeadDim>(b, b_lane, d / 2, 16 * k);
+      load_pair_trans<kHeadDim, kReduced>(b, b_lane, d / 2, 16 * k);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma_pair(sum[m][0], rest[m][0], a[k][m], b, 0);
-        mma_pair(sum[m][1], rest[m][1], a[k][m], b, 1);
+        mma_pair<kReduced>(sum[m][0], rest[m][0], a[k][m], b, 0);
+        mma_pair<kReduced>(sum[m][1], rest[m][1], a[k][m], b, 1);
       }
     }
 #pragma unroll
@@ -88,7 +90,10 @@ SM80_DEVICE void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment
 }
 
 /// What a kernel's products are made of: mma.sync, and sm90::fp32::WarpgroupProducts. `thread` knows warp() and lane().
+/// kReduced_: of numbers rounded to fp16, one product instead of three.
+template <bool kReduced_>
 struct MmaProducts {
+  static constexpr bool kReduced = kReduced_;
   template <int kRows, int kColumns>
   using Tile = SharedTile<kColumns>;
   static constexpr int kAlignment = 128;  // of tiles
@@ -101,15 +106,15 @@ struct MmaProducts {
   SM80_DEVICE static void multiply_rows(float (&s)[kM][kN][4], uint32_t a, uint32_t b, const Thread& thread) {
     using PairTile = SharedTile<2 * kHeadDim>;
     const int lane = thread.lane();
-    fp32::multiply_rows<kHeadDim, kSumSteps>(s, address_by_rows<PairTile>(a, thread.warp() * (16 * kM), lane),
-                                             address_by_columns<PairTile>(b, 0, lane));
+    fp32::multiply_rows<kReduced, kHeadDim, kSumSteps>(s, address_by_rows<PairTile>(a, thread.warp() * (16 * kM), lane),
+                                                       address_by_columns<PairTile>(b, 0, lane));
   }
 
   /// o += a b, see above.
   template <int kHeadDim, int kAhead, int kM, int kK, typename Unit, typename Thread>
   SM80_DEVICE static void add_product(float (&o)[kM][kHeadDim / 8][4], const PairFragment (&a)[kK][kM], uint32_t b,
                                       const Unit& unit, const Thread& thread) {
-    fp32::add_product<kHeadDim>(o, a, address_by_rows<SharedTile<2 * kHeadDim>>(b, 0, thread.lane()), unit);
+    fp32::add_product<kReduced, kHeadDim>(o, a, address_by_rows<SharedTile<2 * kHeadDim>>(b, 0, thread.lane()), unit);
   }
 };
 

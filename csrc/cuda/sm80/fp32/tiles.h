@@ -12,10 +12,12 @@ SM80_DEVICE constexpr int bytes_of_chunks(SharedTile<kColumns>, int chunks) {
 }
 
 /// Rows [0, kRows) of a tile from planes, whose rows follow each other; those for which `exists` is false become zeros.
-/// The caller commits and waits. A thread has one chunk of each group of chunks, and every kStep-th row.
-template <typename Tile, int kRows, int kColumns, int kThreads, typename Exists>
+/// The caller commits and waits. A thread has one chunk of each group of chunks, and every kStep-th row. Rows have the
+/// columns of the tile, of which the first kLoaded are loaded.
+template <typename Tile, int kRows, int kLoaded, int kThreads, typename Exists>
 SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread, bool all_exist, const Exists& exists) {
-  constexpr int kPower = Tile::kChunks & -Tile::kChunks;  // the largest power of 2 that divides a row's chunks
+  constexpr int kColumns = 8 * Tile::kChunks, kChunks = kLoaded / 8;
+  constexpr int kPower = kChunks & -kChunks;  // the largest power of 2 that divides a row's chunks
   constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
   constexpr int kStep = kThreads / kGroup;
   static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
@@ -26,7 +28,7 @@ SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread,
 #pragma unroll
     for (int step = 0; step < kRows; step += kStep) {
 #pragma unroll
-      for (int group = 0; group < Tile::kChunks; group += kGroup) {
+      for (int group = 0; group < kChunks; group += kGroup) {
         cp_async_16(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group), from + step * kColumns + 8 * group);
       }
     }
@@ -36,7 +38,7 @@ SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread,
   for (int step = 0; step < kRows; step += kStep) {
     const bool inside = exists(row + step);
 #pragma unroll 1
-    for (int group = 0; group < Tile::kChunks; group += kGroup) {
+    for (int group = 0; group < kChunks; group += kGroup) {
       cp_async_16_or_zeros(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group),
                            inside ? from + step * kColumns + 8 * group : source, inside);
     }

@@ -31,13 +31,13 @@ struct GradientsConfig : Base {
 /// Of 64 keys: sum (64 columns of K, 8 kN queries) = K^T dS. `keys`: K's panel of these columns from the first of the
 /// keys on, of kRowsK rows, with its low halves kPanelsK panels further on; `ds`: panels of high and of low halves,
 /// whose rows are queries.
-template <int kRowsK, int kPanelsK, int kN>
+template <bool kReduced, int kRowsK, int kPanelsK, int kN>
 SM80_DEVICE void issue_dq(FlatScores<kN>& sum, uint32_t keys, uint32_t ds) {
   constexpr uint32_t kPanel = kRowsK * 8, kDsPanel = 8 * kN * 8;
   const uint32_t high = uniform(keys >> 4 | kPanel << 16), low = high + kPanelsK * kPanel;
   ds = uniform(ds >> 4);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; !kReduced && k < 4; ++k) {
     const uint32_t along = k_step_along(k, 8 * kN), across = k_step_across(k);
     if (k == 0) {
       Instructions::ss<false, kRows, kColumns>(sum, low + across, ds + along);
@@ -48,7 +48,12 @@ SM80_DEVICE void issue_dq(FlatScores<kN>& sum, uint32_t keys, uint32_t ds) {
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    Instructions::ss<true, kRows, kColumns>(sum, high + k_step_across(k), ds + k_step_along(k, 8 * kN));
+    const uint32_t along = k_step_along(k, 8 * kN), across = k_step_across(k);
+    if (kReduced && k == 0) {
+      Instructions::ss<false, kRows, kColumns>(sum, high + across, ds + along);
+    } else {
+      Instructions::ss<true, kRows, kColumns>(sum, high + across, ds + along);
+    }
   }
 }
 
@@ -92,7 +97,9 @@ struct GradientsBlock : sm80::fp32::BackwardBlock<Config> {
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k) {
       stmatrix_x4_transposed(to + k * 16 * 128, ds[k][0].high);
-      stmatrix_x4_transposed(to + kBlockN * 128 + k * 16 * 128, ds[k][0].low);
+      if constexpr (!Config::Products::kReduced) {
+        stmatrix_x4_transposed(to + kBlockN * 128 + k * 16 * 128, ds[k][0].low);
+      }
     }
   }
 
@@ -101,7 +108,8 @@ struct GradientsBlock : sm80::fp32::BackwardBlock<Config> {
     const uint32_t keys = shared + Config::kX + warpgroup() * (kBlockM * 128);
 #pragma unroll
     for (int g = 0; g < kWarpgroups; ++g) {
-      issue_dq<kBlockM, Config::kHeadDim / 64, kNTiles>(sums[g], keys + g * (64 * 128), ds_of(g));
+      issue_dq<Config::Products::kReduced, kBlockM, Config::kHeadDim / 64, kNTiles>(sums[g], keys + g * (64 * 128),
+                                                                                    ds_of(g));
     }
     wgmma_commit();
   }

@@ -10,8 +10,8 @@ using namespace sm80::fp32;
 
 template <int kHeadDim, int kStages, int kGradients, bool kExtended>
 BackwardVariant variant(const char* name) {
-  return backward_variant<kHeadDim, 4, 1, 32, kHeadDim / 32, kStages, 1, kGradients, kExtended, WarpgroupProducts>(
-      name);
+  return backward_variant<kHeadDim, 4, 1, 32, kHeadDim / 32, kStages, 1, kGradients, kExtended,
+                          WarpgroupProducts<false>>(name);
 }
 
 const BackwardVariant k192[] = {

@@ -19,6 +19,7 @@ struct PipelinedBlock : sm80::fp32::ForwardBlock<Config> {
   using Base::Base, Base::tile, Base::p, Base::s, Base::o, Base::softmax, Base::kNTiles, Base::kBlockM, Base::kBlockN,
       Base::warp;
   static constexpr int kSlots = 4, kLeastSlots = kSlots, kPanels = Config::kHeadDim / 64;
+  static constexpr bool kReduced = Config::Products::kReduced;
 
   SM80_DEVICE uint32_t slot(int number) const {
     return this->slots_begin() + uint32_t(number) % kSlots * Config::kSlotBytes;
@@ -35,8 +36,8 @@ struct PipelinedBlock : sm80::fp32::ForwardBlock<Config> {
       this->load_next(slot(first + 3), false);
       this->load_next(slot(first + 4), true);
       wgmma_fence();
-      start_rows<Config::kHeadDim, kBlockM, kBlockN, kNTiles>(next_s, later, this->q_tile() + warp() / 4 * 64 * 128,
-                                                              slot(first + 2));
+      start_rows<kReduced, Config::kHeadDim, kBlockM, kBlockN, kNTiles>(
+          next_s, later, this->q_tile() + warp() / 4 * 64 * 128, slot(first + 2));
     }
     const int col = block * kBlockN;
     float score_unit = this->q_unit * this->k_unit;
@@ -58,7 +59,7 @@ struct PipelinedBlock : sm80::fp32::ForwardBlock<Config> {
     {
       float sum[32];
       wgmma_fence();
-      start_panel<Config::kHeadDim>(sum, pairs, slot(first + 1), 0);
+      start_panel<kReduced, Config::kHeadDim>(sum, pairs, slot(first + 1), 0);
       if constexpr (kNext) {
         wgmma_wait<1>();
         wgmma_results(next_s);
@@ -73,7 +74,7 @@ struct PipelinedBlock : sm80::fp32::ForwardBlock<Config> {
     for (int panel = 1; panel < kPanels; ++panel) {
       float sum[32];
       wgmma_fence();
-      start_panel<Config::kHeadDim>(sum, pairs, slot(first + 1), panel);
+      start_panel<kReduced, Config::kHeadDim>(sum, pairs, slot(first + 1), panel);
       wgmma_wait<0>();
       finish_panel(o, sum, panel, unit);
     }

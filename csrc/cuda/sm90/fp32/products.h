@@ -50,7 +50,7 @@ SM80_DEVICE FlatScores<kN>& flat(float (&s)[1][kN][4]) {
 
 /// s + later (64, 8 kN) = a b^T over the columns of both tiles, a half of them each; of the tiles a panel has kRowsA
 /// and kRowsB rows. `a`, `b`: where they lie, a from the warpgroup's first row on.
-template <int kHeadDim, int kRowsA, int kRowsB, int kN>
+template <bool kReduced, int kHeadDim, int kRowsA, int kRowsB, int kN>
 SM80_DEVICE void start_rows(FlatScores<kN>& s, FlatScores<kN>& later, uint32_t a, uint32_t b) {
   constexpr int kSteps = kHeadDim / 16;
   a = uniform(a >> 4), b = uniform(b >> 4);
@@ -59,7 +59,7 @@ SM80_DEVICE void start_rows(FlatScores<kN>& s, FlatScores<kN>& later, uint32_t a
     FlatScores<kN>& sum = half == 0 ? s : later;
     const int first = half * (kSteps / 2);
 #pragma unroll
-    for (int d = first; d < first + kSteps / 2; ++d) {
+    for (int d = first; !kReduced && d < first + kSteps / 2; ++d) {
       const uint32_t a_low = a + k_step_along(d + kSteps, kRowsA), b_high = b + k_step_along(d, kRowsB);
       if (d == first) {
         Instructions::ss<false>(sum, a_low, b_high);
@@ -70,7 +70,12 @@ SM80_DEVICE void start_rows(FlatScores<kN>& s, FlatScores<kN>& later, uint32_t a
     }
 #pragma unroll
     for (int d = first; d < first + kSteps / 2; ++d) {
-      Instructions::ss<true>(sum, a + k_step_along(d, kRowsA), b + k_step_along(d, kRowsB));
+      const uint32_t a_high = a + k_step_along(d, kRowsA), b_high = b + k_step_along(d, kRowsB);
+      if (kReduced && d == first) {
+        Instructions::ss<false>(sum, a_high, b_high);
+      } else {
+        Instructions::ss<true>(sum, a_high, b_high);
+      }
     }
   }
   wgmma_commit();
@@ -85,12 +90,12 @@ SM80_DEVICE void finish_rows(float (&s)[1][kN][4], FlatScores<kN>& later) {
 
 /// sum (64, 64) = a b, of which a (64, 16 kK) is in registers and b is panel `panel` of a tile of kColumns columns and
 /// 16 kK rows.
-template <int kColumns, int kK>
+template <bool kReduced, int kColumns, int kK>
 SM80_DEVICE void start_panel(float (&sum)[32], const PairFragment (&a)[kK][1], uint32_t b, int panel) {
   constexpr int kPanels = kColumns / 64, kPanel = 16 * kK * 8;
   const uint32_t high = uniform(b >> 4 | uint32_t(kPanel) << 16) + panel * kPanel, low = high + kPanels * kPanel;
 #pragma unroll
-  for (int k = 0; k < kK; ++k) {
+  for (int k = 0; !kReduced && k < kK; ++k) {
     if (k == 0) {
       Instructions::rs<false>(sum, a[k][0].low, high + k_step_across(k));
     } else {
@@ -99,7 +104,13 @@ SM80_DEVICE void start_panel(float (&sum)[32], const PairFragment (&a)[kK][1], u
     Instructions::rs<true>(sum, a[k][0].high, low + k_step_across(k));
   }
 #pragma unroll
-  for (int k = 0; k < kK; ++k) Instructions::rs<true>(sum, a[k][0].high, high + k_step_across(k));
+  for (int k = 0; k < kK; ++k) {
+    if (kReduced && k == 0) {
+      Instructions::rs<false>(sum, a[k][0].high, high + k_step_across(k));
+    } else {
+      Instructions::rs<true>(sum, a[k][0].high, high + k_step_across(k));
+    }
+  }
   wgmma_commit();
 }
 /// o += sum times `unit(0, half)` of the lane's rows, in the columns of the panel.
@@ -114,7 +125,9 @@ SM80_DEVICE void finish_panel(float (&o)[1][kDTiles][4], float (&sum)[32], int p
 }
 
 /// See sm80::fp32::MmaProducts.
+template <bool kReduced_>
 struct WarpgroupProducts {
+  static constexpr bool kReduced = kReduced_;
   template <int kRows, int kColumns>
   using Tile = PanelTile<kRows, kColumns>;
   static constexpr int kAlignment = 1024;
@@ -126,7 +139,7 @@ struct WarpgroupProducts {
     static_assert(kHeadDim / 16 == 2 * kSumSteps);
     FlatScores<kN> later;
     wgmma_fence();
-    start_rows<kHeadDim, kRowsA, kRowsB, kN>(flat(s), later, a + thread.warp() / 4 * 64 * 128, b);
+    start_rows<kReduced, kHeadDim, kRowsA, kRowsB, kN>(flat(s), later, a + thread.warp() / 4 * 64 * 128, b);
     wgmma_wait<0>();
     finish_rows(s, later);
   }
@@ -142,7 +155,7 @@ struct WarpgroupProducts {
       float sum[kAhead][32];
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) start_panel<kHeadDim>(sum[i], a, b, first + i);
+      for (int i = 0; i < kAhead; ++i) start_panel<kReduced, kHeadDim>(sum[i], a, b, first + i);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (i + 1 < kAhead) {

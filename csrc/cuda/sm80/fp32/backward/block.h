@@ -95,7 +95,7 @@ struct BackwardBlock {
   SM80_DEVICE void load_own(uint32_t to, const PlaneRows& rows) const {
     constexpr int kColumns = 2 * Config::kHeadDim;
     const int end = tile.own_rows;
-    load_rows<typename Config::OwnTile, kBlockM, kColumns, Config::kThreads>(
+    load_rows<typename Config::OwnTile, kBlockM, Config::kLoaded, Config::kThreads>(
         to, rows.data + int64_t{tile.own_begin} * kColumns, threadIdx.x, end >= kBlockM,
         [end](int row) { return row < end; });
   }
@@ -104,7 +104,7 @@ struct BackwardBlock {
     constexpr int kColumns = 2 * Config::kHeadDim;
     const __half* const rows = of_y ? others[next_head].y.data : others[next_head].x.data;
     const int first = next_block * kBlockN, begin = tile.other_begin - first, end = tile.other_end - first;
-    load_rows<typename Config::OtherTile, kBlockN, kColumns, Config::kThreads>(
+    load_rows<typename Config::OtherTile, kBlockN, Config::kLoaded, Config::kThreads>(
         to, rows + int64_t{first} * kColumns, fresh_thread(step), begin <= 0 && end >= kBlockN,
         [=](int row) { return row >= begin && row < end; });
   }

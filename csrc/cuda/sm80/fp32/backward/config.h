@@ -11,7 +11,7 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSumSteps_, int kStages_, int kBlocksPerSm_,
-          int kGradients_, bool kExtended_, typename Products_ = MmaProducts>
+          int kGradients_, bool kExtended_, typename Products_ = MmaProducts<false>>
 struct BackwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
@@ -28,6 +28,8 @@ struct BackwardConfig {
   // Panels of 64 columns of a sum of gradients that are computed at a time, where products are asynchronous.
   static constexpr int kAhead = kHeadDim == 128 && !(kWithDx && kWithDy) ? 2 : 1;
   using Products = Products_;
+  // Of a row of a tile that are loaded: both halves, or the high ones.
+  static constexpr int kLoaded = Products::kReduced ? kHeadDim : 2 * kHeadDim;
   using OwnTile = typename Products::template Tile<kBlockM, 2 * kHeadDim>;
   using OtherTile = typename Products::template Tile<kBlockN, 2 * kHeadDim>;
   static constexpr int kAlignment = Products::kAlignment;

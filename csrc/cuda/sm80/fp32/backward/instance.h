@@ -20,7 +20,7 @@ BackwardVariant backward_variant_of(const char* name, int gradients = Config::kG
 }
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kStages, int kBlocksPerSm,
-          int kGradients, bool kExtended, typename Products = MmaProducts>
+          int kGradients, bool kExtended, typename Products = MmaProducts<false>>
 BackwardVariant backward_variant(const char* name) {
   using Config = BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kGradients,
                                 kExtended, Products>;

@@ -61,9 +61,11 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& kernels) {
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device, const Kernels& family) {
   BackwardPlan plan;
   const ForwardParams& p = params.forward;
+  const Kernels& kernels = family.allowed(p);
+  plan.products = kernels.products;
   const bool all = params.dq.data != nullptr && (params.dk.data != nullptr || params.dv.data != nullptr);
   constexpr int kWays[][BackwardPlan::kMaxKernels] = {{kDq | kDk | kDv}, {kDk | kDv, kDq}, {kDk, kDv, kDq}};
   for (const auto& way : kWays) {
@@ -86,7 +88,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
 Plan describe(const BackwardPlan& chosen) {
   const BackwardVariant& first = *chosen.kernels[0];
   Plan plan{first.name, first.block_n, first.block_m, chosen.workspace_bytes};
-  plan.decide("products", "of pairs of fp16");
+  plan.decide("products", chosen.products);
   const char* of_dq = "added to zeros";
   for (const BackwardVariant* variant : chosen.kernels) {
     if (variant != nullptr && !variant->of_keys()) of_dq = variant->name;

@@ -9,6 +9,7 @@ namespace flash_attn::cuda::sm80::fp32 {
 struct BackwardPlan {
   static constexpr int kMaxKernels = 3;
   const BackwardVariant* kernels[kMaxKernels] = {};  // that compute all gradients together; behind them null
+  const char* products = "";                         // see Kernels
   bool adds_mask_gradient = false;
 
   Planes q, k, v, dout;  // without addresses

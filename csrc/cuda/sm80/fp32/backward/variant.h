@@ -27,6 +27,6 @@ struct BackwardVariants {
   const BackwardVariant* end() const { return first + count; }
 };
 
-extern const BackwardVariants kBackwardD32, kBackwardD64;
+extern const BackwardVariants kBackwardD32, kBackwardD64, kReducedBackwardD64;
 
 }  // namespace flash_attn::cuda::sm80::fp32

@@ -14,7 +14,7 @@
 namespace flash_attn::cuda::sm80::fp32 {
 
 template <int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kSumSteps_, int kBlocksPerSm_, bool kExtended_,
-          typename Products_ = MmaProducts>
+          typename Products_ = MmaProducts<false>>
 struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
@@ -26,6 +26,8 @@ struct ForwardConfig {
   static constexpr bool kExtended = kExtended_;           // softcap, ALiBi, masks, dropout
   static constexpr int kAhead = kHeadDim == 128 ? 2 : 1;  // panels of 64 columns that are computed at a time
   using Products = Products_;
+  // Of a row of a tile that are loaded: both halves, or the high ones.
+  static constexpr int kLoaded = Products::kReduced ? kHeadDim : 2 * kHeadDim;
   using QueryTile = typename Products::template Tile<kBlockM, 2 * kHeadDim>;
   using KeyTile = typename Products::template Tile<kBlockN, 2 * kHeadDim>;
   static constexpr int kRowBytes = 2 * kHeadDim * 2;

@@ -23,7 +23,7 @@ ForwardVariant forward_variant_of(const char* name) {
 }
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended,
-          typename Products = MmaProducts>
+          typename Products = MmaProducts<false>>
 ForwardVariant forward_variant(const char* name) {
   using Config = ForwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kBlocksPerSm, kExtended, Products>;
   return forward_variant_of<Config, ForwardBlock<Config>>(name);

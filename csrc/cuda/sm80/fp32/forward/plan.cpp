@@ -103,12 +103,16 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 
 // Asks of forward's parameters alone, so that both passes agree: P = exp(S - lse) of one with lse of the other would
 // lose the rounding errors of S that they have in common.
-const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels) {
+const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kernels& family) {
+  const Kernels& kernels = family.allowed(p);
+  const bool exact = &kernels == &family;
   if (!is_forced(kernels.family)) {
     const ForwardParams mean = mean_problem(p);
     const bool few_rows = std::min(mean.seqlen_q, mean.seqlen_k) < kManyRows;
-    if (std::min(p.head_dim, p.head_dim_v) <= (few_rows ? kFewColumns : kTooFewColumns)) return kFewColumnsReason;
-    if (has_half_rate(device)) return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
+    if (exact && std::min(p.head_dim, p.head_dim_v) <= (few_rows ? kFewColumns : kTooFewColumns))
+      return kFewColumnsReason;
+    if (exact && has_half_rate(device))
+      return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
     if (!pays(p)) return "in float32 so few scores do not pay for splitting numbers into pairs";
   }
   if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
@@ -119,12 +123,14 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kern
   return nullptr;
 }
 
-ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device, const Kernels& kernels) {
+ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device, const Kernels& family) {
+  const Kernels& kernels = family.allowed(p);
   const ForwardVariants& variants = variants_for(kernels.forward, columns_of(p));
   const char* forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   // Names of other kernels are not meant for these.
   if (forced != nullptr && std::string(forced).rfind(kernels.prefix, 0) != 0) forced = nullptr;
   ForwardPlan plan;
+  plan.products = kernels.products;
   for (const ForwardVariant& variant : variants) {
     if (variant.extended != is_extended(p)) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
@@ -146,7 +152,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device, const
 
 Plan describe(const ForwardPlan& chosen) {
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
-  plan.decide("products", "of pairs of fp16");
+  plan.decide("products", chosen.products);
   plan.decide("blocks_per_sm", chosen.blocks_per_sm);
   plan.decide("slots", chosen.slots);
   if (chosen.packs_mask) plan.decide("mask", "packed first");

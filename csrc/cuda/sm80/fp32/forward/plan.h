@@ -11,8 +11,9 @@ namespace flash_attn::cuda::sm80::fp32 {
 
 struct ForwardPlan {
   const ForwardVariant* variant = nullptr;
-  int slots = 0;          // of the ring of K and V tiles
-  int blocks_per_sm = 0;  // that run at a time
+  const char* products = "";  // see Kernels
+  int slots = 0;              // of the ring of K and V tiles
+  int blocks_per_sm = 0;      // that run at a time
   TileSchedule schedule;
 
   Planes q, k, v;  // without addresses

@@ -23,6 +23,6 @@ struct ForwardVariants {
   const ForwardVariant* end() const { return first + count; }
 };
 
-extern const ForwardVariants kForwardD32, kForwardD64;
+extern const ForwardVariants kForwardD32, kForwardD64, kReducedForwardD64;
 
 }  // namespace flash_attn::cuda::sm80::fp32

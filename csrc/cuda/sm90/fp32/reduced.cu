@@ -1,0 +1,44 @@
+// Of numbers rounded to fp16: one product instead of three.
+#include "instance.h"
+
+namespace flash_attn::cuda::sm90::fp32 {
+namespace {
+
+const ForwardVariant kForward64[] = {
+    forward_variant<true, 64, 4, 64, 3, false>("wgmma fp32 d64 64x64 reduced"),
+    forward_variant<true, 64, 4, 64, 2, true>("wgmma fp32 d64 64x64 reduced extended"),
+};
+const ForwardVariant kForward128[] = {
+    pipelined<true, 128, 8, 64, 1, false>("wgmma fp32 d128 128x64 reduced"),
+    pipelined<true, 128, 8, 64, 1, true>("wgmma fp32 d128 128x64 reduced extended"),
+};
+const BackwardVariant kBackward64[] = {
+    variant_of_all<true, 64, 4, 64, 2, false>("wgmma fp32 d64 64x64 reduced"),
+    variant_of_all<true, 64, 4, 64, 2, true>("wgmma fp32 d64 64x64 reduced extended"),
+    backward_variant<true, 64, 4, 64, 2, kDk | kDv, false>("wgmma fp32 d64 64 keys x 64 reduced"),
+    backward_variant<true, 64, 4, 64, 2, kDq, false>("wgmma fp32 d64 64 queries x 64 reduced"),
+    backward_variant<true, 64, 4, 64, 2, kDk | kDv, true>("wgmma fp32 d64 64 keys x 64 reduced extended"),
+    backward_variant<true, 64, 4, 64, 2, kDq, true>("wgmma fp32 d64 64 queries x 64 reduced extended"),
+};
+const BackwardVariant kBackward128[] = {
+    variant_of_all<true, 128, 8, 32, 1, false>("wgmma fp32 d128 128x32 reduced"),
+    variant_of_all<true, 128, 8, 32, 1, true>("wgmma fp32 d128 128x32 reduced extended"),
+    backward_variant<true, 128, 8, 32, 1, kDk | kDv, false>("wgmma fp32 d128 128 keys x 32 reduced"),
+    backward_variant<true, 128, 8, 32, 1, kDq, false>("wgmma fp32 d128 128 queries x 32 reduced"),
+    backward_variant<true, 128, 8, 32, 1, kDk | kDv, true>("wgmma fp32 d128 128 keys x 32 reduced extended"),
+    backward_variant<true, 128, 8, 32, 1, kDq, true>("wgmma fp32 d128 128 queries x 32 reduced extended"),
+};
+
+template <typename Variants, typename Variant, int kCount>
+constexpr Variants list(const Variant (&variants)[kCount]) {
+  return {variants, kCount};
+}
+
+}  // namespace
+
+extern const ForwardVariants kReducedForwardD64 = list<ForwardVariants>(kForward64);
+extern const ForwardVariants kReducedForwardD128 = list<ForwardVariants>(kForward128);
+extern const BackwardVariants kReducedBackwardD64 = list<BackwardVariants>(kBackward64);
+extern const BackwardVariants kReducedBackwardD128 = list<BackwardVariants>(kBackward128);
+
+}  // namespace flash_attn::cuda::sm90::fp32
