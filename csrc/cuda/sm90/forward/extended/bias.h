@@ -91,11 +91,11 @@ struct BiasValues {
           }
         }
       } else {
+        const Storage* from = row + (first_col + 8 * kBegin) * mask.col;
 #pragma unroll
-        for (int n = kBegin; n < kEnd; ++n) {
-          const int col = first_col + 8 * n;
-          const uint32_t low = bits_of(row[min(col, col_end - 1) * mask.col]);
-          const uint32_t high = bits_of(row[min(col + 1, col_end - 1) * mask.col]);
+        for (int n = kBegin; n < kEnd; ++n, from += 8 * mask.col) {
+          const int left = col_end - first_col - 8 * n;  // columns that exist
+          const uint32_t low = left > 0 ? bits_of(from[0]) : 0, high = left > 1 ? bits_of(from[mask.col]) : 0;
           if constexpr (kFloats) {
             words[4 * (n - kBegin) + 2 * r] = low;
             words[4 * (n - kBegin) + 2 * r + 1] = high;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../../common/scores/dropout_bits.h"
+#include "../../../mask/bad_values.h"
 #include "../consumer.h"
 #include "bias.h"
 #include "visited.h"
@@ -139,24 +140,32 @@ struct ExtendedConsumer : Consumer<Config> {
     kept.draw(storage().dropout, tile.batch * params.problem.num_heads + tile.head, place(tile, row, n_block));
   }
 
-  /// Rows of V that no row of the tile sees become 0: P is 0 there, but 0 times NaN is NaN. Each consumer does it for
-  /// itself; they all write the same.
+  /// Whether a row of a block of V, in shared memory from `row_begin` on, holds NaN or an infinity.
+  FLASH_ATTN_DEVICE bool is_bad_row(uint32_t row_begin) const {
+    bool bad = false;
+#pragma unroll 1
+    for (int i = 0; i < Config::kPanelsV * 8; ++i) {
+      uint32_t x[4];
+      const int chunk = (i + row_begin / 128) % 8;  // neighbouring lanes read other banks
+      load_shared(row_begin + i / 8 * Config::kPanelBytesKV + chunk * 16, x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) bad |= is_bad(x[j], kBadExponent<Element>);
+    }
+    return bad;
+  }
+
+  /// Rows of V that no row of the tile sees become 0 if they are not finite: P is 0 there, but 0 times NaN is NaN. Each
+  /// consumer does it for itself; they all write the same.
   FLASH_ATTN_DEVICE void clean_v(const ExtendedTile& tile, int n_block) {
+    static_assert(kBlockN <= 128, "a row a thread");
     this->wait_v();
-    for (int row = threadIdx.x % 128; row < kBlockN; row += 128) {
-      const int col = n_block * kBlockN + row;
-      uint32_t by_consumer = 0;
-      const uint64_t seen = params.packed.seen == nullptr
-                                ? without_first_columns(tile, col - col % 64, ~uint64_t{0})
-                                : seen_columns<Config>(params.packed, tile, col - col % 64, by_consumer);
-      bool clean = (seen >> (col % 64) & 1) != 0;
-      if (clean && params.bad_rows.words != nullptr) clean = !is_bad_and_unseen(params, tile, col, kBlockM);
-      if (clean) continue;
+    const int row = threadIdx.x % 128;
+    const uint32_t row_begin = shared_address(this->shared.v[v.stage]) + row * 128;
+    if (row < kBlockN && is_bad_row(row_begin) && is_unseen<Config>(params, tile, n_block * kBlockN + row)) {
       const uint32_t zero[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int i = 0; i < Config::kPanelsV * 8; ++i) {
-        store_shared(shared_address(this->shared.v[v.stage]) + i / 8 * Config::kPanelBytesKV + row * 128 + i % 8 * 16,
-                     zero);
+        store_shared(row_begin + i / 8 * Config::kPanelBytesKV + i % 8 * 16, zero);
       }
     }
     async_proxy_fence();  // the product reads it

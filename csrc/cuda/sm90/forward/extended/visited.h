@@ -44,22 +44,33 @@ FLASH_ATTN_DEVICE bool has_bad_rows(const mask::BadRows& bad_rows, const Extende
   return __any_sync(~0u, bad);
 }
 
-/// Whether a column of the tile is a bad row of V that none of its `rows` rows sees. By one thread, which reads
-/// attn_mask once more.
-FLASH_ATTN_DEVICE bool is_bad_and_unseen(const ExtendedParams& params, const ExtendedTile& tile, int col, int rows) {
-  const int mask_col = tile.col_begin + col;
-  if (col >= tile.num_cols) return false;
-  const uint64_t bad = __ldg(params.bad_rows.of_head(tile.kv_batch, tile.kv_head) + mask_col / 64);
-  if ((bad >> (mask_col % 64) & 1) == 0) return false;
+/// Whether none of the tile's rows sees this column. By one thread, which reads attn_mask once more.
+template <typename Config>
+FLASH_ATTN_DEVICE bool is_unseen(const ExtendedParams& params, const ExtendedTile& tile, int col) {
+  if (col >= tile.num_cols || col < tile.first_col) return true;
   const MaskView& mask = params.problem.mask;
-  const int64_t first = tile.batch * mask.batch + tile.head * mask.head + mask_col * mask.col;
-  const Band band = tile.band();
+  if (mask.data == nullptr) return false;
+  const int mask_col = tile.col_begin + col, rows_end = min(tile.m_begin + Config::kBlockM, tile.seqlen_q);
 #pragma unroll 1
-  for (int row = tile.m_begin; row < min(tile.m_begin + rows, tile.seqlen_q); ++row) {
-    if (col < row + band.left || col > row + band.right) continue;
-    if (bias_value(mask, first + row * mask.row) != -INFINITY) return false;
+  for (int row = tile.m_begin; row < rows_end; ++row) {
+    if (col < row + tile.left_bound || col > row + tile.right_bound) continue;
+    if constexpr (Config::kBias == Bias::kNone) {
+      if (params.packed.sees(tile.batch, tile.head, row, mask_col)) return false;
+    } else {
+      const int64_t place = tile.batch * mask.batch + tile.head * mask.head + row * mask.row + mask_col * mask.col;
+      if (bias_value(mask, place) != -INFINITY) return false;
+    }
   }
   return true;
+}
+
+/// Whether causal order or a window hides some of a block's columns from some of the tile's rows: then the columns that
+/// attn_mask shows to a row are not those that a row sees.
+template <typename Config>
+FLASH_ATTN_DEVICE bool is_bounded(const ExtendedTile& tile, int n_block) {
+  const Band band = tile.band();
+  const int col = n_block * Config::kBlockN, last_row = tile.m_begin + Config::kBlockM - 1;
+  return col + Config::kBlockN - 1 > tile.m_begin + band.right || col < last_row + band.left;
 }
 
 /// Fills a tile's list, by all lanes of a warp. Counts from right to left, as the blocks are visited.
@@ -90,7 +101,7 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, Extende
       const int place = count + __popc(visited & ((1u << lane) - 1));
       if (rows != 0 && place < ExtendedStorage<Config>::kListCapacity) {
         list[place] = {static_cast<uint32_t>(n_block) | rows << VisitedBlock::kRowsShift |
-                       (clean ? 0u : VisitedBlock::kUnclean)};
+                       (clean && !is_bounded<Config>(tile, n_block) ? 0u : VisitedBlock::kUnclean)};
       }
       count += __popc(visited);
     }
