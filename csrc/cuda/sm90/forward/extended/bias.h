@@ -94,8 +94,9 @@ struct BiasValues {
         const Storage* from = row + (first_col + 8 * kBegin) * mask.col;
 #pragma unroll
         for (int n = kBegin; n < kEnd; ++n, from += 8 * mask.col) {
-          const int left = col_end - first_col - 8 * n;  // columns that exist
-          const uint32_t low = left > 0 ? bits_of(from[0]) : 0, high = left > 1 ? bits_of(from[mask.col]) : 0;
+          uint32_t low = 0, high = 0;  // of columns that do not exist
+          if (first_col + 8 * n < col_end) low = bits_of(from[0]);
+          if (first_col + 8 * n + 1 < col_end) high = bits_of(from[mask.col]);
           if constexpr (kFloats) {
             words[4 * (n - kBegin) + 2 * r] = low;
             words[4 * (n - kBegin) + 2 * r + 1] = high;

@@ -87,7 +87,8 @@ struct ExtendedConsumer : Consumer<Config> {
     if constexpr (Config::kBias == Bias::kNone) {
       if (!params.has_bits) return;
       const mask::PackedMask& packed = params.packed;
-      const int col_cell = (tile.col_begin + block.n_block() * kBlockN) / mask::kCellCols;
+      // Of none at all the number is any of 24 bits: as a column it would not be an int.
+      const int col_cell = tile.col_begin / mask::kCellCols + block.n_block() * (kBlockN / mask::kCellCols);
       const int last = (packed.col_cells - 1) * packed.col_step;
 #pragma unroll
       for (int cell = 0; cell < kBlockN / 64; ++cell) {
@@ -161,7 +162,13 @@ struct ExtendedConsumer : Consumer<Config> {
     this->wait_v();
     const int row = threadIdx.x % 128;
     const uint32_t row_begin = shared_address(this->shared.v[v.stage]) + row * 128;
-    if (row < kBlockN && is_bad_row(row_begin) && is_unseen<Config>(params, tile, n_block * kBlockN + row)) {
+    uint32_t unseen = 0;  // rows of the warp
+#pragma unroll 1
+    for (uint32_t bad = __ballot_sync(~0u, row < kBlockN && is_bad_row(row_begin)); bad != 0; bad &= bad - 1) {
+      const int col = n_block * kBlockN + row / 32 * 32 + __ffs(static_cast<int>(bad)) - 1;
+      if (is_unseen<Config>(params, tile, col)) unseen |= bad & -bad;
+    }
+    if ((unseen >> row % 32 & 1) != 0) {
       const uint32_t zero[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int i = 0; i < Config::kPanelsV * 8; ++i) {

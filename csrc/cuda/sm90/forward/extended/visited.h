@@ -44,24 +44,25 @@ FLASH_ATTN_DEVICE bool has_bad_rows(const mask::BadRows& bad_rows, const Extende
   return __any_sync(~0u, bad);
 }
 
-/// Whether none of the tile's rows sees this column. By one thread, which reads attn_mask once more.
+/// Whether none of the tile's rows sees this column. By all lanes of a warp, which read attn_mask once more.
 template <typename Config>
 FLASH_ATTN_DEVICE bool is_unseen(const ExtendedParams& params, const ExtendedTile& tile, int col) {
   if (col >= tile.num_cols || col < tile.first_col) return true;
   const MaskView& mask = params.problem.mask;
   if (mask.data == nullptr) return false;
   const int mask_col = tile.col_begin + col, rows_end = min(tile.m_begin + Config::kBlockM, tile.seqlen_q);
+  bool sees = false;
 #pragma unroll 1
-  for (int row = tile.m_begin; row < rows_end; ++row) {
+  for (int row = tile.m_begin + lane_id(); row < rows_end; row += 32) {
     if (col < row + tile.left_bound || col > row + tile.right_bound) continue;
     if constexpr (Config::kBias == Bias::kNone) {
-      if (params.packed.sees(tile.batch, tile.head, row, mask_col)) return false;
+      sees = sees || params.packed.sees(tile.batch, tile.head, row, mask_col);
     } else {
       const int64_t place = tile.batch * mask.batch + tile.head * mask.head + row * mask.row + mask_col * mask.col;
-      if (bias_value(mask, place) != -INFINITY) return false;
+      sees = sees || bias_value(mask, place) != -INFINITY;
     }
   }
-  return true;
+  return !__any_sync(~0u, sees);
 }
 
 /// Whether causal order or a window hides some of a block's columns from some of the tile's rows: then the columns that
@@ -109,8 +110,8 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, Extende
       count = num_blocks;
       flags |= VisitedBlock::kUnclean;
     }
-  } else {
-    if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) flags |= VisitedBlock::kUnclean;
+  } else if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) {
+    flags |= VisitedBlock::kUnclean;
   }
   const bool listed = count <= ExtendedStorage<Config>::kListCapacity;
   if (lane_id() == 0) {
