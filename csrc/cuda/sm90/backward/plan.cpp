@@ -126,6 +126,9 @@ void plan_order(Plan& plan, const ForwardParams& p, const DeviceInfo& device) {
   } else if (plan.dq.is_ordered()) {
     group = heads_at_once;
     plan.order.wide_groups = true;
+    // What the mask shows is not known here. If it is all, either direction will do; if rows see prefixes, each tile is
+    // a step behind the neighbour this way, and waits for the longest the other: benchmarks/experiments/178.
+    plan.order.falling = p.mask.data != nullptr;
   }
   group = std::min(group, heads);
   plan.order.heads_per_group = static_cast<int>(group);
