@@ -304,7 +304,6 @@ struct Consumer : pair::Consumer<Config, kRole> {
   }
 
   FLASH_ATTN_DEVICE void begin_tile() {
-    mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);
     if (params.problem.mask.data != nullptr) clear_bad_keys();
     if constexpr (!kScores) return;
     const Step& at = steps.at();
@@ -360,6 +359,7 @@ struct Consumer : pair::Consumer<Config, kRole> {
 #pragma unroll
       for (int i = 0; i < Base::kPartColumns / 2; ++i) acc[part][i] = 0.f;
     }
+    mbarrier_wait(kScores ? &shared.k_full : &shared.v_full, 0);  // also before gradients leave through their buffers
     if (steps.begin()) process_tile();
     named_barrier_sync(pair::kBothRead, 256);
     store_gradients();

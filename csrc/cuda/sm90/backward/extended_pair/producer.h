@@ -25,13 +25,13 @@ struct Producer : pair::Producer<Config> {
              {tile.n_begin + Config::kRowsN * rank, at.m_block * Config::kBlockM, head, batch, 0});
   }
 
-  /// A tile without a step has no K and V.
+  /// K and V before it is known whether attn_mask lets the tile visit a block, which takes a while.
   FLASH_ATTN_DEVICE void run() {
+    Base::load_k();
+    Base::load_v();
     global_proxy_fence();  // what another launch has prepared
     extended::StepCursor<pair::SharedStorage<Config>> steps{shared};
     if (!steps.begin()) return;
-    Base::load_k();
-    Base::load_v();
     uint32_t step = 0;
 #pragma unroll 1
     do {
