@@ -17,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ SAMPLES = 3  # of a build before it is another one's turn
 class Build:
     """A process that times one build."""
 
-    def __init__(self, text: str, device: str, passes: str) -> None:
+    def __init__(self, text: str, device: str, passes: str, graphs: bool) -> None:
         self.name, found, rest = text.partition("=")
         folder, *settings = rest.split(",")
         if not found or not (Path(folder) / "flash_attn").is_dir() or not all("=" in setting for setting in settings):
@@ -42,7 +43,7 @@ class Build:
         environment = os.environ | dict(setting.split("=", 1) for setting in settings)
         search = [str(self.folder), str(Path(__file__).parent.resolve())]
         environment |= {"PYTHONPATH": os.pathsep.join(search), "PYTHONSAFEPATH": "1"}
-        program = f"import compare; compare.serve({device!r}, {passes!r})"
+        program = f"import compare; compare.serve({device!r}, {passes!r}, {graphs})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -66,7 +67,7 @@ class Build:
         return json.loads(answer)
 
 
-def serve(device: str, passes: str) -> None:
+def serve(device: str, passes: str, graphs: bool) -> None:
     """In a build's process: for a problem from standard input prepares its call and says where the package is; for null
     says how many milliseconds a call takes."""
     import timing
@@ -76,7 +77,9 @@ def serve(device: str, passes: str) -> None:
 
     import flash_attn
 
-    timer = timing.device_times if device == "cuda" else timing.cpu_times
+    timer: Callable[..., list[float]] = timing.device_times if device == "cuda" else timing.cpu_times
+    if graphs:
+        timer = timing.graph_times
     timed: list[timing.Timed] = []
     for line in sys.stdin:
         problem = json.loads(line)
@@ -84,7 +87,7 @@ def serve(device: str, passes: str) -> None:
             print(json.dumps(timer(timed, SAMPLES)[0]), flush=True)
             continue
         timed.clear()  # frees the last problem's tensors
-        problem["lengths"] = tuple(problem["lengths"])
+        problem |= {name: tuple(problem[name]) for name in ("lengths", "filled")}
         timed.append(timed_call(ours(Inputs(Problem(**problem), torch.device(device))), passes))
         print(json.dumps(flash_attn.__file__), flush=True)
 
@@ -103,7 +106,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    builds = [Build(text, args.device, args.passes) for text in args.builds]
+    graphs = args.suite == "decode" and args.device == "cuda"  # as bench.py times it
+    builds = [Build(text, args.device, "fwd" if graphs else args.passes, graphs) for text in args.builds]
     ratios: dict[str, list[float]] = {build.name: [] for build in builds}
     for problem in problems_of(args.suite, Selection.of_arguments(args)):
         for build in builds:

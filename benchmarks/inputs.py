@@ -24,6 +24,8 @@ class Inputs:
         # (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) when packed
         self.q, self.dout = (random(problem.heads, problem.seqlen) for _ in range(2))
         self.k, self.v = (random(problem.kv_heads, problem.keys) for _ in range(2))
+        if problem.latent:
+            self.v = self.k[..., : problem.latent]
         if problem.float8:  # what such a cache can hold
             self.k, self.v = (x.to(torch.float8_e4m3fn).to(x.dtype) for x in (self.k, self.v))
         self.rule = problem.rule(device)

@@ -48,6 +48,7 @@ class Problem:
         seqlen_k: rows of k and v where they are others than those of q, without a mask; causal is from the last key.
         filled: rows that each sequence has in a cache of seqlen_k, which are known on the device alone.
         float8: k and v are a cache in float8_e4m3fn with a scale a head.
+        latent: columns of a key that are its value too, in a cache; 0: values are apart.
     """
 
     head_dim: int
@@ -64,6 +65,7 @@ class Problem:
     score: str = "none"
     filled: tuple[int, ...] = ()
     float8: bool = False
+    latent: int = 0
 
     @property
     def kv_heads(self) -> int:
@@ -76,7 +78,7 @@ class Problem:
     @property
     def needs_cache(self) -> bool:
         """Only functions that take a cache say it."""
-        return bool(self.filled) or self.float8 or (self.causal and self.seqlen_k > 0)
+        return bool(self.filled) or self.float8 or self.latent > 0 or (self.causal and self.seqlen_k > 0)
 
     @property
     def filled_keys(self) -> int:
@@ -143,7 +145,7 @@ class Problem:
 
     def flops(self, passes: str) -> float:
         """Of the two matrix products forward; backward counts 2.5 times that, as everybody counts it."""
-        forward = 4.0 * self.visible_pairs * self.heads * self.head_dim
+        forward = 2.0 * self.visible_pairs * self.heads * (self.head_dim + (self.latent or self.head_dim))
         return forward * {"fwd": 1.0, "bwd": 2.5, "step": 3.5}[passes]
 
     def bytes(self, passes: str) -> float:
@@ -151,7 +153,9 @@ class Problem:
         size = {"bf16": 2, "fp16": 2, "fp32": 4}[self.dtype]
         keys = self.filled_keys if self.seqlen_k else self.tokens
         key_size = 1 if self.float8 else size
-        forward = 2 * self.head_dim * (self.tokens * self.heads * size + keys * self.kv_heads * key_size)
+        columns = self.head_dim + (self.latent or self.head_dim)
+        stored = self.head_dim if self.latent else columns
+        forward = columns * self.tokens * self.heads * size + stored * keys * self.kv_heads * key_size
         return forward * {"fwd": 1, "bwd": 2, "step": 3}[passes]
 
     def __str__(self) -> str:
@@ -161,6 +165,6 @@ class Problem:
         parts.append(f"{self.heads} heads" + (f" on {self.heads_k}" if self.heads_k else ""))
         if self.filled:
             parts.append(f"{min(self.filled)} to {max(self.filled)} filled")
-        parts += ["float8"] * self.float8
+        parts += ["float8"] * self.float8 + [f"values {self.latent} of it"] * (self.latent > 0)
         parts += [self.case] * (self.case != "none") + [f"window {self.window}"] * (self.window >= 0)
         return " ".join(parts)

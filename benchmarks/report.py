@@ -116,6 +116,7 @@ def make_row(
         "lengths": list(problem.lengths),
         "filled": list(problem.filled),
         "float8": problem.float8,
+        "latent": problem.latent,
         **notes,
     }
     for name, ms in times.items():

@@ -208,7 +208,8 @@ def extra(selection: Selection) -> list[Problem]:
 
 def decode(selection: Selection) -> list[Problem]:
     """A few query rows of each of many heads over the keys of a cache: one row over short and long caches, also in
-    float8; 2 to 16 rows; sequences of all lengths; other head dimensions; a key head for each query head, and for all.
+    float8; 2 to 16 rows; sequences of all lengths; other head dimensions; a key head for each query head, and for all;
+    values that are a part of the keys.
     """
     if not selection.on_cuda:
         return [Problem(128, False, 1, 1, 8, dtype, seqlen_k=8192) for dtype in ("fp32", "bf16")]
@@ -223,7 +224,11 @@ def decode(selection: Selection) -> list[Problem]:
     float8 = [replace(p, float8=True) for p in (*one, ragged, rows[3])]
     dims = [Problem(d, False, 1, 16, 32, "bf16", 8, seqlen_k=8192) for d in (64, 96, 192, 256)]
     dims += [replace(dims[0], head_dim=128, heads_k=heads_k) for heads_k in (1, 32)]
-    return [*one, *rows, ragged, *float8, *dims]
+    latent = [
+        Problem(576, False, 1, batch, heads, "bf16", 1, seqlen_k=keys, latent=512)
+        for heads, batch, keys in ((16, 16, 8192), (16, 64, 4096), (64, 64, 4096), (128, 128, 4096))
+    ]
+    return [*one, *rows, ragged, *float8, *dims, *latent]
 
 
 def fp32(selection: Selection) -> list[Problem]:

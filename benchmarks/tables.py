@@ -91,6 +91,7 @@ def problem_text(row: Row) -> str:
     elif not lengths and keys != row["seqlen"]:
         size += f" on {keys:,} keys"
     size += " in float8" if row.get("float8") else ""
+    size += f", values {row['latent']} columns of them" if row.get("latent") else ""
     batch = "" if lengths else f"{row['batch']} x "
     heads = f"{row['heads']} heads" + (f" on {row['heads_k']}" if row["heads_k"] != row["heads"] else "")
     case = "" if case_of(row) == "none" else f", {case_of(row)}"

@@ -48,6 +48,7 @@ class CacheProblem:
     sinks: bool = False
     one_length: bool = False  # cache_seqlens is an int: that of all
     float8: str = ""  # the caches are, with a descale for each "head" or for each of each sequence ("batch")
+    latent: bool = False  # v_cache is the first head_dim_v columns of k_cache, and v of k
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -112,6 +113,17 @@ def random_float8_problem(seed: int) -> CacheProblem:
     return dataclasses.replace(problem, head_dim=head_dim, head_dim_v=head_dim_v, rotary_dim=rotary_dim, float8=kind)
 
 
+def random_latent_problem(seed: int) -> CacheProblem:
+    """As random_cache_problem, with values that are a part of the keys: of one key head, nearly always of 576 and 512
+    columns."""
+    problem = random_cache_problem(seed, (torch.bfloat16, torch.float16))
+    rng = random.Random(seed)
+    head_dim, head_dim_v = rng.choice(((576, 512), (576, 512), (576, 512), (320, 256), (512, 512), (576, 448)))
+    heads = rng.choice((1, 16, 64, 128, problem.heads))
+    changes = {"heads": heads, "heads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    return dataclasses.replace(problem, rotary_dim=0, latent=True, scale=head_dim**-0.5, **changes)
+
+
 @dataclass
 class Inputs:
     """The arguments of a call, on the CPU, and where each row of each sequence lies in the cache."""
@@ -162,6 +174,8 @@ def make_inputs(problem: CacheProblem) -> Inputs:
                 cache.dtype
             )
         caches.append(cache)
+    if p.latent:
+        caches[1] = caches[0][..., : p.head_dim_v]
     filled = [n + p.appended for n in p.lengths]
     leftpad = torch.tensor([int(torch.randint(0, n + 1, (), generator=g)) for n in p.lengths]) if p.leftpad else None
     if leftpad is not None:
@@ -182,11 +196,14 @@ def make_inputs(problem: CacheProblem) -> Inputs:
     ]
     if p.float8:
         caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
+    q = random_tensor(batch, p.seqlen_q, p.heads, p.head_dim)
+    k = random_tensor(batch, p.appended, p.heads_k, p.head_dim) if p.appended else None
+    v = random_tensor(batch, p.appended, p.heads_k, p.head_dim_v) if p.appended else None
     return Inputs(
-        random_tensor(batch, p.seqlen_q, p.heads, p.head_dim),
+        q,
         *caches,
-        random_tensor(batch, p.appended, p.heads_k, p.head_dim) if p.appended else None,
-        random_tensor(batch, p.appended, p.heads_k, p.head_dim_v) if p.appended else None,
+        k,
+        k[..., : p.head_dim_v] if p.latent and k is not None else v,
         angles.cos().to(tables) if p.rotary_dim else None,
         angles.sin().to(tables) if p.rotary_dim else None,
         index,
@@ -226,7 +243,10 @@ def as_numbers(problem: CacheProblem, cache: Tensor) -> Tensor:
 
 def expected_cache(problem: CacheProblem, given: Inputs) -> tuple[Tensor, Tensor]:
     """The caches after the call, float8 ones in float32."""
-    p, caches = problem, (as_numbers(problem, given.k_cache).clone(), as_numbers(problem, given.v_cache).clone())
+    p = problem
+    caches = tuple(
+        as_numbers(p, x).clone(memory_format=torch.contiguous_format) for x in (given.k_cache, given.v_cache)
+    )
     for b, length in enumerate(p.lengths):
         rows = torch.arange(p.appended) + length
         descales = (given.k_descale, given.v_descale)
@@ -281,6 +301,8 @@ def call(problem: CacheProblem, given: Inputs, device: str) -> tuple[Tensor, Ten
     p = problem
     on = {f.name: x if x is None else x.to(device) for f in dataclasses.fields(given) for x in [getattr(given, f.name)]}
     k_cache, v_cache = (torch.empty_like(x).copy_(x) for x in (on["k_cache"], on["v_cache"]))
+    if p.latent:
+        v_cache = k_cache[..., : p.head_dim_v]
     lengths = p.lengths[0] if p.one_length else torch.tensor(p.lengths, dtype=torch.int32, device=device)
     result = flash_attn_with_kvcache(
         on["q"],
@@ -309,23 +331,37 @@ def call(problem: CacheProblem, given: Inputs, device: str) -> tuple[Tensor, Ten
     return *result, k_cache, v_cache
 
 
+def moved(given: Inputs, device: str) -> Inputs:
+    return dataclasses.replace(
+        given,
+        **{f.name: x.to(device) for f in dataclasses.fields(given) for x in [getattr(given, f.name)] if x is not None},
+    )
+
+
 def check(problem: CacheProblem, device: str) -> None:
     p, given = problem, make_inputs(problem)
+    there = problems.reference_device_on_cuda if device == "cuda" else "cpu"
     try:
         out, lse, *caches = call(p, given, device)
     except RuntimeError as error:
         if f"FLASH_ATTN_FORCE={os.environ.get('FLASH_ATTN_FORCE')} does not take this problem" in str(error):
             return
         raise
+    given = moved(given, there)
+    with torch.device(there):
+        _compare(p, given, out.to(there), lse.to(there), [x.to(there) for x in caches])
+
+
+def _compare(p: CacheProblem, given: Inputs, out: Tensor, lse: Tensor, caches: list[Tensor]) -> None:
     after = expected_cache(p, given)
     for name, got, want in zip(("k_cache", "v_cache"), caches, after, strict=True):
         close = 1e-12 if p.dtype == torch.float64 else 2 * torch.finfo(p.dtype).eps
         if p.float8:  # neighbours, where the number was about half way
             close = torch.finfo(torch.float8_e4m3fn).eps
-        same = torch.isclose(as_numbers(p, got.cpu()), want, rtol=close, atol=close, equal_nan=True)
+        same = torch.isclose(as_numbers(p, got), want, rtol=close, atol=close, equal_nan=True)
         assert same.all(), f"{name}: {int((~same).sum())} entries differ, the first at {(~same).nonzero()[0].tolist()}"
     if p.float8:
-        after = as_numbers(p, caches[0].cpu()), as_numbers(p, caches[1].cpu())
+        after = as_numbers(p, caches[0]), as_numbers(p, caches[1])
     truth, eager = expected(p, given, after, torch.float64), expected(p, given, after, p.dtype)
     reference.assert_close("out", out, truth[0], eager[0], 2, p.dtype)
     reference.assert_close("lse", lse, truth[1], eager[1], 2, p.dtype)

@@ -5,12 +5,14 @@
 `small`: a tile or two of every feature. `large`: several tiles for each CTA of a large GPU, so that CTAs work on what
 others have prepared, added up or written. `packed`: the same of packed sequences. `short`: more heads than CTAs, of a
 few blocks each. `few`: so few tiles that CTAs share out a head's query rows. `scores`: masks and all else that changes
-scores, over several tiles.
+scores, over several tiles. `caches` and `float8`: over caches, contiguous and in pages. `latent`: over caches whose
+values are all but 64 columns of the keys; --head-dims 576.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from dataclasses import replace
 
@@ -115,20 +117,35 @@ def caches(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
         replace(base, seqlen_q=8, appended=8, softcap=20.0),
         replace(base, seqlen_q=16, appended=16, page_size=64),
         replace(base, lengths=(5000,), capacity=5008, heads=32, heads_k=8),
+        replace(paged, lengths=(3000, 20), capacity=3072, seqlen_q=16, appended=16),
         replace(base, lengths=(70,) * 100, capacity=96, heads=4, page_size=32),
         replace(base, lengths=(900, 20), capacity=960, seqlen_q=40, appended=40),
     ]
 
 
 def float8(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
-    return [replace(p, float8=kind) for kind, p in zip(("head", "batch") * 5, caches(head_dim, dtype), strict=True)]
+    kinds = itertools.cycle(("head", "batch"))
+    return [replace(p, float8=kind) for kind, p in zip(kinds, caches(head_dim, dtype), strict=False)]
+
+
+def latent(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
+    sizes = {"heads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim - 64, "causal": True, "latent": True}
+    base = CacheProblem(dtype, (300, 0, 1, 77), 320, 16, seqlen_q=1, appended=1, **sizes)
+    return [
+        base,
+        replace(base, heads=128, page_size=64),
+        replace(base, heads=64, page_size=16, lengths=(3000, 20), capacity=3072),
+        replace(base, lengths=(70, 33) * 100, capacity=96, page_size=48),
+        replace(base, seqlen_q=3, appended=3, leftpad=True, window=(40, 0), sinks=True),
+        replace(base, heads=128, lengths=(900, 2000, 40), capacity=2016),
+    ]
 
 
 def run_over_cache(problem: CacheProblem, device: str) -> dict[str, torch.Tensor]:
     return {"out": cache_problems.call(problem, cache_problems.make_inputs(problem), device)[0]}
 
 
-KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few, scores, caches, float8)}
+KINDS = {kind.__name__: kind for kind in (small, large, packed, short, few, scores, caches, float8, latent)}
 
 
 def main() -> None:

@@ -50,8 +50,10 @@ def _plan(
     **more: Any,
 ) -> dict[str, Any]:
     shape = (batch * keys // page_size, page_size) if page_size else (batch, keys)
-    cache = _tensor(stored or dtype, *shape, heads_k, head_dim, address=address)
-    caches = {"k_cache": cache, "v_cache": cache}
+    caches = {
+        name: _tensor(stored or dtype, *shape, heads_k, head_dim, address=address + place)
+        for name, place in (("k_cache", 0), ("v_cache", BASE))
+    }
     tensors = {"q": _tensor(dtype, batch, rows, heads, head_dim), **caches}
     if page_size:
         tensors["block_table"] = _tensor("int32", batch, keys // page_size)
@@ -109,6 +111,44 @@ def test_what_no_kernel_takes_of_float8(changes: dict[str, Any], reason: str) ->
         _plan(stored="float8_e4m3fn", **changes)
 
 
+@pytest.mark.parametrize(
+    "head_dim, tile", [(64, "64x128"), (80, "64x64"), (128, "64x64"), (192, "64x64"), (256, "64x64")]
+)
+def test_more_than_32_rows_are_a_warpgroups_on_hopper(head_dim: int, tile: str) -> None:
+    assert not _plan(8, head_dim=head_dim)["kernel"].endswith("wgmma")
+    kernel = _plan(9, head_dim=head_dim)["kernel"]
+    assert kernel.endswith(f"{tile} wgmma")
+    assert _plan(9, head_dim=head_dim, stored="float8_e4m3fn")["kernel"].startswith("decode float8")
+    for device in ((80, 108, 166912, 40 << 20), (100, 148, 232448, 126 << 20)):
+        assert not _plan(9, head_dim=head_dim, device=device)["kernel"].endswith("wgmma")
+
+
+def _plan_latent(k_stride: int = 576, v_address: int = BASE, head_dim_v: int = 512, **more: Any) -> dict[str, Any]:
+    heads, keys = more.pop("heads", 16), 4096
+    caches = {
+        name: (address, "bfloat16", 0, [4, keys, 1, columns], [keys * k_stride, k_stride, k_stride, 1])
+        for name, address, columns in (("k_cache", BASE, 576), ("v_cache", v_address, head_dim_v))
+    }
+    device = more.pop("device", H200)
+    result: dict[str, Any] = _C.plan_cache({"q": _tensor("bfloat16", 4, 1, heads, 576), **caches}, OPTIONS, device)
+    return result
+
+
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_values_that_are_a_part_of_the_keys_have_a_kernel_on_hopper(heads: int) -> None:
+    chosen = _plan_latent(heads=heads)
+    assert chosen["kernel"] == "decode d576 v512 64x32" and chosen["decisions"]["stages"] == 4
+    assert _plan_latent(head_dim_v=448)["kernel"] == "decode d576 v512 64x32"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"v_address": BASE + 128}, {"head_dim_v": 576}, {"device": (80, 108, 166912, 40 << 20)}, {"k_stride": 580}],
+)
+def test_others_of_so_many_columns_are_the_universal_kernels(changes: dict[str, Any]) -> None:
+    assert _plan_latent(**changes)["family"] == "universal"
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9, 16])
 def test_tiles_have_room_for_the_rows_that_share_keys(rows: int) -> None:
     assert _plan(rows)["tile"][0] == (16 if rows <= 4 else 32 if rows <= 8 else 64)
@@ -129,6 +169,8 @@ def test_other_families_refuse_pages() -> None:
 def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None:
     assert _plan(batch=1, keys=64)["decisions"]["ctas"] <= 3 * 8
     assert _plan(batch=67)["decisions"]["ctas"] == 2 * 132
-    assert _plan(batch=64)["decisions"]["ctas"] == 256  # two tiles each
+    assert _plan(batch=64)["decisions"]["ctas"] == 512  # a tile each, about half of them at once
+    assert _plan(batch=128)["decisions"]["ctas"] == 512  # two tiles each
+    assert _plan(batch=64, keys=512)["decisions"]["ctas"] == 256  # too short to begin anew
     small = _plan(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
     assert small % 8 == 0 and small >= 0.95 * 2 * 132

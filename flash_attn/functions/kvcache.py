@@ -78,7 +78,9 @@ def flash_attn_with_kvcache(
             num_heads_k, head_dim); the last stride is 1. Or float8_e4m3fn, both caches, on a GPU of compute capability
             8.9 or later: then q is bfloat16 or float16, head dims are multiples of 16 up to 256, and a key or value is
             the number in the cache times k_descale or v_descale.
-        v_cache: as k_cache, with head_dim_v.
+        v_cache: as k_cache, with head_dim_v. It may be the first columns of the keys, k_cache[..., :head_dim_v], as in
+            latent attention (DeepSeek-V2, 2024), with head dims up to 576 and 512 also on Hopper's kernels for few
+            query rows, which read each row once; k and v that are appended then have to agree there.
         k: (batch, seqlen_new, num_heads_k, head_dim) of q's dtype, appended; to a float8 cache divided by k_descale,
             rounded to nearest, and at most 448. Default: nothing is.
         v: (batch, seqlen_new, num_heads_k, head_dim_v).

@@ -37,7 +37,9 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device, bool float
   }
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return "the dtype is neither bfloat16 nor float16";
   if (p.batch == 0 || p.num_heads == 0 || p.seqlen_q == 0 || p.seqlen_k == 0) return "a tensor is empty";
-  if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim is over 256";
+  if ((p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) && !is_latent(p, device, float8)) {
+    return "head_dim is over 256";
+  }
   if (float8 && (p.head_dim % 16 != 0 || p.head_dim_v % 16 != 0)) {
     return "head_dim is not a multiple of 16, which float8 needs";
   }
@@ -46,7 +48,8 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device, bool float
   }
   if (p.mask.data != nullptr) return "there is an attn_mask";
   if (p.dropout_p > 0.0) return "there is dropout";
-  if (const char* reason = refuses_ordinary(p)) return reason;
+  const char* const better_elsewhere = refuses_ordinary(p);
+  if (better_elsewhere != nullptr && !is_latent(p, device, float8)) return better_elsewhere;
   const int stored = float8 ? 16 : 8;
   if (!is_aligned(p.q, 8) || !is_aligned(p.k, stored) || !is_aligned(p.v, stored) || !is_aligned(p.out, 8)) {
     return "rows are not aligned to 16 bytes";
@@ -63,6 +66,7 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device, bool float8) {
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes()};
   plan.decide("ctas", chosen.ctas);
   plan.decide("stages", chosen.stages);
+  plan.decide("together", chosen.together);
   return plan;
 }
 
@@ -80,19 +84,21 @@ void launch(const ForwardParams& p, const Float8Params* float8, const DeviceInfo
   if (float8 != nullptr) params.k_descale = float8->k_descale, params.v_descale = float8->v_descale;
   params.group = Divisor(p.group_size());
   params.page = Divisor(p.cache.block_table != nullptr ? p.cache.page_size : 1);
-  params.whole_rows = p.head_dim == variant.head_dim && p.head_dim_v == variant.head_dim && p.cache.page_size % 16 == 0;
+  params.whole_rows =
+      p.head_dim == variant.head_dim && p.head_dim_v == variant.head_dim_v && p.cache.page_size % 16 == 0;
   params.scores_as_they_are = p.softcap == 0.0 && p.alibi_slopes == nullptr;
   params.alike = p.is_dense() && p.cache.first == nullptr;
   params.early = params.alike && p.cache.block_table == nullptr && p.cache.batch_index == nullptr;
   params.num_heads_k = int(p.num_heads_k);
   params.stages = chosen.stages;
   params.min_units = chosen.min_units;
+  params.together = Divisor(chosen.together);
   params.launch_id = new_launch_id() * 0x9e3779b97f4a7c15ull;  // whose upper 48 bits differ from launch to launch
   unsigned char* const workspace = static_cast<unsigned char*>(p.workspace);
   params.arrivals = reinterpret_cast<uint64_t*>(workspace);
   params.partial_out = reinterpret_cast<float*>(workspace + chosen.arrivals_bytes());
   params.partial_statistics =
-      reinterpret_cast<float2*>(params.partial_out + int64_t{2} * chosen.ctas * variant.block_m * variant.head_dim);
+      reinterpret_cast<float2*>(params.partial_out + chosen.ctas * variant.partial_rows() * variant.head_dim_v);
   const auto kernel = variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1];
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              int(chosen.shared_bytes())),

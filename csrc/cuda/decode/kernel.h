@@ -1,13 +1,15 @@
 // Attention of few query rows over many keys, whose time is that of reading the keys and values once.
 //
-// A CTA has a share of all blocks of keys (units.h). Two of its warps copy them, one keys and one values, through a
-// ring of stages in shared memory (loading.h), whatever tile they belong to, so that the next tile's are under way
-// while this one's results are written; the others compute, with mma.sync on packed rows (config.h). Tiles that several
-// CTAs have a part of are put together by the last (parts.h).
+// A CTA has a share of all blocks of keys (sharing/units.h). Some of its warps copy them through a ring of stages in
+// shared memory (stages/loading.h), whatever tile they belong to, so that the next tile's are under way while this
+// one's results are written; the others compute, on packed rows (warps/config.h): by mma.sync (warps/block.h), or on
+// Hopper by a warpgroup (warpgroups/block.h). Tiles that several CTAs have a part of are put together by the last
+// (sharing/parts.h).
 #pragma once
 
 #include "../common/dependent_launch.h"
-#include "output.h"
+#include "../sm90/hopper/budgets.h"
+#include "ends/finish.h"
 #include "stages/loading.h"
 
 namespace flash_attn::cuda::decode {
@@ -25,7 +27,7 @@ struct Memory {
 
   static constexpr int kBytes =
       C::kQueryBytes + C::kStatisticsBytes + int(sizeof(StageBarriers)) + Board::kBytes + int(sizeof(ShareScratch)) + 4;
-  static constexpr int kFixedBytes = (kBytes + 127) / 128 * 128;
+  static constexpr int kFixedBytes = (kBytes + C::kAlignment - 1) / C::kAlignment * C::kAlignment;
 
   FLASH_ATTN_DEVICE explicit Memory(unsigned char* memory)
       : queries(memory),
@@ -42,8 +44,8 @@ struct Memory {
 /// A loading warp: the blocks of the share, into one stage after the other.
 template <typename C>
 FLASH_ATTN_DEVICE void fill_stages(const DecodeParams& params, const Memory<C>& memory, const Unit& first, int end) {
-  const uint32_t stages = sm80::shared_address(memory.stages);
-  Loader<C> loader(params, memory.board, first, end, threadIdx.x >= C::kConsumers + 32);
+  const uint32_t stages = shared_address(memory.stages);
+  Loader<C> loader(params, memory.board, first, end, (int(threadIdx.x) - C::kConsumers) / 32);
   if (params.early) {
     loader.prefetch_blocks();
     grid_dependency_wait();
@@ -57,70 +59,80 @@ FLASH_ATTN_DEVICE void fill_stages(const DecodeParams& params, const Memory<C>& 
   }
 }
 
-/// The others.
-template <typename C>
-FLASH_ATTN_DEVICE void use_stages(const DecodeParams& params, const Memory<C>& memory, const Unit& first,
-                                  const Share& share) {
-  const uint32_t stages = sm80::shared_address(memory.stages);
-  const WarpPlace<C> place;
-  WarpState<C> state(memory.queries, place);
-  StagePlace at;
-  const auto release = [&](int stage) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(memory.barriers->empty + stage);
-  };
-  TileInfo begun = tile_info<C>(params, first);  // the first tile's queries are read while its keys are under way
-  if (params.early) grid_dependency_wait();
-  if (threadIdx.x == 0) open_arrivals(params);
-#pragma unroll 1
-  for (int left = share.end - share.begin;;) {
-    state.start(params, begun, place);
-    if constexpr (C::kQueriesInShared) consumers_sync<C>();  // the queries are there
+/// The others, a block after the other. State has what a thread knows of a tile: start() of a tile, process() of each
+/// block, finish() when the CTA has no more of them. State::kUsers threads say that a stage is read (release()).
+template <typename State>
+struct BlockByBlock {
+  using Config = typename State::Config;
+  static constexpr int kUsers = State::kUsers;
+
+  FLASH_ATTN_DEVICE static void prepare(const Memory<Config>&) {}
+
+  FLASH_ATTN_DEVICE static void use_stages(const DecodeParams& params, const Memory<Config>& memory,
+                                           const Unit& first) {
+    State state(memory.queries);
+    StagePlace at;
+    TileInfo begun = tile_info<Config>(params, first);  // the first tile's queries are read while its keys come
+    if (params.early) grid_dependency_wait();
+    if (threadIdx.x == 0) open_arrivals(params);
 #pragma unroll 1
     for (;;) {
-      barrier_wait(memory.barriers->full + at.stage, at.parity);
-      const BlockInfo block = memory.board.blocks[at.stage];
-      const TileInfo& t = memory.board.tiles[block.slot];
-      state.process(params, t, stages + at.stage * C::kStageBytes, block.first_key, block.partial, place);
-      const int stage = at.stage;
-      at.advance(params.stages);
-      --left;
-      if (!block.ends) {
-        release(stage);
-        continue;
+      state.start(params, begun);
+      if constexpr (Config::kQueriesInShared) consumers_sync<Config>();  // the queries are there
+#pragma unroll 1
+      for (;;) {
+        barrier_wait(memory.barriers->full + at.stage, at.parity);
+        const BlockInfo block = memory.board.blocks[at.stage];
+        const TileInfo& t = memory.board.tiles[block.slot];
+        unsigned char* const stage = memory.stages + at.stage * Config::kStageBytes;
+        state.process(params, t, stage, block.first_key, block.partial);
+        uint64_t* const empty = memory.barriers->empty + at.stage;
+        at.advance(params.stages);
+        if (!block.ends) {
+          State::release(empty);
+          continue;
+        }
+        const FreeStages free = block.last ? FreeStages{memory.stages, params.stages} : FreeStages{stage, 1};
+        state.finish(params, t, memory.scratch->share, memory.word, free, memory.statistics);
+        if (block.last) return;
+        State::release(empty);
+        break;
       }
-      const Merge<C> merge{reinterpret_cast<float*>(memory.stages + stage * C::kStageBytes), memory.statistics};
-      finish_tile(params, t, share, state, place, merge, memory.word);
-      release(stage);
-      break;
+      barrier_wait(memory.barriers->full + at.stage, at.parity);
+      begun = memory.board.tiles[memory.board.blocks[at.stage].slot];
     }
-    if (left == 0) return;
-    barrier_wait(memory.barriers->full + at.stage, at.parity);
-    begun = memory.board.tiles[memory.board.blocks[at.stage].slot];
   }
-}
+};
 
-template <typename C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
+/// Users compute: Users::use_stages().
+template <typename Users>
+__global__ void __launch_bounds__(Users::Config::kThreads, Users::Config::kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
+  using C = typename Users::Config;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
   if constexpr (C::kFloat8) return;  // decode.cpp refuses them
 #endif
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const Memory<C> memory(shared);
-  if (threadIdx.x == 0) memory.barriers->init(C::kConsumers / 32);
+  if (threadIdx.x == 0) {
+    memory.barriers->init(C::kLoaders, Users::kUsers);
+    Users::prepare(memory);
+  }
   grid_launch_dependents();
   // For whoever wrote the lengths, q and the cache, or still uses the workspace. Where no length, entry or page is read
   // from memory, each warp works out first what it has to do, and waits then.
   if (!params.early) grid_dependency_wait();
   Unit first;
   const Share share = find_share<C>(params, memory.scratch, first);
-  __syncthreads();  // the barriers are there
+  if (threadIdx.x == 0) memory.scratch->share = share;
+  __syncthreads();  // the barriers and the share are there
   if (share.begin >= share.end) return;
   if (threadIdx.x >= C::kConsumers) {
+    if constexpr (C::kLoaderRegisters != 0) sm90::register_budget_lower<C::kLoaderRegisters>();
     fill_stages<C>(params, memory, first, share.end);
   } else {
-    use_stages<C>(params, memory, first, share);
+    if constexpr (C::kLoaderRegisters != 0) sm90::register_budget_raise<C::kConsumerRegisters>();
+    Users::use_stages(params, memory, first);
   }
 }
 

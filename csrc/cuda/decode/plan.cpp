@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kMaxStages = 6;
+constexpr int64_t kEnoughBytes = 128 << 10;  // of an SM's stages
+constexpr int64_t kMostTogether = 8;
+constexpr int64_t kRowsOfWarps = 32;  // packed; more are a warpgroup's where there is one
 
 const Variants& variants_for(int64_t head_dim, bool float8) {
   if (float8) {
@@ -25,7 +28,18 @@ const Variants& variants_for(int64_t head_dim, bool float8) {
   return kD256;
 }
 
-/// A decision that FLASH_ATTN_DECODE_PLAN="stages=3,min_units=2" takes, for measurements.
+/// Tiles of 64 rows by a warpgroup; null where there is none.
+const Variant* warpgroup_for([[maybe_unused]] int64_t head_dim, [[maybe_unused]] const DeviceInfo& device) {
+#ifdef FLASH_ATTN_WITH_SM90
+  if (device.compute_capability != 90) return nullptr;
+  for (const Variant* variant : {&kD64Warpgroup, &kD96Warpgroup, &kD128Warpgroup, &kD192Warpgroup, &kD256Warpgroup}) {
+    if (head_dim <= variant->head_dim) return variant;
+  }
+#endif
+  return nullptr;
+}
+
+/// A decision that FLASH_ATTN_DECODE_PLAN="stages=3,tile=64" takes, for measurements.
 int forced(const char* name, int otherwise) {
   const char* plan = std::getenv("FLASH_ATTN_DECODE_PLAN");
   const char* found = plan != nullptr ? std::strstr(plan, name) : nullptr;
@@ -46,6 +60,16 @@ double max_units(const ForwardParams& p, const Variant& variant) {
 
 namespace {
 
+/// Nearly twice as many CTAs as run at once, each with as many whole tiles: SMs that are near to memory take more of
+/// them. 0: there are no such numbers, or tiles are of too few blocks for a CTA to begin anew.
+int ctas_of_whole_tiles(int ctas, int64_t tiles, double blocks) {
+  constexpr double kMinBlocks = 24;
+  for (int twice = 2 * ctas; blocks >= kMinBlocks && twice * 10 >= ctas * 19; --twice) {
+    if (tiles >= twice && tiles % twice == 0) return twice;
+  }
+  return 0;
+}
+
 /// Where nearly all CTAs still have a share, as many of them for each tile or of tiles for each: then none has parts of
 /// two. Of parts best a multiple of as many as are put together at once.
 int even_ctas(int ctas, int64_t tiles) {
@@ -64,11 +88,14 @@ DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
   DecodePlan plan;
   for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
     const int bytes = (device.shared_memory_per_block + kReservedBytes) / blocks - kReservedBytes;
-    const int stages = std::min(kMaxStages, (bytes - variant.fixed_bytes) / variant.stage_bytes);
-    if (stages < 2) continue;
+    const int most = std::min(kMaxStages, (bytes - variant.fixed_bytes) / variant.stage_bytes);
+    if (most < 2) continue;
+    // More bytes on their way than an SM needs make memory slower.
+    const int enough = int(ceil_div(kEnoughBytes, int64_t{blocks} * variant.stage_bytes));
+    const int stages = variant.block_m == 16 && !variant.float8 ? std::clamp(enough, 2, most) : most;
     plan.variant = &variant;
-    plan.stages = std::clamp(forced("stages", stages), 2, stages);
-    plan.ctas = forced("ctas", blocks * device.num_sms);
+    plan.stages = std::clamp(forced("stages", stages), 2, most);
+    plan.ctas = blocks * device.num_sms;
     return plan;
   }
   return plan;
@@ -76,18 +103,49 @@ DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
 
 }  // namespace
 
-DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8) {
-  const Variants& variants = variants_for(std::max(p.head_dim, p.head_dim_v), float8);
-  const int64_t rows = p.seqlen_q * p.group_size();
+bool is_latent(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+#ifdef FLASH_ATTN_WITH_SM90
+  const bool part = p.v.data == p.k.data && p.v.batch == p.k.batch && p.v.row == p.k.row && p.v.head == p.k.head;
+  return device.compute_capability == 90 && !float8 && part && p.head_dim > kMaxHeadDim &&
+         p.head_dim <= kLatent.head_dim && p.head_dim_v <= kLatent.head_dim_v;
+#else
+  return false;
+#endif
+}
+
+namespace {
+
+/// With as many rows in a tile as the problem has, where there is such a kernel.
+DecodePlan chosen_variant(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+#ifdef FLASH_ATTN_WITH_SM90
+  if (is_latent(p, device, float8)) return fitting(kLatent, device);
+#endif
+  const int64_t head_dim = std::max(p.head_dim, p.head_dim_v), rows = p.seqlen_q * p.group_size();
+  const Variants& variants = variants_for(head_dim, float8);
+  const int64_t tile = forced("tile", int(std::min<int64_t>(rows, 64)));
   int wanted = 0;
-  while (wanted + 1 < variants.count && rows > variants.first[wanted].block_m) ++wanted;
+  while (wanted + 1 < variants.count && tile > variants.first[wanted].block_m) ++wanted;
   DecodePlan plan;
+  const Variant* const warpgroup = float8 || forced("warpgroup", 1) == 0 ? nullptr : warpgroup_for(head_dim, device);
+  if (warpgroup != nullptr && tile > kRowsOfWarps) plan = fitting(*warpgroup, device);
   for (int i = wanted; i >= 0 && plan.variant == nullptr; --i) plan = fitting(variants.first[i], device);
+  return plan;
+}
+
+}  // namespace
+
+DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+  DecodePlan plan = chosen_variant(p, device, float8);
   if (plan.variant == nullptr) return plan;
   plan.min_units = std::max(1, forced("min_units", 1));
-  const int64_t tiles = p.batch * p.num_heads_k * ceil_div(rows, plan.variant->block_m);
-  plan.ctas = int(std::clamp(max_units(p, *plan.variant), 1.0, double(plan.ctas)));
-  plan.ctas = even_ctas(plan.ctas, tiles);
+  const int64_t tiles = ceil_div(p.seqlen_q * p.group_size(), plan.variant->block_m);  // of a head
+  if (!p.is_varlen_q() && tiles <= kMostTogether) plan.together = forced("together", int(tiles));
+  plan.ctas = int(std::clamp(max_units(p, *plan.variant), double(plan.together), double(plan.ctas)));
+  const int64_t shared = p.batch * p.num_heads_k * tiles / plan.together;  // tiles, as shares have them
+  const int shares = plan.ctas / plan.together;
+  const bool alike = p.is_dense() && p.cache.first == nullptr;
+  const int whole = alike ? ctas_of_whole_tiles(shares, shared, max_units(p, *plan.variant) / double(shared)) : 0;
+  plan.ctas = forced("ctas", plan.together * (whole > 0 ? whole : even_ctas(shares, shared)));
   return plan;
 }
 

@@ -7,11 +7,17 @@ namespace flash_attn::cuda::decode {
 
 struct DecodePlan {
   const Variant* variant = nullptr;  // null: none fits into shared memory
-  int stages = 0, ctas = 0, min_units = 1;
+  int stages = 0, ctas = 0, min_units = 1, together = 1;
   int64_t shared_bytes() const { return variant->fixed_bytes + int64_t{stages} * variant->stage_bytes; }
   int64_t arrivals_bytes() const { return (int64_t{8} * ctas + 127) / 128 * 128; }
-  int64_t workspace_bytes() const { return arrivals_bytes() + ctas * variant->partial_bytes; }
+  int64_t workspace_bytes() const { return arrivals_bytes() + ctas * variant->partial_bytes(); }
 };
+
+constexpr int64_t kMaxHeadDim = 256;  // where values are not a part of the keys
+
+/// Values are the first columns of the keys, which are wider than what other kernels take, and there is a kernel for
+/// it.
+bool is_latent(const ForwardParams& p, const DeviceInfo& device, bool float8);
 
 DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8);
 

@@ -24,6 +24,7 @@ struct BlockInfo {
   int first_key;
   int slot;      // of the tile, in shared memory
   bool ends;     // the tile, or what this CTA has of it
+  bool last;     // of the CTA's blocks
   bool partial;  // some row does not see some key
 };
 
@@ -35,7 +36,7 @@ FLASH_ATTN_DEVICE TileInfo tile_info(const DecodeParams& params, const Unit& uni
   TileInfo t;
   t.b = unit.b;
   t.head_k = unit.tile / s.tiles;
-  t.first_row = (unit.tile - t.head_k * s.tiles) * C::kBlockM;
+  t.first_row = (unit.tile - t.head_k * s.tiles + CtaPlace(params).lane) * C::kBlockM;
   t.rows = min(C::kBlockM, s.rows_q * int(params.group.value) - t.first_row);
   t.q_row = s.q_row, t.seqlen_q = s.seqlen_q;
   t.seqlen_k = s.seqlen_k, t.diagonal = s.diagonal;

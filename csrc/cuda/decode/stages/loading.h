@@ -1,7 +1,7 @@
 // Keys and values on their way to shared memory.
 #pragma once
 
-#include "../config.h"
+#include "../../sm80/mma.h"
 #include "../sharing/tile.h"
 #include "stages.h"
 
@@ -18,27 +18,27 @@ struct Board {
 };
 
 /// A loading warp's, of keys or of values: knows where the rows of the next block lie. A lane has row row_ + kRowStep *
-/// step of each block.
+/// step of each block. Where values are a part of the keys, all warps load keys.
 template <typename C>
 class Loader {
   using Stored = typename C::Stored;
   static constexpr int kRuns = C::kBlockN / C::kRun;
-  static_assert(kRuns <= 32);
 
  public:
-  FLASH_ATTN_DEVICE Loader(const DecodeParams& params, const Board& board, const Unit& first, int end, bool values)
+  FLASH_ATTN_DEVICE Loader(const DecodeParams& params, const Board& board, const Unit& first, int end, int number)
       : params_(params),
         board_(board),
         unit_(first),
         end_(end),
         lane_(threadIdx.x % 32),
-        row_(lane_ / C::kGroup),
+        number_(number),
+        row_(number % C::kLoadersPerTile * C::kWarpRows + lane_ / C::kGroup),
         chunk_(lane_ % C::kGroup),
-        values_(values),
-        columns_(int(values ? params.problem.head_dim_v : params.problem.head_dim)),
-        to_(C::Tile::offset(row_, chunk_) + (values ? C::kTileBytes : 0)),
-        stride_(values ? params.problem.v.row : params.problem.k.row),
-        entry_stride_(values ? params.problem.v.batch : params.problem.k.batch) {
+        values_(C::kValues && number >= C::kLoadersPerTile),
+        columns_(int(values_ ? params.problem.head_dim_v : params.problem.head_dim)),
+        to_(C::Tile::offset(row_, chunk_) + (values_ ? C::kTileBytes : 0)),
+        stride_(values_ ? params.problem.v.row : params.problem.k.row),
+        entry_stride_(values_ ? params.problem.v.batch : params.problem.k.batch) {
     start_tile();
   }
 
@@ -51,7 +51,7 @@ class Loader {
     const int begin = (unit_.sequence.first_block + unit_.block) * C::kBlockN;
     const int rows = min(blocks * C::kBlockN, tile_end_ - begin);
     constexpr int kLine = 128 / int(sizeof(Stored)), kLines = (C::kHeadDim + kLine - 1) / kLine;
-    for (int i = lane_; i < rows * kLines; i += 32) {
+    for (int i = number_ % C::kLoadersPerTile * 32 + lane_; i < rows * kLines; i += 32 * C::kLoadersPerTile) {
       const int column = i % kLines * kLine;
       if (column < columns_) prefetch_to_l2(from_ + i / kLines * stride_ + column);
     }
@@ -67,8 +67,8 @@ class Loader {
     }
     const bool partial = block < full_begin_ || block + C::kBlockN > full_end_;
     const int first_key = block - unit_.sequence.k_row, slot = slot_;
-    const bool ends = unit_.block + 1 == unit_.sequence.blocks || unit_.index + 1 == end_;
-    if (speaks()) board_.blocks[number] = {first_key, slot, ends, partial};
+    const bool last = unit_.index + 1 == end_, ends = last || unit_.block + 1 == unit_.sequence.blocks;
+    if (speaks()) board_.blocks[number] = {first_key, slot, ends, last, partial};
     if (unit_.template advance<C>(params_, end_)) {
       if (++slot_ == Board::kTiles) slot_ = 0;
       start_tile();
@@ -79,14 +79,14 @@ class Loader {
   }
 
   /// Whether this thread says what there is to say.
-  FLASH_ATTN_DEVICE bool speaks() const { return lane_ == 0 && !values_; }
+  FLASH_ATTN_DEVICE bool speaks() const { return lane_ == 0 && number_ == 0; }
 
  private:
   FLASH_ATTN_DEVICE void start_tile() {
     const ForwardParams& p = params_.problem;
     const TileInfo t = tile_info<C>(params_, unit_);
     if (speaks()) board_.tiles[slot_] = t;
-    if (begun_ && values_) prefetch_queries(t);
+    if (begun_ && number_ == C::kLoaders - 1) prefetch_queries(t);
     begun_ = true;
     const int first = unit_.sequence.k_row;
     tile_begin_ = t.begin + first, tile_end_ = t.end + first;
@@ -128,7 +128,7 @@ class Loader {
   /// Where this lane's chunk of row row_ + `row` is in a stage; `row` is a multiple of kRowStep.
   FLASH_ATTN_DEVICE uint32_t place(uint32_t stage, int row) const {
     constexpr bool kWholeLines = C::Tile::kWholeLines;
-    return stage + uint32_t(row * C::Tile::kRowBytes) + (to_ ^ uint32_t((kWholeLines ? row & 7 : row >> 1 & 3) << 4));
+    return stage + uint32_t(row * C::Tile::kPitch) + (to_ ^ uint32_t((kWholeLines ? row & 7 : row >> 1 & 3) << 4));
   }
 
   /// All rows of a block, each run of them from one place.
@@ -143,12 +143,12 @@ class Loader {
       } else {
         from += i * C::kRun * stride_;
       }
-      const uint32_t to = stage + i * C::kRun * C::Tile::kRowBytes;
+      const uint32_t to = stage + i * C::kRun * C::Tile::kPitch;
 #pragma unroll
       for (int row = 0; row < C::kRun; row += C::kRowStep, from += step) {
 #pragma unroll
         for (int group = 0; group < C::kChunks; group += C::kGroup) {
-          sm80::cp_async_16(place(to, row) + group * 16, from + C::kChunkColumns * group);
+          sm80::cp_async_16(C::Tile::further(place(to, row), group), from + C::kChunkColumns * group);
         }
       }
     }
@@ -170,7 +170,7 @@ class Loader {
       for (int group = 0; group < C::kChunks; group += C::kGroup) {
         const bool there = exists && C::kChunkColumns * (chunk_ + group) < columns_;
         const void* const chunk = there ? from + C::kChunkColumns * group : params_.problem.k.data;
-        sm80::cp_async_16_or_zeros(place(stage, step) + group * 16, chunk, there);
+        sm80::cp_async_16_or_zeros(C::Tile::further(place(stage, step), group), chunk, there);
       }
     }
   }
@@ -178,7 +178,7 @@ class Loader {
   const DecodeParams& params_;
   const Board board_;
   Unit unit_;
-  const int end_, lane_, row_, chunk_;
+  const int end_, lane_, number_, row_, chunk_;  // number_: which of the loading warps
   const bool values_;
   const int columns_;
   const uint32_t to_;

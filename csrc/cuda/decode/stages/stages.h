@@ -1,4 +1,4 @@
-// The stages' barriers: a warp fills stages with cp.async, the others use them.
+// The stages' barriers: some warps fill stages with cp.async, the others use them.
 #pragma once
 
 #include "../../common/ptx.h"
@@ -44,14 +44,20 @@ FLASH_ATTN_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   } while (over == 0);
 }
 
+/// A barrier of the threads that compute.
+template <typename C>
+FLASH_ATTN_DEVICE void consumers_sync() {
+  named_barrier_sync(1, C::kConsumers);
+}
+
 struct StageBarriers {
   static constexpr int kStages = 6;
   uint64_t full[kStages], empty[kStages];
 
   /// By one thread; a barrier of the CTA follows.
-  FLASH_ATTN_DEVICE void init(int users) {
+  FLASH_ATTN_DEVICE void init(int loaders, int users) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + i, 65);  // the copies of two warps, and what one thread says of the stage
+      barrier_init(full + i, 32 * loaders + 1);  // the warps' copies, and what one thread says of the stage
       barrier_init(empty + i, users);
     }
   }

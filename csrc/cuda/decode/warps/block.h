@@ -1,8 +1,13 @@
 // The products of one block of keys: S = Q K^T, P, O += P V, for a warp's rows and its share of the keys.
 #pragma once
 
+#include "../ends/finish.h"
+#include "../ends/lane_rows.h"
+#include "../kernel.h"
+#include "../rows/queries.h"
+#include "../rows/softmax.h"
 #include "float8.h"
-#include "softmax.h"
+#include "merge.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -13,7 +18,10 @@ FLASH_ATTN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 
 template <typename C>
 struct WarpState {
+  using Config = C;
+  static constexpr int kUsers = C::kConsumers / 32;
   static constexpr int kSteps = C::kHeadDim / 16, kTiles = C::kColumns / 8;
+  const WarpPlace<C> place;
   uint32_t q[C::kQueriesInShared ? 1 : kSteps][4];  // A fragments
   uint32_t queries;                                 // or where this lane's are in shared memory, a row of lanes a step
   float o[kTiles][4];
@@ -21,7 +29,7 @@ struct WarpState {
   LaneRows rows;
 
   /// `memory` has kQueryBytes.
-  FLASH_ATTN_DEVICE WarpState(const unsigned char* memory, const WarpPlace<C>& place)
+  FLASH_ATTN_DEVICE explicit WarpState(const unsigned char* memory)
       : queries(sm80::shared_address(memory) + (place.m * kSteps * 32 + threadIdx.x % 32) * 16) {}
 
   FLASH_ATTN_DEVICE void get_queries(int step, uint32_t (&a)[4]) const {
@@ -34,43 +42,15 @@ struct WarpState {
   }
 
   /// At the start of a tile: nothing summed up yet, and the rows' queries, straight from memory. Those in shared memory
-  /// are seen after the next barrier; all warps of a row write the same.
-  FLASH_ATTN_DEVICE void start(const DecodeParams& params, const TileInfo& t, const WarpPlace<C>& place) {
-    using Element = typename C::Element;
-    const ForwardParams& p = params.problem;
-    // A lane's columns: pairs 8 apart, or with float8 four that follow each other (float8.h).
-    constexpr int kLaneColumns = C::kFloat8 ? 4 : 2, kPairStep = C::kFloat8 ? 2 : 8;
-    const uint32_t* from[2];
-    bool read[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = place.first_row + 8 * r;
-      int in_group;
-      rows.query[r] = params.group.divide(t.first_row + row, in_group);
-      const int head = t.head_k * int(params.group.value) + in_group;
-      read[r] = row < t.rows && rows.query[r] < t.seqlen_q;
-      const int64_t at = read[r] ? t.b * p.q.batch + (t.q_row + rows.query[r]) * p.q.row + head * p.q.head : 0;
-      const Element* const line = static_cast<const Element*>(p.q.data) + at;
-      from[r] = reinterpret_cast<const uint32_t*>(line + kLaneColumns * (threadIdx.x % 4));
-      rows.slope[r] = 0.f;
-      if (p.alibi_slopes != nullptr && read[r]) {
-        const int64_t slope = t.b * p.alibi_batch_stride + head * p.alibi_head_stride;
-        rows.slope[r] = sm80::kLog2E * static_cast<const float*>(p.alibi_slopes)[slope];
-      }
-    }
-    const auto fragment = [&](int k, uint32_t (&a)[4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = i % 2, first = 16 * k + kPairStep * (i / 2);
-        a[i] = read[r] && first < p.head_dim ? from[r][first / 2] : 0u;
-      }
-    };
-    [[maybe_unused]] HalfScale<Element> scale;
+  /// are seen after the next barrier; of the warps of a row one writes them.
+  FLASH_ATTN_DEVICE void start(const DecodeParams& params, const TileInfo& t) {
+    const LaneQueries<C> from(params, t, place.first_row, rows);
+    [[maybe_unused]] HalfScale<typename C::Element> scale;
     if constexpr (C::kFloat8) {
 #pragma unroll 4
       for (int k = 0; k < kSteps; ++k) {
         uint32_t a[4];
-        fragment(k, a);
+        from.fragment(k, a);
         scale.add(a);
       }
       scale.finish();
@@ -78,10 +58,11 @@ struct WarpState {
 #pragma unroll
       for (int r = 0; r < 2; ++r) rows.unit[r] = scale.unit(r) * descale;
     }
+    const bool stores = !C::kQueriesInShared || (place.n == 0 && place.part == 0);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; stores && k < kSteps; ++k) {
       uint32_t a[4];
-      fragment(k, a);
+      from.fragment(k, a);
       if constexpr (C::kFloat8) scale.apply(a);
       if constexpr (C::kQueriesInShared) {
         store_shared(queries + k * 512, a);
@@ -99,18 +80,38 @@ struct WarpState {
   }
 
   /// `stage` holds the block's keys and values; the warp's keys begin at place.first_key of it.
-  FLASH_ATTN_DEVICE void process(const DecodeParams& params, const TileInfo& t, uint32_t stage, int first_key,
-                                 bool partial, const WarpPlace<C>& place) {
+  FLASH_ATTN_DEVICE void process(const DecodeParams& params, const TileInfo& t, const unsigned char* stage,
+                                 int first_key, bool partial) {
 #pragma unroll 1
     for (int key = place.first_key; key < place.first_key + C::kWarpKeys; key += C::kStepKeys) {
-      process_keys(params, t, stage, key, first_key + key, partial, place);
+      process_keys(params, t, shared_address(stage), key, first_key + key, partial);
     }
+  }
+
+  /// The tile's end, in the stage that was used last.
+  FLASH_ATTN_DEVICE void finish(const DecodeParams& params, const TileInfo& t, const Share& share, int* word,
+                                const FreeStages& free, float2* statistics) const {
+    finish_tile<C>(params, t, share, word, free, [&](const RowSums& part) {
+      if constexpr (C::kWarpsN == 1) {
+        store_lane_rows<C>(params, t, place.first_row, place.part * C::kColumns, o, softmax, part);
+        if constexpr (C::kQueriesInShared) consumers_sync<C>();  // queries are read
+      } else {
+        const Merge<C> merge{reinterpret_cast<float*>(free.stages), statistics};
+        merge_warps(t, o, softmax, place, merge,
+                    [&](int row, int row_place) { store_row(params, t, merge, row, row_place, part); });
+      }
+    });
+  }
+
+  FLASH_ATTN_DEVICE static void release(uint64_t* empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
   }
 
  private:
   /// kStepKeys of them, from `key` of the stage on, which is key `number` of the sequence.
   FLASH_ATTN_DEVICE void process_keys(const DecodeParams& params, const TileInfo& t, uint32_t stage, int key,
-                                      int number, bool partial, const WarpPlace<C>& place) {
+                                      int number, bool partial) {
     using Tile = typename C::Tile;
     constexpr int kKeyTiles = C::kStepKeys / 8;
     const int lane = threadIdx.x % 32;

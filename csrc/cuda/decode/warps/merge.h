@@ -1,15 +1,11 @@
 // What the warps of a CTA have of a tile comes together, in a stage of shared memory that is free.
 #pragma once
 
-#include "block.h"
+#include "../ends/output.h"
+#include "../stages/stages.h"
+#include "config.h"
 
 namespace flash_attn::cuda::decode {
-
-/// Where a CTA's part of a tile is written, whose sums are not divided yet.
-struct RowSums {
-  float* out;          // (kBlockM, kHeadDim), relative to the row's maximum
-  float2* statistics;  // (kBlockM): row_max in log2, row_sum
-};
 
 template <typename C>
 struct Merge {
@@ -55,26 +51,28 @@ struct Merge {
 
 /// Calls finish(row, place) of each row of the tile, by a warp, with what the warps have of it in `merge`. All
 /// consumers call it, when none reads the stage any more but others of the same kind.
-template <typename C, typename Finish>
-FLASH_ATTN_DEVICE void merge_warps(const TileInfo& t, const WarpState<C>& state, const WarpPlace<C>& place,
-                                   const Merge<C>& merge, const Finish& finish) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+template <typename C, int kTiles, typename Finish>
+FLASH_ATTN_DEVICE void merge_warps(const TileInfo& t, const float (&o)[kTiles][4], const Softmax<C>& softmax,
+                                   const WarpPlace<C>& place, const Merge<C>& merge, const Finish& finish) {
+  uint32_t thread = threadIdx.x;
+  forget_derived(thread);  // else what follows from it stands in registers while blocks are processed
+  const int lane = int(thread) % 32, warp = int(thread) / 32;
   consumers_sync<C>();  // the stage is free
 #pragma unroll
   for (int i = 0; i < C::kPasses; ++i) {
-    const float sum = sm80::quad_sum(state.softmax.row_sum[i]);
+    const float sum = sm80::quad_sum(softmax.row_sum[i]);
     if (lane % 4 == 0 && place.part == 0)
-      merge.statistics[place.n * C::kBlockM + place.first_row + 8 * i] = {state.softmax.row_max[i], sum};
+      merge.statistics[place.n * C::kBlockM + place.first_row + 8 * i] = {softmax.row_max[i], sum};
   }
   float* const to =
       merge.sum + (place.n * C::kPassRows + 8 * place.m + lane / 4) * C::kPitch + place.part * C::kColumns;
 #pragma unroll 1
   for (int pass = 0; pass < C::kPasses && 8 * pass < t.rows; ++pass) {
     if (pass > 0) consumers_sync<C>();  // the pass before is read
-    const auto pair = [&](const float (&o)[4], int i) { return pass == 0 ? o[i] : o[2 + i]; };
+    const auto pair = [&](const float (&x)[4], int i) { return pass == 0 ? x[i] : x[2 + i]; };
 #pragma unroll
-    for (int n = 0; n < WarpState<C>::kTiles; n += 2) {
-      const float (&a)[4] = state.o[n], (&b)[4] = state.o[n + 1];
+    for (int n = 0; n < kTiles; n += 2) {
+      const float (&a)[4] = o[n], (&b)[4] = o[n + 1];
       if constexpr (C::kFloat8) {  // even columns, and odd ones
         *reinterpret_cast<float4*>(to + 8 * n + lane % 4 * 4) = {pair(a, 0), pair(b, 0), pair(a, 1), pair(b, 1)};
       } else {
@@ -87,6 +85,35 @@ FLASH_ATTN_DEVICE void merge_warps(const TileInfo& t, const WarpState<C>& state,
     for (int i = warp; i < C::kPassRows; i += C::kConsumers / 32) {
       const int row = i / 8 * 16 + 8 * pass + i % 8;
       if (row < t.rows) finish(row, i);
+    }
+  }
+}
+
+/// A row of out, or where others have parts of the tile too (`part` is not null), of this CTA's part. By a warp, a lane
+/// four columns.
+template <typename C>
+FLASH_ATTN_DEVICE void store_row(const DecodeParams& params, const TileInfo& t, const Merge<C>& merge, int row,
+                                 int place, const RowSums& part) {
+  using Element = typename C::Element;
+  const ForwardParams& p = params.problem;
+  const int lane = threadIdx.x % 32;
+  const typename Merge<C>::Row statistics = merge.row(row);
+  Element* to = nullptr;
+  float factor = 0.f;
+  if (part.out == nullptr) {
+    const OutputRow<C> output(params, t, row);
+    factor = output.finish(params, t, {statistics.high, statistics.sum}, lane == 0);
+    to = output.out(p, t);
+  } else if (lane == 0) {
+    part.statistics[row] = {statistics.high, statistics.sum};
+  }
+#pragma unroll 1
+  for (int column = 4 * lane; column < p.head_dim_v; column += 128) {
+    const float4 o = merge.columns(statistics, place, column);
+    if (part.out == nullptr) {
+      store_out<C>(to + column, o, factor);
+    } else {
+      *reinterpret_cast<float4*>(part.out + row * C::kHeadDimV + column) = o;
     }
   }
 }

@@ -12,34 +12,52 @@
 
 #include <type_traits>
 
-#include "../common/ptx.h"
-#include "../sm80/shared_tile.h"
+#include "../../common/ptx.h"
+#include "../../sm80/shared_tile.h"
+#include "../stages/copies.h"
 
 namespace flash_attn::cuda::decode {
 
+/// Of a stage of about 32 KB.
+constexpr int block_keys(int head_dim, int block_m, int stored_bytes) {
+  return (head_dim <= 64 ? 128 : block_m == 64 && head_dim > 128 ? 32 : 64) * (stored_bytes == 1 ? 2 : 1);
+}
+
+/// A tile of keys or values, row by row.
+template <int kColumns>
+struct RowTile : sm80::SharedTile<kColumns> {
+  static constexpr int kPitch = kColumns * 2;  // bytes from a row to the next
+  /// From the address of a chunk to that of the one `chunks` further in its row, a multiple of a lane's group.
+  FLASH_ATTN_DEVICE static uint32_t further(uint32_t address, int chunks) { return address + chunks * 16; }
+};
+
 /// Element is q's and out's type, Stored that of keys and values, Operand what is multiplied.
 template <typename Element_, typename Stored_, int kHeadDim_, int kBlockM_, int kBlocksPerSm_>
-struct Config {
+struct Config : Copies<RowTile<kHeadDim_* int(sizeof(Stored_)) / 2>, block_keys(kHeadDim_, kBlockM_, sizeof(Stored_)),
+                       int(sizeof(Stored_)), 1> {
   using Element = Element_;
   using Stored = Stored_;
   static constexpr bool kFloat8 = sizeof(Stored) == 1;
   using Operand = std::conditional_t<kFloat8, __half, Element>;
-  using Tile = sm80::SharedTile<kHeadDim_* int(sizeof(Stored)) / 2>;
-  static constexpr int kHeadDim = kHeadDim_;
+  using Tile = RowTile<kHeadDim_* int(sizeof(Stored)) / 2>;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDim;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
-  // Stages of about 32 KB.
-  static constexpr int kBlockN = (kHeadDim <= 64 ? 128 : kBlockM == 64 && kHeadDim > 128 ? 32 : 64) * (kFloat8 ? 2 : 1);
+  static constexpr int kBlockN = block_keys(kHeadDim, kBlockM, sizeof(Stored));
   static constexpr int kWarpsM = kBlockM / 16;
   static constexpr int kParts = kHeadDim > 128 ? 2 : 1;
   static constexpr int kWarpsN = kBlockM == 16 ? 4 : 2 / (kWarpsM * kParts == 8 ? 2 : 1);
   static constexpr int kConsumers = 32 * kWarpsM * kWarpsN * kParts;  // threads that compute
-  static constexpr int kThreads = kConsumers + 64;                    // and a warp that loads keys, one values
+  static constexpr bool kValues = true;                               // are copied apart from keys
+  static constexpr int kLoaders = 2;                                  // warps
+  static constexpr int kThreads = kConsumers + 32 * kLoaders;
+  static constexpr int kLoaderRegisters = 0;  // all threads have as many
   static constexpr int kColumns = kHeadDim / kParts;
   static constexpr int kWarpKeys = kBlockN / kWarpsN;
   static constexpr int kStepKeys = kWarpKeys < 32 ? kWarpKeys : 32;  // that a warp works on at once
   static constexpr int kTileBytes = kBlockN * Tile::kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys and values of a block
+  static constexpr int kAlignment = 128;              // of stages
   static constexpr bool kQueriesInShared = kHeadDim * (kBlockM > 16 || kFloat8 ? 2 : 1) > 128;  // registers are few
   static constexpr int kQueryBytes = kQueriesInShared ? kBlockM * kHeadDim * 2 : 0;
   static_assert(kWarpKeys % 16 == 0 && kColumns % (kFloat8 ? 32 : 16) == 0);
@@ -50,22 +68,7 @@ struct Config {
   static constexpr int kPitch = kWarpsN * kPassRows * kPadded * 4 <= kStageBytes ? kPadded : kHeadDim;  // floats
   static_assert(kWarpsN * kPassRows * kPitch * 4 <= kStageBytes);
   static constexpr int kStatisticsBytes = kWarpsN * kBlockM * 8;  // row_max and row_sum of each warp, beside the stages
-
-  // A loading warp copies kRowStep rows at a time, a lane a 16-byte chunk of each kGroup.
-  static constexpr int kChunks = Tile::kChunks;
-  static constexpr int kChunkColumns = 16 / int(sizeof(Stored));
-  static constexpr int kPower = kChunks & -kChunks;  // the largest power of 2 that divides a row's chunks
-  static constexpr int kGroup = kPower < 32 ? kPower : 32;
-  static constexpr int kRowStep = 32 / kGroup;
-  static constexpr int kRun = 16;  // rows that lie in one page, where pages have a multiple of as many
-  static_assert(kRun % kRowStep == 0 && kBlockN % kRun == 0);
 };
-
-/// A barrier of the threads that compute.
-template <typename C>
-SM80_DEVICE void consumers_sync() {
-  named_barrier_sync(1, C::kConsumers);
-}
 
 /// What a warp has.
 template <typename C>

@@ -1,8 +1,9 @@
 // Makes table entries of kernel configurations; for the files of instances/ alone.
 #pragma once
 
-#include "kernel.h"
-#include "variant.h"
+#include "../kernel.h"
+#include "../variant.h"
+#include "block.h"
 
 namespace flash_attn::cuda::decode {
 
@@ -14,14 +15,15 @@ Variant variant(const char* name) {
   using Fp16 = Config<__half, StoredFp16, kHeadDim, kBlockM, kBlocksPerSm>;
   return {name,
           kHeadDim,
+          kHeadDim,
           kBlockM,
           Bf16::kBlockN,
           Bf16::kThreads,
           kBlocksPerSm,
           Memory<Bf16>::kFixedBytes,
           Bf16::kStageBytes,
-          int64_t{2} * kBlockM * (kHeadDim * 4 + 8),
-          {decode_kernel<Bf16>, decode_kernel<Fp16>}};
+          kFloat8,
+          {decode_kernel<BlockByBlock<WarpState<Bf16>>>, decode_kernel<BlockByBlock<WarpState<Fp16>>>}};
 }
 
 }  // namespace flash_attn::cuda::decode

@@ -7,7 +7,7 @@
 // columns of 16, the next the odd ones, and a lane's four sums of a row are of columns 4 t to 4 t + 3.
 #pragma once
 
-#include "../sm80/softmax.h"
+#include "../../sm80/softmax.h"
 #include "config.h"
 
 namespace flash_attn::cuda::decode {

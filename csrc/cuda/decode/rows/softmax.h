@@ -4,18 +4,9 @@
 
 #include <cmath>
 
-#include "../sm80/softmax.h"
-#include "config.h"
-#include "sharing/tile.h"
+#include "queries.h"
 
 namespace flash_attn::cuda::decode {
-
-/// The lane's two rows, as the scores know them.
-struct LaneRows {
-  int query[2];    // row of the sequence
-  float slope[2];  // of ALiBi, times log2(e)
-  float unit[2];   // of float8 caches: what products of the operands are multiples of
-};
 
 template <typename C>
 struct Softmax {
@@ -91,15 +82,7 @@ struct Softmax {
       grown = grown || high[r] > row_max[r];
     }
     grown = __any_sync(~0u, grown);
-    if (grown) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        high[r] = fmaxf(row_max[r], high[r]);
-        factor[r] = high[r] == -INFINITY ? 1.f : sm80::fast_exp2(row_max[r] - high[r]);
-        row_max[r] = high[r];
-        row_sum[r] *= factor[r];
-      }
-    }
+    if (grown) move({fmaxf(row_max[0], high[0]), fmaxf(row_max[1], high[1])}, factor);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float base = row_max[r] == -INFINITY ? 0.f : row_max[r];
@@ -110,6 +93,17 @@ struct Softmax {
       }
     }
     return grown;
+  }
+
+  /// What is summed up becomes relative to other maxima.
+  FLASH_ATTN_DEVICE void move(float2 high, float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float to = r == 0 ? high.x : high.y;
+      factor[r] = to == -INFINITY ? 1.f : sm80::fast_exp2(row_max[r] - to);
+      row_max[r] = to;
+      row_sum[r] *= factor[r];
+    }
   }
 };
 

@@ -1,0 +1,52 @@
+"""Caches whose values are a part of the keys, as latent attention has them: against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cache_problems import CHUNK, CacheProblem, check, check_all, random_latent_problem
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "first" in metafunc.fixturenames:
+        count, seed = metafunc.config.getoption("--problems"), metafunc.config.getoption("--seed")
+        metafunc.parametrize("first", range(seed, seed + count, CHUNK))
+
+
+def test_random_latent_caches_agree_with_the_reference_on_the_cpu() -> None:
+    check_all([random_latent_problem(seed) for seed in range(8)], "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["", "decode"])
+def test_random_latent_caches_agree_with_the_reference_on_cuda(
+    first: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family:
+        monkeypatch.setenv("FLASH_ATTN_FORCE", family)
+    check_all([random_latent_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
+
+
+def _long(lengths: tuple[int, ...], heads: int, rows: int = 1, page_size: int = 0) -> CacheProblem:
+    capacity = max(lengths) // 64 * 64 + 64
+    return CacheProblem(
+        torch.bfloat16, lengths, capacity, heads, 1, rows, rows, 576, 512, page_size, latent=True, causal=True
+    )
+
+
+# Over many blocks of keys, shared out over CTAs in several ways.
+LONG = [
+    _long((3000,), 16),
+    _long((4000, 1, 0, 700), 128, page_size=64),
+    _long((1000, 33, 32, 31) * 40, 64),
+    _long((2000, 2500), 16, 4, page_size=16),
+    _long((5000,) * 3, 128, 2),
+    _long((300,) * 300, 16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", LONG, ids=range(len(LONG)))
+def test_long_latent_caches_agree_with_the_reference(problem: CacheProblem) -> None:
+    check(problem, "cuda")
