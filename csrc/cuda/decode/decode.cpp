@@ -66,7 +66,6 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device, bool float8) {
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes()};
   plan.decide("ctas", chosen.ctas);
   plan.decide("stages", chosen.stages);
-  plan.decide("together", chosen.together);
   return plan;
 }
 
@@ -92,7 +91,6 @@ void launch(const ForwardParams& p, const Float8Params* float8, const DeviceInfo
   params.num_heads_k = int(p.num_heads_k);
   params.stages = chosen.stages;
   params.min_units = chosen.min_units;
-  params.together = Divisor(chosen.together);
   params.launch_id = new_launch_id() * 0x9e3779b97f4a7c15ull;  // whose upper 48 bits differ from launch to launch
   unsigned char* const workspace = static_cast<unsigned char*>(p.workspace);
   params.arrivals = reinterpret_cast<uint64_t*>(workspace);

@@ -60,11 +60,10 @@ FLASH_ATTN_DEVICE void fill_stages(const DecodeParams& params, const Memory<C>& 
 }
 
 /// The others, a block after the other. State has what a thread knows of a tile: start() of a tile, process() of each
-/// block, finish() when the CTA has no more of them. State::kUsers threads say that a stage is read (release()).
+/// block, finish() when the CTA has no more of them. Each thread says for itself that it has read a stage.
 template <typename State>
 struct BlockByBlock {
   using Config = typename State::Config;
-  static constexpr int kUsers = State::kUsers;
 
   FLASH_ATTN_DEVICE static void prepare(const Memory<Config>&) {}
 
@@ -89,13 +88,13 @@ struct BlockByBlock {
         uint64_t* const empty = memory.barriers->empty + at.stage;
         at.advance(params.stages);
         if (!block.ends) {
-          State::release(empty);
+          barrier_arrive(empty);
           continue;
         }
         const FreeStages free = block.last ? FreeStages{memory.stages, params.stages} : FreeStages{stage, 1};
         state.finish(params, t, memory.scratch->share, memory.word, free, memory.statistics);
         if (block.last) return;
-        State::release(empty);
+        barrier_arrive(empty);
         break;
       }
       barrier_wait(memory.barriers->full + at.stage, at.parity);
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(Users::Config::kThreads, Users::Config::kBlock
   extern __shared__ __align__(1024) unsigned char shared[];
   const Memory<C> memory(shared);
   if (threadIdx.x == 0) {
-    memory.barriers->init(C::kLoaders, Users::kUsers);
+    memory.barriers->init(C::kLoaders, C::kConsumers);
     Users::prepare(memory);
   }
   grid_launch_dependents();

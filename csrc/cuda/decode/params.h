@@ -19,9 +19,8 @@ struct DecodeParams {
   bool alike;                    // no length on the device: every sequence is like the first
   bool early;                    // alike, and no entries and pages: where everything is can be told before any read
   int num_heads_k;
-  int stages;        // blocks of keys and values in shared memory
-  int min_units;     // that a CTA should have
-  Divisor together;  // CTAs that have the same share, each of another tile: see sharing/units.h
+  int stages;     // blocks of keys and values in shared memory
+  int min_units;  // that a CTA should have
   // Of CTAs that share tiles with others; see parts.h.
   uint64_t launch_id;
   uint64_t* arrivals;          // (CTAs)

@@ -12,8 +12,7 @@ namespace {
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kMaxStages = 6;
 constexpr int64_t kEnoughBytes = 128 << 10;  // of an SM's stages
-constexpr int64_t kMostTogether = 8;
-constexpr int64_t kRowsOfWarps = 32;  // packed; more are a warpgroup's where there is one
+constexpr int64_t kRowsOfWarps = 32;         // packed; more are a warpgroup's where there is one
 
 const Variants& variants_for(int64_t head_dim, bool float8) {
   if (float8) {
@@ -138,14 +137,11 @@ DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool fl
   DecodePlan plan = chosen_variant(p, device, float8);
   if (plan.variant == nullptr) return plan;
   plan.min_units = std::max(1, forced("min_units", 1));
-  const int64_t tiles = ceil_div(p.seqlen_q * p.group_size(), plan.variant->block_m);  // of a head
-  if (!p.is_varlen_q() && tiles <= kMostTogether) plan.together = forced("together", int(tiles));
-  plan.ctas = int(std::clamp(max_units(p, *plan.variant), double(plan.together), double(plan.ctas)));
-  const int64_t shared = p.batch * p.num_heads_k * tiles / plan.together;  // tiles, as shares have them
-  const int shares = plan.ctas / plan.together;
+  const int64_t tiles = p.batch * p.num_heads_k * ceil_div(p.seqlen_q * p.group_size(), plan.variant->block_m);
+  const int most = int(std::clamp(max_units(p, *plan.variant), 1.0, double(plan.ctas)));
   const bool alike = p.is_dense() && p.cache.first == nullptr;
-  const int whole = alike ? ctas_of_whole_tiles(shares, shared, max_units(p, *plan.variant) / double(shared)) : 0;
-  plan.ctas = forced("ctas", plan.together * (whole > 0 ? whole : even_ctas(shares, shared)));
+  const int whole = alike ? ctas_of_whole_tiles(most, tiles, max_units(p, *plan.variant) / double(tiles)) : 0;
+  plan.ctas = forced("ctas", whole > 0 ? whole : even_ctas(most, tiles));
   return plan;
 }
 

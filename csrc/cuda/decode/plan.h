@@ -7,7 +7,7 @@ namespace flash_attn::cuda::decode {
 
 struct DecodePlan {
   const Variant* variant = nullptr;  // null: none fits into shared memory
-  int stages = 0, ctas = 0, min_units = 1, together = 1;
+  int stages = 0, ctas = 0, min_units = 1;
   int64_t shared_bytes() const { return variant->fixed_bytes + int64_t{stages} * variant->stage_bytes; }
   int64_t arrivals_bytes() const { return (int64_t{8} * ctas + 127) / 128 * 128; }
   int64_t workspace_bytes() const { return arrivals_bytes() + ctas * variant->partial_bytes(); }

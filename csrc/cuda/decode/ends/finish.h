@@ -11,11 +11,11 @@ namespace flash_attn::cuda::decode {
 template <typename C, typename Store>
 FLASH_ATTN_DEVICE void finish_tile(const DecodeParams& params, const TileInfo& t, const Share& share, int* word,
                                    const FreeStages& free, const Store& store) {
-  const int owner = share.owner(params, t.first_unit);
-  const int last = share.owner(params, t.first_unit + t.units - 1);
+  const int owner = share.owner(t.first_unit);
+  const int last = share.owner(t.first_unit + t.units - 1);
   RowSums part{nullptr, nullptr};
   if (owner != last) {
-    const int64_t line = part_place(CtaPlace(params).own(), owner) * C::kBlockM;
+    const int64_t line = part_place(blockIdx.x, owner) * C::kBlockM;
     part = {params.partial_out + line * C::kHeadDimV, params.partial_statistics + line};
   }
   store(part);

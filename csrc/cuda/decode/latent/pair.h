@@ -22,7 +22,6 @@ template <typename C>
 class LatentPair {
  public:
   using Config = C;
-  static constexpr int kUsers = C::kConsumers;
 
   /// By one thread, before a barrier of the CTA.
   FLASH_ATTN_DEVICE static void prepare(const Memory<C>& memory) {
@@ -88,7 +87,6 @@ class LatentPair {
     }
   }
 
-  /// Each thread for itself: its products are done.
   FLASH_ATTN_DEVICE void release(int number) const { barrier_arrive(memory_.barriers->empty + number); }
 
   FLASH_ATTN_DEVICE unsigned char* stage(int number) const { return memory_.stages + number * C::kStageBytes; }
@@ -214,8 +212,7 @@ class LatentPair {
     sm90::wgmma_results(accumulators(o_));
   }
 
-  /// The tile's end. What a warpgroup has read of the other's message is free
-  /// for its own sums of the rows.
+  /// The tile's end. What a warpgroup has read of the other's message is free for its own sums of the rows.
   FLASH_ATTN_DEVICE void finish(const TileInfo& t, const Share& share, const FreeStages& free) {
     messages_->of[group_ ^ 1].row_max[thread_] = {softmax_.row_sum[0], softmax_.row_sum[1]};
     consumers_sync<C>();  // the sums are there

@@ -16,7 +16,7 @@ constexpr uint64_t kCountMask = 0xffff;
 FLASH_ATTN_DEVICE uint64_t id_of(const DecodeParams& params) { return params.launch_id & ~kCountMask; }
 
 FLASH_ATTN_DEVICE void open_arrivals(const DecodeParams& params) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(params.arrivals + CtaPlace(params).own()), "l"(id_of(params))
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(params.arrivals + blockIdx.x), "l"(id_of(params))
                : "memory");
 }
 
@@ -43,7 +43,7 @@ FLASH_ATTN_DEVICE int arrive(const DecodeParams& params, int owner) {
 
 FLASH_ATTN_DEVICE void close_arrivals(const DecodeParams& params, int owner) { params.arrivals[owner] = 0; }
 
-/// The place of a share's part of the tile that `owner`, another share or the same, begins.
-FLASH_ATTN_DEVICE int64_t part_place(int share, int owner) { return 2 * int64_t{share} + (share == owner ? 1 : 0); }
+/// The place of a CTA's part of the tile that `owner` begins.
+FLASH_ATTN_DEVICE int64_t part_place(int cta, int owner) { return 2 * int64_t{cta} + (cta == owner ? 1 : 0); }
 
 }  // namespace flash_attn::cuda::decode

@@ -36,7 +36,7 @@ FLASH_ATTN_DEVICE TileInfo tile_info(const DecodeParams& params, const Unit& uni
   TileInfo t;
   t.b = unit.b;
   t.head_k = unit.tile / s.tiles;
-  t.first_row = (unit.tile - t.head_k * s.tiles + CtaPlace(params).lane) * C::kBlockM;
+  t.first_row = (unit.tile - t.head_k * s.tiles) * C::kBlockM;
   t.rows = min(C::kBlockM, s.rows_q * int(params.group.value) - t.first_row);
   t.q_row = s.q_row, t.seqlen_q = s.seqlen_q;
   t.seqlen_k = s.seqlen_k, t.diagonal = s.diagonal;

@@ -1,10 +1,6 @@
 // How work is shared out. A unit is one block of keys for one tile; the units of all tiles stand in one list, sequence
 // by sequence, head by head, tile by tile, and each CTA has as many of them, one after the other: however long the
 // sequences are, all CTAs read about as much. A tile whose units belong to several CTAs is put together by parts.h.
-//
-// Where the query rows of a head are more than one tile, its tiles read the same keys. `together` CTAs, as many as
-// there are tiles, then go through one share at the same time, each for its own of the tiles, so that keys come from
-// memory once; the list has the head's first tile alone.
 #pragma once
 
 #include "../../../sequence.h"
@@ -40,7 +36,6 @@ FLASH_ATTN_DEVICE Sequence sequence_of(const DecodeParams& params, int b) {
   const int end = seen.empty() ? 0 : int(seen.end + info.k_row + C::kBlockN - 1) / C::kBlockN;
   s.blocks = end > s.first_block ? end - s.first_block : 1;
   s.tiles = int((info.seqlen_q_padded * params.group.value + C::kBlockM - 1) / C::kBlockM);
-  if (params.together.value > 1) s.tiles = 1;
   return s;
 }
 
@@ -64,32 +59,19 @@ struct Unit {
   }
 };
 
-/// CTAs that go through the same shares are of one lane, each for its own tile of a head; shares have numbers, those of
-/// one lane behind those of the lane before.
-struct CtaPlace {
-  int lane, share, shares;  // share: in the lane; shares: of a lane
-  FLASH_ATTN_DEVICE explicit CtaPlace(const DecodeParams& params) {
-    share = params.together.divide(blockIdx.x, lane);
-    shares = params.together.divide(gridDim.x);
-  }
-  FLASH_ATTN_DEVICE int first() const { return lane * shares; }
-  FLASH_ATTN_DEVICE int own() const { return first() + share; }
-};
-
-/// The units of this CTA, and those of all: the first `more` shares have one more than `each`.
+/// The units of this CTA, and those of all: the first `more` CTAs have one more than `each`.
 struct Share {
   int begin, end, each, more;
 
   /// Whose unit it is.
-  FLASH_ATTN_DEVICE int owner(const DecodeParams& params, int unit) const {
+  FLASH_ATTN_DEVICE int owner(int unit) const {
     const int of_longer = more * (each + 1);
-    return CtaPlace(params).first() + (unit < of_longer ? unit / (each + 1) : more + (unit - of_longer) / each);
+    return unit < of_longer ? unit / (each + 1) : more + (unit - of_longer) / each;
   }
 };
 
 FLASH_ATTN_DEVICE Share share_of(const DecodeParams& params, int total) {
-  const CtaPlace place(params);
-  const int ctas = max(1, min(place.shares, total / params.min_units)), cta = place.share;
+  const int ctas = max(1, min(int(gridDim.x), total / params.min_units)), cta = blockIdx.x;
   Share share;
   share.each = total / ctas;
   share.more = total - share.each * ctas;

@@ -13,7 +13,6 @@ template <typename C>
 struct WarpgroupState {
   using Config = C;
   using Products = sm90::Wgmma<typename C::Element>;
-  static constexpr int kUsers = C::kConsumers;  // each thread for itself: the products of a warp are not of one lane
   static constexpr int kSteps = C::kHeadDim / 16, kTiles = C::kHeadDim / 8;
 
   uint32_t q[C::kQueriesInShared ? 1 : kSteps][4];
@@ -95,8 +94,6 @@ struct WarpgroupState {
       if constexpr (C::kQueriesInShared) consumers_sync<C>();  // queries are read
     });
   }
-
-  FLASH_ATTN_DEVICE static void release(uint64_t* empty) { barrier_arrive(empty); }
 };
 
 }  // namespace flash_attn::cuda::decode

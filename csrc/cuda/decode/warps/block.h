@@ -19,7 +19,6 @@ FLASH_ATTN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 template <typename C>
 struct WarpState {
   using Config = C;
-  static constexpr int kUsers = C::kConsumers / 32;
   static constexpr int kSteps = C::kHeadDim / 16, kTiles = C::kColumns / 8;
   const WarpPlace<C> place;
   uint32_t q[C::kQueriesInShared ? 1 : kSteps][4];  // A fragments
@@ -101,11 +100,6 @@ struct WarpState {
                     [&](int row, int row_place) { store_row(params, t, merge, row, row_place, part); });
       }
     });
-  }
-
-  FLASH_ATTN_DEVICE static void release(uint64_t* empty) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
   }
 
  private:
