@@ -54,11 +54,9 @@ def _assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
-def _largest(family: str, dtype: torch.dtype) -> float:
-    """The 16-bit mma.sync kernels subtract the maximum in the fma that scales."""
-    if dtype == torch.float16:
-        return 1e6 if family == "sm80" else 1e8
-    return 1e8 if family == "sm80" and dtype == torch.bfloat16 else 1e30
+def _largest(dtype: torch.dtype) -> float:
+    """Of scores whose q and k the dtype holds."""
+    return 1e8 if dtype == torch.float16 else 1e30
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -73,7 +71,7 @@ def test_scores_of_any_size(
     Rows in which one score is far above all others have its v; no P is above 1, so that dv is at most a sum of |dout|.
     """
     for magnitude in (1e3, 1e6, 1e8, 1e12, 1e30):
-        if magnitude > _largest(family, dtype):
+        if magnitude > _largest(dtype):
             continue
         q, k, v, dout = _products(magnitude, negative, dtype, device, 130, 200, head_dim)
         mask = torch.rand(130, 200, device=device) > 0.1 if masked else None
@@ -124,7 +122,7 @@ def test_scores_that_a_mask_makes_large(family: str, device: str, dtype: torch.d
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_query_and_many_keys(family: str, device: str, dtype: torch.dtype, magnitude: float) -> None:
     """Whose columns several blocks share out: what each has found is put together."""
-    if magnitude > _largest(family, dtype):
+    if magnitude > _largest(dtype):
         pytest.skip("larger than the kernels take")
     q, k, v, _ = _products(magnitude, False, dtype, device, 1, 5000, 128)
     with torch.no_grad():
@@ -135,10 +133,35 @@ def test_one_query_and_many_keys(family: str, device: str, dtype: torch.dtype, m
         _assert_close(sdpa(q, k, v, mask)[..., 0, :], v[..., 1234, :])
 
 
+@pytest.mark.parametrize("flipped", [False, True], ids=["usual first", "large first"])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_usual_and_of_large_scores(
+    family: str, device: str, dtype: torch.dtype, sign: int, flipped: bool
+) -> None:
+    """Half of the keys have scores about 0, those of the others are far below or above; some rows see one half."""
+    q, k, v, dout = _products(1.0, False, dtype, device, 130, 300, 64)
+    q = q.abs()
+    k[..., 150:, :] = sign * (k[..., 150:, :].abs() + 0.5) * 3e3
+    mask = torch.ones(130, 300, dtype=torch.bool, device=device)
+    mask[40:60, 150:], mask[60:80, :150] = False, False
+    if flipped:
+        k, v, mask = k.flip(-2), v.flip(-2), mask.flip(-1)
+    for given in (None, mask):
+        out, *gradients = _differentiate(q, k, v, dout, given)
+        scores = q.double() @ k.double().transpose(-1, -2) / 8
+        if given is not None:
+            scores = scores.masked_fill(~given, float("-inf"))
+        p = torch.softmax(scores, -1)
+        torch.testing.assert_close(out.double(), p @ v.double(), rtol=2e-2, atol=2e-2)
+        assert all(torch.isfinite(x).all() for x in gradients)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e9, 1e12, 1e30])
 def test_caches(magnitude: float) -> None:
-    if magnitude > _largest(FORCED or "", torch.bfloat16):
+    if magnitude > _largest(torch.bfloat16):
         pytest.skip("larger than the kernels take")
     q, k, v, _ = (x.transpose(1, 2) for x in _products(magnitude, False, torch.bfloat16, "cuda", 1, 5000, 128))
     k[:, 1234] = q[:, 0] * 2
@@ -149,8 +172,6 @@ def test_caches(magnitude: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_scores_share_out_what_there_is(family: str, device: str, causal: bool) -> None:
     """Every score is 133120^2 8: out is the mean, and P of a single key 1."""
-    if family == "sm80":
-        pytest.skip("larger than the kernels take")
     q, k, v = (torch.full((1, 2, 200, 64), 133120.0, dtype=torch.bfloat16, device=device) for _ in range(3))
     v = torch.randn_like(v)
     with torch.no_grad():

@@ -18,7 +18,8 @@ RTX_3090 = (86, 82, 101376, 6 << 20)
 RTX_4090 = (89, 128, 101376, 72 << 20)
 B200 = (100, 148, 232448, 126 << 20)
 RTX_5090 = (120, 170, 101376, 96 << 20)
-HEAD_DIMS = (64, 96, 128, 192, 256)
+RNG_STATE = {"rng_state": (1 << 20, "int64", 0, [2], [1])}
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 pytestmark = [
     pytest.mark.skipif("cuda" not in _C.kernels(), reason="built without CUDA kernels"),
@@ -31,14 +32,14 @@ pytestmark = [
 
 # By shared memory of a block, the kernel of each head dimension.
 KERNELS = {
-    101376: ("64x128 w8", "64x64 w4", "32x64 w4", "32x64 w8 s1", "32x32 w4 s1"),
-    166912: ("128x128 w8", "64x64 w4", "64x128 w8", "64x64 w8", "64x64 w8 s1"),
-    232448: ("128x128 w8", "64x64 w4", "64x128 w8", "128x64 w8 s1", "128x64 w8 s1"),
+    101376: ("64x64 w4", "64x128 w8", "64x64 w4", "32x64 w4", "32x64 w8 s1", "32x32 w4 s1"),
+    166912: ("64x64 w4", "128x128 w8", "64x128 w8", "64x128 w8", "64x64 w8", "64x64 w8 s1"),
+    232448: ("64x64 w4", "128x128 w8", "64x128 w8", "64x128 w8", "128x64 w8 s1", "128x64 w8 s1"),
 }
 
 
 @pytest.mark.parametrize("device", [A100, RTX_3090, RTX_4090, B200, RTX_5090], ids=lambda device: f"sm_{device[0]}")
-@pytest.mark.parametrize("index", range(5), ids=[f"d{d}" for d in HEAD_DIMS])
+@pytest.mark.parametrize("index", range(6), ids=[f"d{d}" for d in HEAD_DIMS])
 def test_backward_takes_the_largest_tiles_that_fit(index: int, device: tuple[int, int, int, int]) -> None:
     head_dim = HEAD_DIMS[index]
     choice = plan(head_dim=head_dim, device=device)["backward"]
@@ -55,7 +56,7 @@ def test_backward_takes_the_largest_tiles_that_fit(index: int, device: tuple[int
 def test_no_feature_falls_to_the_universal_kernels(
     options: dict[str, float], head_dim: int, device: tuple[int, int, int, int]
 ) -> None:
-    tensors = {"rng_state": (1 << 20, "int64", 0, [2], [1])} if "dropout_p" in options else None
+    tensors = RNG_STATE if "dropout_p" in options else None
     choice = plan(head_dim=head_dim, device=device, tensors=tensors, **options)["backward"]
     assert choice["family"] in ("sm80", "sm90")
     if device[0] != 90:
@@ -103,7 +104,7 @@ def test_forward_kernels_and_how_many_of_their_blocks_fit(head_dim: int, device:
 def test_no_forward_feature_falls_to_the_universal_kernels(
     options: dict[str, float], head_dim: int, device: tuple[int, int, int, int]
 ) -> None:
-    tensors = {"rng_state": (1 << 20, "int64", 0, [2], [1])} if "dropout_p" in options else {}
+    tensors = RNG_STATE if "dropout_p" in options else {}
     masked = tensors | {"attn_mask": (1 << 20, "bool", 0, [1, 1, 4096, 4096], [0, 0, 4096, 1])}
     for given in (tensors, masked):
         choice = plan(head_dim=head_dim, device=device, tensors=given, **options)["forward"]
@@ -117,6 +118,29 @@ def test_explains_that_rows_are_read_element_by_element(head_dim: int) -> None:
     choice = plan(head_dim=head_dim, device=A100)
     for of_pass in (choice["forward"], choice["backward"]):
         assert of_pass["decisions"]["loads"] == "by element"
+
+
+def _mask(dtype: str, stride: int = 4096) -> dict[str, tuple[int, str, int, list[int], list[int]]]:
+    """`stride`: of its rows."""
+    return {"attn_mask": (1 << 20, dtype, 0, [1, 16, 4096, 4096], [0, stride * 4096, stride, 1])}
+
+
+@pytest.mark.parametrize("device", [A100, RTX_4090, B200], ids=lambda device: f"sm_{device[0]}")
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+def test_dropout_masks_and_biases_have_kernels_of_their_own(head_dim: int, device: tuple[int, int, int, int]) -> None:
+    def kernels(tensors: dict, **options: float) -> list[str]:  # type: ignore[type-arg]
+        choice = plan(head_dim=head_dim, device=device, tensors=tensors, **options)
+        return [choice[of_pass]["kernel"].split()[-1] for of_pass in ("forward", "backward")]
+
+    assert kernels(RNG_STATE, dropout_p=0.1) == ["dropout", "dropout"]
+    assert kernels(_mask("bool")) == ["mask", "mask"]
+    # Backward P of a warp makes room for its biases where it has 32 queries.
+    few = head_dim == 128 and device is RTX_4090
+    assert kernels(_mask("bfloat16")) == ["bias", "extended" if few else "bias"]
+    # What is more than one of them, and rows that 16-byte pieces do not fit.
+    assert kernels(RNG_STATE | _mask("bool"), dropout_p=0.1) == ["extended", "extended"]
+    assert kernels(_mask("bfloat16", 4100)) == ["extended", "extended"]
+    assert kernels(_mask("float32")) == ["extended", "extended"]
 
 
 README = Path(__file__).parents[1] / "csrc/cuda/sm80/README.md"
@@ -145,7 +169,7 @@ def test_the_readme_says_which_kernels_a_gpu_gets(
     options: dict[str, float], device: tuple[int, int, int, int], column: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = _readme_tables()[len(options)]
-    assert sorted(table) == [64, 96, 128, 192, 256, 512]
+    assert sorted(table) == [*([] if options else [32]), 64, 96, 128, 192, 256, 512]
     for head_dim, cells in table.items():
         forward, backward = cells[column].split("; ")
         # Of a family that is asked for all of a problem has to be taken.

@@ -26,14 +26,17 @@ SM80_DEVICE float quad_max(float x) {
 /// maximum has grown by more than kGrowth. Results are the same, for P is relative to whatever row_max is.
 ///
 /// kNatural: S holds scores in natural units, which may be as low as the smallest float: the difference is taken first.
-/// Else S is q.k, and row_max is in log2, scaled.
+/// Else S is q.k, and row_max is in log2, scaled: what it loses by being rounded all of a row lose. Beyond kLarge that
+/// is too much. Then row_max is q.k itself, times a power of 2 by which it stays beyond kLarge, and is subtracted from
+/// the row's S before anything else, which is exact near it.
 template <int kMTiles, int kNTiles, bool kNatural>
 struct OnlineSoftmax {
-  static constexpr float kGrowth = kNatural ? 4.f * kLn2 : 4.f;
+  static constexpr float kGrowth = kNatural ? 4.f * kLn2 : 4.f, kLarge = 4096.f;
 
   const float scale;          // from S to row_max's unit: softmax_scale / ln 2, or 1
   float row_max[kMTiles][2];  // -inf: the row has seen nothing
   float row_sum[kMTiles][2];  // of P, this lane's columns
+  bool any_large = false;     // some row's of the warp is large
 
   SM80_DEVICE explicit OnlineSoftmax(float softmax_scale) : scale(kNatural ? 1.f : softmax_scale * kLog2E) {
 #pragma unroll
@@ -45,7 +48,13 @@ struct OnlineSoftmax {
 
   using RowValues = float[kMTiles][2];
 
-  /// This lane's part of the rows' maxima, times scale.
+  SM80_DEVICE static bool is_large(float x) { return !kNatural && fabsf(x) > kLarge && x != -INFINITY; }
+  /// Of a large row_max.
+  SM80_DEVICE float large_unit() const {
+    return fmaxf(1.f, 2.f * __uint_as_float(__float_as_uint(scale) & 0xff800000u));
+  }
+
+  /// This lane's part of the rows' maxima.
   SM80_DEVICE void find_largest(const float (&s)[kMTiles][kNTiles][4], RowValues& largest) const {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -54,29 +63,48 @@ struct OnlineSoftmax {
         float x = fmaxf(s[m][0][2 * r], s[m][0][2 * r + 1]);
 #pragma unroll
         for (int n = 1; n < kNTiles; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-        largest[m][r] = x * scale;
+        largest[m][r] = x;
       }
     }
   }
 
   /// `rescale_out(m, half, factor)` is called for every row of this lane when some row of the warp has grown.
   template <typename RescaleOut>
-  SM80_DEVICE void rescale(const RowValues& largest, const RescaleOut& rescale_out) {
-    bool grown = false;
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) grown = grown || largest[m][r] > row_max[m][r] + kGrowth;
-    }
-    if (!__any_sync(~0u, grown)) return;
+  SM80_DEVICE void rescale(float (&s)[kMTiles][kNTiles][4], const RowValues& largest, const RescaleOut& rescale_out) {
+    bool grown = !kNatural && any_large;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float high = fmaxf(row_max[m][r], quad_max(largest[m][r]));
-        // A row that has seen nothing has nothing to rescale: 0 - 0, not -inf - -inf.
-        const float factor = high == -INFINITY ? 1.f : exponential(row_max[m][r] - high);
-        row_max[m][r] = high;
+        grown = grown || largest[m][r] * scale > row_max[m][r] + kGrowth;
+      }
+    }
+    if (!__any_sync(~0u, grown)) return;
+    RowValues high;
+    bool large = any_large;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        high[m][r] = quad_max(largest[m][r]);
+        large = large || is_large(high[m][r] * scale);
+      }
+    }
+    large = any_large = !kNatural && __any_sync(~0u, large);
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& reference = row_max[m][r];
+        float factor;
+        if (large) {
+          factor = take_large(s, m, r, high[m][r]);
+        } else {
+          const float top = fmaxf(reference, high[m][r] * scale);
+          // A row that has seen nothing has nothing to rescale: 0 - 0, not -inf - -inf.
+          factor = top == -INFINITY ? 1.f : exponential(reference - top);
+          reference = top;
+        }
         row_sum[m][r] *= factor;
         rescale_out(m, r, factor);
       }
@@ -87,7 +115,7 @@ struct OnlineSoftmax {
   SM80_DEVICE void exponentials(float (&s)[kMTiles][kNTiles][4], int m, int n) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float base = row_max[m][r] == -INFINITY ? 0.f : row_max[m][r];
+      const float base = fabsf(row_max[m][r]) <= (kNatural ? kLargest : kLarge) ? row_max[m][r] : 0.f;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s[m][n][2 * r + c];
@@ -97,14 +125,16 @@ struct OnlineSoftmax {
     }
   }
 
-  /// A row's reference, as a power of 2.
-  SM80_DEVICE float max_log2(int m, int r) const { return row_max[m][r] * (kNatural ? kLog2E : 1.f); }
+  /// A row's reference in the unit of S.
+  SM80_DEVICE float reference(int m, int r) const {
+    return row_max[m][r] / (is_large(row_max[m][r]) ? large_unit() : scale);
+  }
 
   /// Of one row, after the last block, whose P sum up to `sum`: what O is to be multiplied by, and lse. `sink` joins
   /// the sum; -inf is none.
   SM80_DEVICE float finish(int m, int r, float sum, float sink, float& lse) const {
-    const float unit = kNatural ? 1.f : kLn2;
-    float high = row_max[m][r] * unit, correction = 1.f;
+    float high = row_max[m][r], correction = 1.f;
+    if (!kNatural) high *= is_large(high) ? scale / large_unit() * kLn2 : kLn2;
     if (sink != -INFINITY) {
       const float top = fmaxf(high, sink);
       correction = high == -INFINITY ? 0.f : exponential_natural(high - top);
@@ -117,6 +147,32 @@ struct OnlineSoftmax {
   }
 
  private:
+  static constexpr float kLargest = 3.402823466e38f;
+
+  /// Of one row when some row of the warp is large: its reference moves, and its S are made relative to it. Returns
+  /// what has been summed is to be multiplied by.
+  SM80_DEVICE float take_large(float (&s)[kMTiles][kNTiles][4], int m, int r, float high) {
+    float& reference = row_max[m][r];
+    const float unit = large_unit();
+    float factor = 1.f, shift = 0.f;
+    const auto move = [&](float top) {
+      const bool large = is_large(top * scale);
+      reference = top * (large ? unit : scale);
+      shift = large ? top : 0.f;
+    };
+    if (is_large(reference)) {
+      const float old = reference / unit, top = fmaxf(old, high);
+      factor = exponential((old - top) * scale);
+      move(top);
+    } else if (high * scale > reference) {
+      factor = exponential(fmaf(-high, scale, reference));
+      move(high);
+    }
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) s[m][n][2 * r] -= shift, s[m][n][2 * r + 1] -= shift;
+    return factor;
+  }
+
   SM80_DEVICE static float exponential_natural(float x) { return fast_exp2(x * kLog2E); }
   SM80_DEVICE static float exponential(float x) { return fast_exp2(kNatural ? x * kLog2E : x); }
 };

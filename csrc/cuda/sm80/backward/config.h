@@ -13,12 +13,13 @@
 #pragma once
 
 #include "../code.h"
+#include "../rules.h"
 #include "../shared_tile.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Element_, int kHeadDim_, int kBlockN_, int kBlockM_, int kKeyTiles_, int kWarpsQ_, int kStages_,
-          int kBlocksPerSm_, bool kExtended_, unsigned kGpus>
+          int kBlocksPerSm_, Rules kRules_, unsigned kGpus>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
@@ -33,12 +34,15 @@ struct BackwardConfig {
 #else
   static constexpr bool kFewRegisters = false;
 #endif
-  static constexpr bool kSpareRegister = !kFewRegisters && !kExtended_;
+  static constexpr bool kSpareRegister = !kFewRegisters && (kRules_ == Rules::kPlain || kRules_ == Rules::kDropout);
   // Q and dO of a step have one barrier [320 instead of 313 TFLOP/s at head dim 128, H200]; with one stage each is
   // loaded anew as soon as it has been used.
   static constexpr bool kTogether = kStages > 1 && kSpareRegister;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that registers are bounded for
-  static constexpr bool kExtended = kExtended_;       // softcap, ALiBi, masks, dropout, unaligned tensors
+  static constexpr Rules kRules = kRules_;
+  static constexpr bool kExtended = kRules == Rules::kExtended, kBias = kRules == Rules::kBias,
+                        kMasks = kExtended || kBias || kRules == Rules::kMask,
+                        kDrops = kExtended || kRules == Rules::kDropout;
 
   static constexpr int kWarpQueries = kBlockM / kWarpsQ, kQueryTiles = kWarpQueries / 8;    // of S^T, dP^T
   static constexpr int kWarpColumns = kHeadDim / kWarpsQ, kColumnTiles = kWarpColumns / 8;  // of dK, dV
@@ -64,7 +68,7 @@ struct BackwardConfig {
   static constexpr int kDs = kDo + kStages * kQueryBytes, kP = kDs + kScoreBytes;
   static constexpr int kLse = kP + (kWarpsQ > 1 ? kScoreBytes : 0), kDelta = kLse + kStages * kStatisticBytes;
   static constexpr int kBarriers = kDelta + kStages * kStatisticBytes;
-  static constexpr int kNumBarriers = 4 * kStages + 2;
+  static constexpr int kNumBarriers = 4 * kStages + (kBias ? 3 : 2);
   static constexpr int kTile = (kBarriers + 8 * kNumBarriers + 15) / 16 * 16, kTileBytes = 256;
   static constexpr int kAddedTurns = kTile + kTileBytes, kSlopeSums = kAddedTurns + 8 * kWarps;
   static constexpr int kSharedBytes = kSlopeSums + (kExtended ? 4 * kWarps : 0);
@@ -76,6 +80,7 @@ struct BackwardConfig {
 #endif
 
   static_assert(kBlockN % kWarpKeys == 0 && kBlockM % (16 * kWarpsQ) == 0 && kHeadDim % (16 * kWarpsQ) == 0);
+  static_assert(!kBias || (kWarpKeys == 32 && kWarpQueries % 32 == 0 && kStages > 1), "P makes room for biases");
   static_assert(kDqWarpsM > 0 && kDqRowTiles * 16 * kDqWarpsM == kBlockM, "dQ has to be shared out evenly");
 };
 

@@ -9,6 +9,15 @@
 
 namespace flash_attn::cuda::sm80 {
 
+SM80_DEVICE uint2 load_transposed(const mask::PackedMask& packed, int64_t cell, int lane) {
+  const uint32_t* const from = packed.bits + cell * 32 + lane % 4 * 8 + lane / 8;
+  return {__ldg(from), __ldg(from + 4)};
+}
+SM80_DEVICE uint32_t transposed(uint2 words, int lane) {
+  const int odd = lane / 4 % 2;
+  return (words.x >> odd & 0x55555555u) | (words.y >> odd & 0x55555555u) << 1;
+}
+
 /// Where a warp's fragments begin: query row in its sequence, key in its block.
 struct WarpPlace {
   int row, key;
@@ -36,7 +45,7 @@ struct GradientRules {
 
   /// What dP^T of a column of fragments is added to: -delta, unless dropout comes between.
   SM80_DEVICE static float2 start(uint32_t minus_delta, int n, uint32_t lane) {
-    return Config::kExtended ? float2{0.f, 0.f} : statistic(minus_delta, n, lane);
+    return Config::kDrops ? float2{0.f, 0.f} : statistic(minus_delta, n, lane);
   }
 
   /// Whether some query of the warp does not see some key of it.
@@ -63,29 +72,41 @@ struct GradientRules {
     return {key - tile.high - row, min(key - tile.low, tile.row_end - 1) - row};
   }
 
+  using Bits = ScoreBits<kKeyTiles, kQueryTiles>;
+
+  /// `shown`, `kept`: of the kernel's rules, if they have them. kPartial: other bounds hide something as well.
   template <bool kPartial>
-  SM80_DEVICE void apply_to(const Scores& s, const Scores& dp, uint32_t minus_lse, const WarpPlace& at, Fragments& p_t,
+  SM80_DEVICE void apply_to(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta,
+                            const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
                             Fragments& ds_t) const {
+    constexpr bool kMasks = Config::kMasks, kDrops = Config::kDrops;
     SeenQueries seen[kKeyTiles][2];
     if constexpr (kPartial) {
 #pragma unroll
       for (int m = 0; m < kKeyTiles; ++m) seen[m][0] = seen_queries(at, m, 0), seen[m][1] = seen_queries(at, m, 1);
     }
+    const float dropout_scale = kDrops ? tile.dropout_scale : 1.f;
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n) {
       const float2 lse = statistic(minus_lse, n, at.lane);
+      const float2 delta = kDrops ? statistic(minus_delta, n, at.lane) : float2{};
 #pragma unroll
       for (int m = 0; m < kKeyTiles; ++m) {
         float x[4], dx[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           x[i] = cuda::probability(fmaf(s[m][n][i], params.scale_log2, i % 2 == 0 ? lse.x : lse.y));
-          dx[i] = x[i] * dp[m][n][i];
-          if constexpr (kPartial) {
-            const bool sees = seen[m][i / 2].hold(n, i);
+          float gradient = dp[m][n][i];
+          if constexpr (kDrops) {
+            gradient = fmaf(kept.hold(m, n, i) ? gradient : 0.f, dropout_scale, i % 2 == 0 ? delta.x : delta.y);
+          }
+          dx[i] = x[i] * gradient;
+          if constexpr (kPartial || kMasks) {
+            const bool sees = kMasks ? shown.hold(m, n, i) : seen[m][i / 2].hold(n, i);
             x[i] = sees ? x[i] : 0.f;
             dx[i] = sees ? dx[i] : 0.f;
           }
+          if constexpr (kDrops) x[i] = kept.hold(m, n, i) ? x[i] : 0.f;
         }
         p_t[n / 2][m][n % 2 * 2] = pack<Element>(x[0], x[1]);
         p_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
@@ -95,40 +116,59 @@ struct GradientRules {
     }
   }
 
-  using Bits = ScoreBits<kKeyTiles, kQueryTiles>;
-
-  /// Draws for one head's scores; all bits where nothing is dropped.
+  /// Draws for one head's scores; all bits where nothing is dropped. Kernels of Rules::kDropout have yet to exchange()
+  /// them.
   SM80_DEVICE void draw_kept(Bits& kept, int head, const WarpPlace& at) const {
     const ForwardParams& p = params.problem.forward;
     if (p.dropout_p > 0.0) {
-      draw(kept, tile.dropout, int64_t{tile.batch} * p.num_heads + head, at.row, tile.n_begin + at.key, at.lane);
+      const int64_t batch_head = int64_t{tile.batch} * p.num_heads + head;
+      if constexpr (Config::kExtended) {
+        draw(kept, tile.dropout, batch_head, at.row, tile.n_begin + at.key, at.lane);
+      } else {
+        draw_own(kept, tile.dropout, batch_head, at.row, tile.n_begin + at.key, at.lane);
+      }
     } else {
       kept.set_all();
     }
   }
 
-  /// A packed mask's, see packed_mask.h.
-  SM80_DEVICE void load_bits(Bits& shown, int head, const WarpPlace& at) const {
+  /// A packed mask's bits as they lie, see packed_mask.h: a word is of sixteen queries.
+  using MaskWords = uint2[kQueryTiles / 2];
+  SM80_DEVICE uint2 load_word(int q, int head, const WarpPlace& at) const {
     const mask::PackedMask& packed = params.packed;
-    const int key = tile.n_begin + at.key, col_cell = min(key / mask::kCellCols, packed.col_cells - 1);
+    const int row_cell = min(at.row / mask::kCellRows + q, packed.row_cells - 1);
+    const int col_cell = min((tile.n_begin + at.key) / mask::kCellCols, packed.col_cells - 1);
+    return load_transposed(packed, packed.cell(tile.batch, head, row_cell, col_cell), int(at.lane));
+  }
+  SM80_DEVICE void load_words(MaskWords& words, int head, const WarpPlace& at) const {
 #pragma unroll
-    for (int w = 0; w < Bits::kWords; ++w) shown.word[w] = 0;
-#pragma unroll
-    for (int q = 0; q < kQueryTiles / 2; ++q) {
-      const int64_t cell =
-          packed.cell(tile.batch, head, min(at.row / mask::kCellRows + q, packed.row_cells - 1), col_cell);
-      // Four bits for each eight keys, which stand eight apart in a word.
-      uint32_t x = mask::transposed_bits(packed, cell, int(at.lane)) >> (key % mask::kCellCols / 2) & 0xffff;
-      x = (x | x << 8) & 0x00ff00ffu;
-      x = (x | x << 4) & 0x0f0f0f0fu;
-      shown.word[q / 2] |= x << (4 * (q % 2));
-    }
+    for (int q = 0; q < kQueryTiles / 2; ++q) words[q] = load_word(q, head, at);
+  }
+
+  SM80_DEVICE void unpack(Bits& shown, int q, uint2 word, const WarpPlace& at) const {
+    // Four bits for each eight keys, which stand eight apart in a word.
+    uint32_t x = transposed(word, int(at.lane)) >> ((tile.n_begin + at.key) % mask::kCellCols / 2) & 0xffff;
+    x = (x | x << 8) & 0x00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0fu;
+    shown.word[q / 2] = (q % 2 == 0 ? 0 : shown.word[q / 2]) | x << (4 * (q % 2));
   }
 
   /// Which scores exist by lengths, causal, window and what of attn_mask is packed.
   SM80_DEVICE void find_shown(Bits& shown, int head, const WarpPlace& at) const {
     shown.set_all();
-    if (params.packed.seen != nullptr) load_bits(shown, head, at);
+    if (params.packed.seen != nullptr) {
+#pragma unroll
+      for (int q = 0; q < kQueryTiles / 2; ++q) unpack(shown, q, load_word(q, head, at), at);
+    }
+    limit(shown, at);
+  }
+  /// The same of a mask whose words are here already.
+  SM80_DEVICE void find_shown(Bits& shown, const MaskWords& words, const WarpPlace& at) const {
+#pragma unroll
+    for (int q = 0; q < kQueryTiles / 2; ++q) unpack(shown, q, words[q], at);
+    limit(shown, at);
+  }
+  SM80_DEVICE void limit(Bits& shown, const WarpPlace& at) const {
     const int rows = int(tile.sequence.seqlen_q), keys = tile.keys, low = tile.low, high = tile.high;
     if (!is_partial(at) && at.row + Config::kWarpQueries <= rows) return;
     const int key = at.key + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
@@ -235,7 +275,7 @@ struct GradientRules {
           const float probability = exists ? exponential : 0.f;
           const float gradient = fmaf(is_kept ? dp[m][n][i] : 0.f, dropout_scale, i % 2 == 0 ? delta.x : delta.y);
           const float ds = exists ? probability * gradient : 0.f;
-          x[i] = is_kept ? probability * dropout_scale : 0.f;
+          x[i] = is_kept ? probability : 0.f;
           slope_sum = fmaf(ds, distance, slope_sum);
           visit(m, n, i, ds);
           const float tanh = s[m][n][i] * inverse_softcap;
@@ -250,12 +290,13 @@ struct GradientRules {
     return slope_sum;
   }
 
-  SM80_DEVICE void apply(const Scores& s, const Scores& dp, uint32_t minus_lse, const WarpPlace& at, Fragments& p_t,
+  SM80_DEVICE void apply(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta,
+                         const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
                          Fragments& ds_t) const {
-    if (is_partial(at)) {
-      apply_to<true>(s, dp, minus_lse, at, p_t, ds_t);
+    if (!Config::kMasks && is_partial(at)) {
+      apply_to<true>(s, dp, minus_lse, minus_delta, at, shown, kept, p_t, ds_t);
     } else {
-      apply_to<false>(s, dp, minus_lse, at, p_t, ds_t);
+      apply_to<false>(s, dp, minus_lse, minus_delta, at, shown, kept, p_t, ds_t);
     }
   }
 };

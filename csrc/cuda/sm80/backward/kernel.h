@@ -11,7 +11,9 @@
 // have, with products in between.
 #pragma once
 
-#include "gradients.h"
+#include <type_traits>
+
+#include "bias.h"
 #include "loader.h"
 #include "schedule/turns.h"
 
@@ -21,7 +23,8 @@ template <typename Config>
 struct BackwardBlock : BackwardLoader<Config> {
   using Base = BackwardLoader<Config>;
   using Base::kQ, Base::kDo, Base::full, Base::empty, Base::phase, Base::scores_written, Base::scores_read;
-  using Base::lane, Base::warp, Base::warp_key, Base::warp_q, Base::advance, Base::accum_block;
+  using Base::lane, Base::warp, Base::add_slope_sum, Base::slope_sum, Base::store_slope_sum, Base::warp_key,
+      Base::warp_q, Base::advance, Base::accum_block;
   using Base::params, Base::p, Base::tile, Base::shared, Base::head, Base::m_block, Base::step;
   using Element = typename Config::Element;
   using Tile = SharedTile<Config::kHeadDim>;
@@ -29,8 +32,9 @@ struct BackwardBlock : BackwardLoader<Config> {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
   static constexpr int kKeyTiles = Config::kKeyTiles, kQueryTiles = Config::kQueryTiles;
   static constexpr int kQuerySteps = Config::kWarpQueries / 16;
+  static_assert(Config::kRules != Rules::kDropout || kStages > 1, "it is drawn between S and dP");
 
-  const GradientRules<Config> rules;
+  const std::conditional_t<Config::kBias, BiasRules<Config>, GradientRules<Config>> rules;
   float dk[kKeyTiles][Config::kColumnTiles][4], dv[kKeyTiles][Config::kColumnTiles][4];
   uint32_t p_t[kQuerySteps][kKeyTiles][4], ds_t[kQuerySteps][kKeyTiles][4];  // P^T, dS^T as A fragments
 
@@ -62,10 +66,14 @@ struct BackwardBlock : BackwardLoader<Config> {
     const WarpPlace place = warp_place();
     const int key = place.key, query = place.row - m_block * kBlockM, at = int(place.lane);
     [[maybe_unused]] typename GradientRules<Config>::Bits shown, kept;
-    if constexpr (Config::kExtended) {
-      rules.find_shown(shown, head, place);
-      rules.draw_kept(kept, head, place);
+    [[maybe_unused]] typename GradientRules<Config>::MaskWords words;
+    if constexpr (Config::kExtended) rules.find_shown(shown, head, place);
+    if constexpr (Config::kRules == Rules::kMask) rules.load_words(words, head, place);
+    if constexpr (Config::kBias) {
+      if (step > 0) barrier_wait(this->p_read(), uint32_t(step - 1) & 1);
+      rules.load(shared + Config::kP, warp_q(), head, place);
     }
+    if constexpr (Config::kExtended) rules.draw_kept(kept, head, place);
     float s[kKeyTiles][kQueryTiles][4], dp[kKeyTiles][kQueryTiles][4];
     const auto multiply_s = [&] {
       barrier_wait(full(kQ, stage), phase());
@@ -84,17 +92,22 @@ struct BackwardBlock : BackwardLoader<Config> {
     };
     if constexpr (kStages > 1) {
       multiply_s();
+      if constexpr (Config::kRules == Rules::kDropout) rules.draw_kept(kept, head, place);  // beside these products
       multiply_dp();
     } else {  // dO is loaded first
       multiply_dp();
       multiply_s();
     }
+    if constexpr (Config::kRules == Rules::kDropout) exchange(kept, uint32_t(at));
     const uint32_t statistics = shared + stage * Config::kStatisticBytes + 4 * query;
     if constexpr (Config::kExtended) {
       add_slope_sum(rules.apply_extended(s, dp, statistics + Config::kLse, statistics + Config::kDelta, head, place,
                                          shown, kept, p_t, ds_t, [](int, int, int, float) {}));
+    } else if constexpr (Config::kBias) {
+      rules.apply(s, dp, statistics + Config::kLse, shared + Config::kP, warp_q(), head, place, p_t, ds_t);
     } else {
-      rules.apply(s, dp, statistics + Config::kLse, place, p_t, ds_t);
+      if constexpr (Config::kMasks) rules.find_shown(shown, words, place);
+      rules.apply(s, dp, statistics + Config::kLse, statistics + Config::kDelta, place, shown, kept, p_t, ds_t);
     }
   }
 
@@ -208,26 +221,6 @@ struct BackwardBlock : BackwardLoader<Config> {
     if (params.turns != nullptr && pass == 0 && at == 0) added_turn() = params.turns + block * Config::kWarps + dq_warp;
   }
 
-  // dS times distance, summed up over this warp's scores of one head, in shared memory.
-
-  SM80_DEVICE float& slope_sum() const {
-    return static_cast<float*>(__cvta_shared_to_generic(shared + Config::kSlopeSums))[warp()];
-  }
-
-  SM80_DEVICE void add_slope_sum(float of_lane) const {
-    if (params.slope_sums == nullptr) return;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) of_lane += __shfl_xor_sync(~0u, of_lane, distance);
-    if (lane() == 0) slope_sum() += of_lane;
-  }
-
-  SM80_DEVICE void store_slope_sum(int of_head, float sum) const {
-    if (params.slope_sums == nullptr || lane() != 0) return;
-    const int64_t block = tile.key_block + int64_t{of_head - tile.head_begin} * params.num_n_blocks;
-    params.slope_sums[block * Config::kWarps + warp()] = sum;
-    slope_sum() = 0.f;
-  }
-
   /// The counter of what this warp has added last, in shared memory.
   SM80_DEVICE int*& added_turn() const {
     return static_cast<int**>(__cvta_shared_to_generic(shared + Config::kAddedTurns))[warp()];
@@ -242,7 +235,7 @@ struct BackwardBlock : BackwardLoader<Config> {
 
   SM80_DEVICE void process_block() {
     const int stage = step % kStages;
-    if constexpr (Config::kExtended) {
+    if constexpr (Config::kMasks) {
       if (p.mask.data != nullptr) this->clear_blind_queries(stage);
     }
     if (rules.is_blind(warp_place())) {
@@ -261,6 +254,7 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     barrier_wait(scores_written(), uint32_t(step) & 1);
     add_other_queries(dv, Config::kP, Config::kDo, stage);
+    if constexpr (Config::kBias) barrier_arrive_warp(this->p_read());
     if constexpr (!Config::kTogether) this->arrive_read(empty(kDo, stage));
     add_other_queries(dk, Config::kDs, Config::kQ, stage);
     this->arrive_read(empty(kQ, stage));
@@ -284,7 +278,7 @@ struct BackwardBlock : BackwardLoader<Config> {
       for (int h = tile.head_begin; h < tile.head_end; ++h) store_slope_sum(h, 0.f);  // some have no step
     }
     bool more = tile.num_m_blocks > 0;
-    if (Config::kExtended && more && is_hidden<Config>(params, tile, head, m_block)) more = advance(head, m_block);
+    if (Config::kMasks && more && is_hidden<Config>(params, tile, head, m_block)) more = advance(head, m_block);
     if (more) {
       this->load_keys();  // arrive with the first dO
       this->load_queries(kDo, head, m_block, 0);
@@ -307,18 +301,21 @@ struct BackwardBlock : BackwardLoader<Config> {
     end_last_turn();
     if (params.parts > 1) {
       store_part(params.dk_parts, dk, float(p.softmax_scale));
-      store_part(params.dv_parts, dv, 1.f);
+      store_part(params.dv_parts, dv, dv_scale());
       return;
     }
     __syncthreads();  // all warps are done with K and V
     stage_gradient(Config::kK, dk, float(p.softmax_scale));
-    stage_gradient(Config::kV, dv, 1.f);
+    stage_gradient(Config::kV, dv, dv_scale());
     __syncthreads();  // dK and dV are in their places
     store_gradient(Config::kK, params.problem.dk, p.head_dim);
     store_gradient(Config::kV, params.problem.dv, p.head_dim_v);
   }
 
   // -- epilogue
+
+  /// P of dV is without it.
+  SM80_DEVICE float dv_scale() const { return Config::kDrops ? tile.dropout_scale : 1.f; }
 
   SM80_DEVICE void store_part(float* parts, const float (&acc)[kKeyTiles][Config::kColumnTiles][4], float scale) const {
     float* const to = parts + int64_t{tile.part} * (kBlockN * Config::kHeadDim);

@@ -20,7 +20,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   params.num_n_blocks = int(plan.num_n_blocks);
   params.columns = variant.head_dim;
   params.scale_log2 = float(p.softmax_scale * kLog2E);
-  params.lse_factor = variant.extended ? 1.f : float(kLog2E);
+  params.lse_factor = variant.rules == Rules::kExtended || variant.rules == Rules::kBias ? 1.f : float(kLog2E);
   params.scale_over_softcap = p.softcap > 0.0 ? float(p.softmax_scale / p.softcap) : 0.f;
   params.inverse_softcap = p.softcap > 0.0 ? float(1.0 / p.softcap) : 0.f;
   params.falls = plan.ordered && plan.spread == 0;
@@ -61,8 +61,14 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
     params.packed = mask::packed_or_pack(problem.forward.mask, to, stream);
   }
   prepare_rows(params, variant.warps, stream);
+  if (plan.adds_mask_gradient) {
+    const MaskView& mask = problem.forward.mask;
+    const int64_t numbers = mask.batch_size * mask.head_size * mask.row_size * mask.col_size;
+    cuda::check(cudaMemsetAsync(problem.dmask, 0, size_t(4 * numbers), stream), "sm80 clearing attn_mask's gradient");
+    params.adds_mask_gradient = true;
+  }
   const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
-                           problem.dslopes == nullptr;
+                           problem.dslopes == nullptr && !plan.adds_mask_gradient;
   if (!dmask_alone) {
     cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params,
                         plan.num_tiles * plan.parts, 32 * variant.warps, variant.shared_bytes, stream, variant.name);

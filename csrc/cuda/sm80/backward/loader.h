@@ -25,8 +25,8 @@ struct BackwardLoader : BackwardWalk<Config> {
         static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
     const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
     load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
-        Config::kFewRegisters ? fresh_thread(step) : threadIdx.x, shared + to, source, view.row, int(columns),
-        params.aligned, begin <= first && end - first >= kRows, exists);
+        Config::kFewRegisters || Config::kBias ? fresh_thread(step) : threadIdx.x, shared + to, source, view.row,
+        int(columns), params.aligned, begin <= first && end - first >= kRows, exists);
   }
 
   SM80_DEVICE void load_keys() const {
@@ -34,7 +34,7 @@ struct BackwardLoader : BackwardWalk<Config> {
     const int first = tile.n_begin, end = first + tile.keys;
     load<kBlockN>(Config::kK, p.k, packed, tile.sequence.k_row, first, first, end, tile.head_k, p.head_dim);
     load<kBlockN>(Config::kV, p.v, packed, tile.sequence.k_row, first, first, end, tile.head_k, p.head_dim_v);
-    if constexpr (Config::kExtended) {
+    if constexpr (Config::kMasks) {
       if (p.mask.data != nullptr) clear_bad_keys();
     }
   }

@@ -21,8 +21,8 @@ struct MaskGradientBlock {
   using Tile = SharedTile<Config::kHeadDim>;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kKeyTiles = Config::kKeyTiles, kQueryTiles = Config::kQueryTiles;
-  using Rules = GradientRules<Config>;
-  using Scores = typename Rules::Scores;
+  using Gradients = GradientRules<Config>;
+  using Scores = typename Gradients::Scores;
   static_assert(kBlockM * kBlockN * 4 <= 2 * Config::kScoreBytes && Config::kWarpsQ > 1);
 
   const BackwardKernelParams& params;
@@ -78,10 +78,10 @@ struct MaskGradientBlock {
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();  // the tiles are there
-    const Rules rules(params, tile);
+    const Gradients rules(params, tile);
     const int key = warp_key(), query = warp_query(), at = lane();
     const WarpPlace place{m_begin + query, key, uint32_t(at)};
-    typename Rules::Bits shown, kept;
+    typename Gradients::Bits shown, kept;
     rules.find_shown(shown, head, place);
     rules.draw_kept(kept, head, place);
     Scores s, dp;
@@ -90,7 +90,7 @@ struct MaskGradientBlock {
                                              address_by_columns<Tile>(shared + Config::kQ, query, at), zero);
     multiply_rows<Element, Config::kHeadDim>(dp, address_by_rows<Tile>(shared + Config::kV, key, at),
                                              address_by_columns<Tile>(shared + Config::kDo, query, at), zero);
-    typename Rules::Fragments p_t, ds_t;  // not needed
+    typename Gradients::Fragments p_t, ds_t;  // not needed
     rules.apply_extended(s, dp, shared + Config::kLse + 4 * query, shared + Config::kDelta + 4 * query, head, place,
                          shown, kept, p_t, ds_t, [&](int m, int n, int i, float ds) { sum[m][n][i] += ds; });
     __syncthreads();  // all are done with the tiles

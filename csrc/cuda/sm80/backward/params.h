@@ -23,7 +23,8 @@ struct BackwardKernelParams {
   // query blocks.
   bool falls;
   int spread;
-  bool aligned;  // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  bool aligned;             // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  bool adds_mask_gradient;  // each dS to attn_mask's gradient, as it comes
   // Workspace. A query head's blocks lie together, those of (batch, head) by batch and then head.
   float* dq_accum;  // (heads, blocks, block_m x columns), a block in the order of accumulator fragments, see dq_place()
   float* minus_lse;    // (heads, blocks, block_m), times lse_factor; -inf: the row sees nothing, or does not exist

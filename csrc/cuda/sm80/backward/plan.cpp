@@ -17,19 +17,9 @@ constexpr int kStaticSharedBytes = 128;  // of a block, beside the tiles
 constexpr int kReservedBytes = 1024;     // of shared memory, a block, by the system
 constexpr int64_t kAlignment = 256;
 
-const BackwardVariants& variants_for(const ForwardParams& p) {
-  const BackwardVariants* const all[] = {&kBackwardD64,  &kBackwardD96,  &kBackwardD128,
-                                         &kBackwardD192, &kBackwardD256, &kBackwardD512};
-  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
-  for (const BackwardVariants* variants : all) {
-    if (columns <= variants->begin()->head_dim) return *variants;
-  }
-  return kBackwardD512;
-}
-
-bool is_extended(const ForwardParams& p) {
-  return p.mask.data != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0 || p.dropout_p > 0.0;
-}
+/// By rising head dims.
+const BackwardVariants* const kVariants[] = {&kBackwardD32,  &kBackwardD64,  &kBackwardD96, &kBackwardD128,
+                                             &kBackwardD192, &kBackwardD256, &kBackwardD512};
 
 bool is_aligned(const BackwardParams& params) {
   const auto whole = [](const TensorView& view) {
@@ -41,16 +31,32 @@ bool is_aligned(const BackwardParams& params) {
          whole(params.dout) && whole(params.dq) && whole(params.dk) && whole(params.dv);
 }
 
-/// The first that fits; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for tests and measurements).
-const BackwardVariant* choose_variant(const ForwardParams& p, bool extended, const DeviceInfo& device) {
+/// Whether dS may be added to the gradient of attn_mask as it comes: in an order that is not fixed, and with a number
+/// for each score of a head.
+bool may_add_mask_gradient(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  return params.dmask != nullptr && !p.deterministic && p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
+}
+
+/// The first that fits, of the smallest head dim that has any; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for
+/// tests and measurements). With the gradient of attn_mask a head dim needs a kernel for that too.
+void choose_variant(const BackwardParams& params, const DeviceInfo& device, BackwardPlan& plan) {
+  const ForwardParams& p = params.forward;
   const char* const forced = std::getenv("FLASH_ATTN_BACKWARD_KERNEL");
   const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
-  for (const BackwardVariant& variant : variants_for(p)) {
-    const int bytes = variant.shared_bytes + kStaticSharedBytes;
-    if (variant.extended != extended || bytes > device.shared_memory_per_block || (variant.gpus & gpus) == 0) continue;
-    if (forced == nullptr || *forced == '\0' || std::string(forced) == variant.name) return &variant;
+  const Rules rules = rules_of(p, plan.aligned);
+  for (const BackwardVariants* variants : kVariants) {
+    for (const BackwardVariant& variant : *variants) {
+      const int bytes = variant.shared_bytes + kStaticSharedBytes;
+      if (std::max(p.head_dim, p.head_dim_v) > variant.head_dim || !serves(variant.rules, rules)) continue;
+      if (bytes > device.shared_memory_per_block || (variant.gpus & gpus) == 0) continue;
+      if (forced != nullptr && *forced != '\0' && std::string(forced) != variant.name) continue;
+      plan.variant = &variant;
+      plan.adds_mask_gradient = variant.rules == Rules::kBias && may_add_mask_gradient(params);
+      if (params.dmask != nullptr && !plan.adds_mask_gradient) plan.mask_gradient = &variants->mask_gradient;
+      return;
+    }
   }
-  return nullptr;
 }
 
 /// Blocks that an SM holds.
@@ -117,9 +123,8 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const ForwardParams& p = params.forward;
   BackwardPlan plan;
   plan.aligned = is_aligned(params);
-  plan.variant = choose_variant(p, is_extended(p) || !plan.aligned, device);
+  choose_variant(params, device, plan);
   if (plan.variant == nullptr) return plan;
-  if (params.dmask != nullptr) plan.mask_gradient = &variants_for(p).mask_gradient;
   const int64_t m = plan.variant->block_m, n = plan.variant->block_n;
   plan.num_m_blocks = p.is_varlen_q() ? p.total_q / m + p.batch : ceil_div(p.seqlen_q, m);
   plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);

@@ -14,10 +14,11 @@ struct BackwardPlan {
   bool aligned = false;
   int64_t num_m_blocks = 0, num_n_blocks = 0;  // see BackwardKernelParams
   int64_t num_tiles = 0;
-  int parts = 1;            // of the query rows that see a tile's keys, see BackwardKernelParams
-  bool ordered = false;     // blocks of keys add to dq by turns
-  int spread = 0;           // see BackwardKernelParams
-  bool packs_mask = false;  // reads attn_mask once before, see packed_mask.h
+  int parts = 1;                    // of the query rows that see a tile's keys, see BackwardKernelParams
+  bool ordered = false;             // blocks of keys add to dq by turns
+  int spread = 0;                   // see BackwardKernelParams
+  bool adds_mask_gradient = false;  // in the main kernel, as dS comes
+  bool packs_mask = false;          // reads attn_mask once before, see packed_mask.h
   // Of the workspace, in bytes from its start.
   int64_t minus_lse = 0, minus_delta = 0, turns = 0, next_tile = 0, slope_sums = 0;
   int64_t dk_parts = 0, dv_parts = 0;

@@ -111,8 +111,8 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
   tile.first_m_block = first_m_block(params, s, tile.batch, tile.head_begin);
   if constexpr (Config::kExtended) {
     tile.key_block = first_n_block(params, s, tile.batch, tile.head_begin) + tile.n_block;
-    set_dropout(p, tile);
   }
+  if constexpr (Config::kDrops) set_dropout(p, tile);
   set_bounds(p, tile);
   return true;
 }

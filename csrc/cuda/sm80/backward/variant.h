@@ -1,6 +1,7 @@
 // The backward kernels that exist. A head dimension's are listed in its file of instances/, the preferred ones first.
 #pragma once
 
+#include "../rules.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -11,7 +12,7 @@ struct BackwardVariant {
   int block_m, block_n, warps;
   int blocks_per_sm;  // that registers allow
   int shared_bytes;
-  bool extended;
+  Rules rules;
   unsigned gpus;                                  // that it is for, see code.h
   void (*kernel[2])(const BackwardKernelParams);  // for bfloat16, float16
 };
@@ -31,6 +32,7 @@ struct BackwardVariants {
   const BackwardVariant* end() const { return first + count; }
 };
 
-extern const BackwardVariants kBackwardD64, kBackwardD96, kBackwardD128, kBackwardD192, kBackwardD256, kBackwardD512;
+extern const BackwardVariants kBackwardD32, kBackwardD64, kBackwardD96, kBackwardD128, kBackwardD192, kBackwardD256,
+    kBackwardD512;
 
 }  // namespace flash_attn::cuda::sm80

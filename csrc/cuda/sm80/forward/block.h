@@ -4,9 +4,10 @@
 #include "../../common/scores/scores.h"
 #include "../products.h"
 #include "../softmax.h"
-#include "bias.h"
 #include "config.h"
 #include "schedule/tile.h"
+#include "scores/bias_fragments.h"
+#include "scores/kept_pairs.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -18,8 +19,9 @@ struct ForwardBlock {
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kDTiles = Config::kDTiles;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kSubN = Config::kSubN;
   static constexpr int kWarpsD = Config::kWarpsD;
-  static constexpr bool kExtended = Config::kExtended;
-  static_assert(!kExtended || kBlockN <= 128);
+  static constexpr bool kDropout = Config::kRules == Rules::kDropout, kMask = Config::kRules == Rules::kMask,
+                        kBias = Config::kBias, kExtended = Config::kExtended, kMasks = kMask || kBias || kExtended;
+  static_assert(!kMasks || kBlockN <= 128);
   static constexpr int kAliveWords = 4;  // of lane % 4: bits of the columns of its fragments, of a whole tile
   using Scores = float[kMTiles][kNTiles][4];
   using KvCopy = TileCopy<kBlockN, Config::kHeadDim, Config::kThreads>;
@@ -29,17 +31,21 @@ struct ForwardBlock {
   const ForwardParams& p;
   unsigned char* const shared;  // q, the ring's slots, `seen`
   const int warp, lane;
-  uint32_t* const alive;                         // extended: the columns of a tile that some row sees
+  uint32_t* const alive;                         // with masks: the columns of a tile that some row sees
   const int first_block, first_full, last_full;  // of the tile: asked for in every block
   uint32_t k_slot;                               // that K is read from; V lies in the one after it
   int load_block;                                // whose K, or after it V, is loaded next
-  const char *k_from, *v_from;                   // plain: this thread's first piece of those
+  // This thread's first piece of those; worked out for each tile where tiles are left out or registers are few.
+  static constexpr bool kPointers = Config::kRules == Rules::kPlain;
+  const char *k_from, *v_from;
   float o[kMTiles][kDTiles][4];
   Scores s;
+  uint32_t packed[kNTiles / 2][kMTiles][4];   // P, where Config::kPacks
   MaskFragments<kMTiles, kNTiles> mask_bits;  // of the tile whose S is computed next, as are `bias` and which of them
   bool is_biased;
   BiasFragments<Element, kMTiles, kNTiles> bias;
-  using Softmax = OnlineSoftmax<kMTiles, kNTiles, kExtended>;
+  KeptPairs<kDropout ? kNTiles : 8> kept[kMTiles];  // of Rules::kDropout: what it keeps of that tile
+  using Softmax = OnlineSoftmax<kMTiles, kNTiles, Config::kNatural>;
   Softmax softmax;
 
   SM80_DEVICE ForwardBlock(const ForwardKernelParams& kernel_params, const ForwardTile& t,
@@ -70,13 +76,13 @@ struct ForwardBlock {
   SM80_DEVICE uint32_t q_tile() const { return shared_address(shared); }
   SM80_DEVICE uint32_t slots_begin() const { return q_tile() + Config::kQueryBytes; }
   SM80_DEVICE uint32_t slots_end() const { return q_tile() + Config::kSlotsEnd; }
-  /// Extended: of every 64 columns from seen_begin() on, those that some row sees.
+  /// With masks: of every 64 columns from seen_begin() on, those that some row sees.
   SM80_DEVICE uint64_t* seen() const { return reinterpret_cast<uint64_t*>(shared + Config::kTileBytes); }
 
   // -- which tiles are visited: those with a column that some row sees
 
   static constexpr int kSeenWords = (kBlockN + 63) / 64;  // of a tile
-  static_assert(!kExtended || 64 % kBlockN == 0 || kBlockN % 64 == 0);
+  static_assert(!kMasks || 64 % kBlockN == 0 || kBlockN % 64 == 0);
 
   SM80_DEVICE bool has_seen() const { return params.packed.seen != nullptr; }
   SM80_DEVICE int seen_begin() const { return block_begin() * kBlockN / 64; }
@@ -170,10 +176,13 @@ struct ForwardBlock {
   /// P of 16 keys as A fragments.
   SM80_DEVICE void pack_probabilities(int k, uint32_t (&a)[kMTiles][4]) const {
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
+    for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {
         a[m][i] = pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+        if constexpr (kDropout) a[m][i] &= kept[m].mask(4 * k + i);
+      }
+    }
   }
 
   /// O += P V.
@@ -181,9 +190,14 @@ struct ForwardBlock {
     const uint32_t v = address_by_rows<Tile>(v_slot, 0, lane);
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k) {
-      uint32_t a[kMTiles][4];
-      pack_probabilities(k, a);
-      multiply_step<Element, Config::kHeadDim, 1>(o, a, v + k * 16 * Tile::kRowBytes);
+      const uint32_t v_rows = v + k * 16 * Tile::kRowBytes;
+      if constexpr (Config::kPacks) {
+        multiply_step<Element, Config::kHeadDim, 1>(o, packed[k], v_rows);
+      } else {
+        uint32_t a[kMTiles][4];
+        pack_probabilities(k, a);
+        multiply_step<Element, Config::kHeadDim, 1>(o, a, v_rows);
+      }
     }
   }
 
@@ -199,38 +213,25 @@ struct ForwardBlock {
     return {tile.m_begin + warp_row() + lane / 4, col + 2 * (lane % 4)};
   }
 
-  /// Before S of a tile is computed: what of attn_mask it will need.
-  SM80_DEVICE void load_mask(int col) {
-    if constexpr (kExtended) {
-      if (p.mask.data == nullptr) return;
-      const int row = tile.m_begin + warp_row();
-      is_biased = __any_sync(
-          ~0u, adds_values<Config::kWarpRows, kSubN>(p.mask, params.packed, tile.batch, tile.head, row, col));
-      if (!is_biased) {
-        mask_bits.load(params.packed, tile.batch, tile.head, row, col);
-      } else {
-        bias.load(p.mask, tile.batch, tile.head, place(col), int(tile.sequence.seqlen_q), tile.col_end,
-                  params.mask_pairs);
-      }
-    }
-  }
+  /// Before S of a tile is computed: what dropout will keep of it, where S leaves registers.
+  SM80_DEVICE void draw_kept(int col);
 
-  SM80_DEVICE void apply_rules(int col) {
-    const FragmentPlace at = place(col);
-    if constexpr (kExtended) {
-      ScoreRules(p, tile.sequence, tile.batch, tile.head).apply(s, at);
-      if (p.mask.data != nullptr) {
-        if (is_biased) {
-          bias.add(s, p.mask.dtype);
-        } else {
-          mask_bits.apply(s);
-        }
-      }
-    }
-    if (col < full_begin() || col + kSubN > full_end()) {
-      mask_columns(s, at, ColumnBounds(p, tile.sequence));
-    }
-  }
+  /// Likewise: what of attn_mask it will need.
+  SM80_DEVICE void load_mask(int col);
+
+  // Of Rules::kBias: each warp's rows of the mask, by cp.async, in the group of copies after it.
+
+  using BiasTile = SharedTile<kBlockN>;
+  /// Of a tile; `block` before block_begin(): there is none.
+  SM80_DEVICE void load_bias(int block) const;
+  /// From S of the tile to scores, in natural units.
+  SM80_DEVICE void add_bias();
+
+  /// From S, as it was computed, to what exponentials are taken of.
+  SM80_DEVICE void apply_rules(int col);
+
+  /// In extended kernels: P of what dropout takes away becomes 0.
+  SM80_DEVICE void drop(int col);
 
   SM80_DEVICE void rescale() {
     typename Softmax::RowValues largest;
@@ -238,7 +239,7 @@ struct ForwardBlock {
     if constexpr (kWarpsD > 1) {
       combine_rows(largest, [](float x) { return quad_max(x); }, [](float x, float y) { return fmaxf(x, y); });
     }
-    softmax.rescale(largest, [&](int m, int r, float factor) {
+    softmax.rescale(s, largest, [&](int m, int r, float factor) {
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) o[m][d][2 * r] *= factor, o[m][d][2 * r + 1] *= factor;
     });
@@ -254,49 +255,26 @@ struct ForwardBlock {
   /// Whether `seen` has not told the loader all: it knows of attn_mask alone, and other bounds may hide a key from just
   /// those rows that the mask shows it to. Then each warp tells what it sees.
   SM80_DEVICE bool may_have_unseen_v(int block) const {
-    if (!kExtended || p.mask.data == nullptr) return false;
-    return !has_seen() || block * kBlockN < full_begin() || (block + 1) * kBlockN > full_end();
+    if (!kMasks || p.mask.data == nullptr) return false;
+    return (!kMask && !has_seen()) || block * kBlockN < full_begin() || (block + 1) * kBlockN > full_end();
   }
 
-  /// Before a barrier, V's arrival.
-  SM80_DEVICE void tell_seen_columns() const;
+  /// Before a barrier, V's arrival. Bit 2 n + c: of column 8 n + 2 (lane % 4) + c of the fragments, for the lane's
+  /// rows.
+  SM80_DEVICE void tell_seen_columns(uint32_t columns) const;
+  SM80_DEVICE uint32_t columns_of_scores() const;
+
+  /// Kernels of Rules::kMask join other bounds with the bits of attn_mask, before S is computed, and tell the columns.
+  SM80_DEVICE void limit_mask_bits(int col);
 
   /// All threads call it, after that barrier and before the product; a barrier stands at the end.
   SM80_DEVICE void clear_unseen_v(uint32_t v_slot);
 
   // -- the loop over tiles
 
-  /// As many columns of fragments as both have.
-  template <int kTo, int kFrom>
-  SM80_DEVICE static void copy_fragments(float (&to)[kMTiles][kTo][4], const float (&from)[kMTiles][kFrom][4]) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < kTo && n < kFrom; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[m][n][i] = from[m][n][i];
-  }
-
-  SM80_DEVICE void drop(int col) {
-    if constexpr (kExtended) {
-      if (!(p.dropout_p > 0.0)) return;
-      const Dropout dropout = make_dropout(p.rng_state, p.dropout_p);
-      const int64_t batch_head = tile.batch * p.num_heads + tile.head;
-      if constexpr (kNTiles % 4 == 0) {
-        apply_dropout(s, dropout, batch_head, place(col));
-      } else {  // a quad's lanes draw four fragments at a time, of which there are two
-        static_assert(kNTiles == 2);
-        float four[kMTiles][4][4] = {};
-        copy_fragments(four, s);
-        apply_dropout(four, dropout, batch_head, place(col));
-        copy_fragments(s, four);
-      }
-    }
-  }
-
   /// O += P V of a tile.
   SM80_DEVICE void multiply_pv(int block, uint32_t v_slot) {
-    if constexpr (kExtended) {
+    if constexpr (kMasks) {
       if (may_have_unseen_v(block)) clear_unseen_v(v_slot);
     }
     if constexpr (kWarpsD > 1) {
@@ -311,11 +289,16 @@ struct ForwardBlock {
   SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
     apply_rules(col);
-    if constexpr (kExtended) {
-      if (may_have_unseen_v(block)) tell_seen_columns();
+    if constexpr (kBias) load_bias(visited_block(block - 1));
+    if constexpr (kBias || kExtended) {
+      if (may_have_unseen_v(block)) tell_seen_columns(columns_of_scores());
     }
     rescale();
     take_exponentials();
+    if constexpr (Config::kPacks) {
+#pragma unroll
+      for (int k = 0; k < kNTiles / 2; ++k) pack_probabilities(k, packed[k]);
+    }
     if constexpr (kWarpsD > 1) {
       drop(col);
       store_probabilities();
@@ -327,20 +310,23 @@ struct ForwardBlock {
   /// After a tile: K of the next one is in k_slot.
   SM80_DEVICE void begin_tile(int block) {
     load_mask(block * kBlockN + warp_key());
+    draw_kept(block * kBlockN + warp_key());
     wait_k();
   }
 
   SM80_DEVICE void run() {
-    if constexpr (kExtended) {
-      if (has_seen()) fill_seen();
+    if constexpr (kMasks) {
+      if (kMask || has_seen()) fill_seen();
     }
     int block = load_block = visited_block(tile.block_end - 1);
     load_q();  // arrives with the first tile
     if (block >= block_begin()) {
       load_mask(block * kBlockN + warp_key());
       begin_loads();
+      if constexpr (kBias) load_bias(block);
       load_next<true>(slots_begin());
       if constexpr (kSlots == 3) load_next<false>(slots_begin() + Config::kSlotBytes);
+      draw_kept(block * kBlockN + warp_key());
       wait_tile();  // Q and the first K
       load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
       if constexpr (Config::kTwice) {
@@ -354,6 +340,9 @@ struct ForwardBlock {
         finish_tile(block);
       } else {
         for (;;) {
+          if constexpr (kMask) {
+            if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN);
+          }
           multiply_qk();
           finish_tile(block);
           block = visited_block(block - 1);

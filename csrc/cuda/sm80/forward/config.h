@@ -9,12 +9,13 @@
 #pragma once
 
 #include "../code.h"
+#include "../rules.h"
 #include "../shared_tile.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Element_, int kHeadDim_, int kWarps_, int kMTiles_, int kBlockN_, int kBlocksPerSm_, int kSlots_,
-          bool kExtended_, unsigned kGpus, int kWarpsD_ = 1>
+          Rules kRules_, unsigned kGpus, int kWarpsD_ = 1>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;  // of q and k, and of v: what is smaller is filled with zeros
@@ -28,18 +29,31 @@ struct ForwardConfig {
   // Of the ring of tiles of K and V in shared memory.
   static constexpr int kSlots = kSlots_, kSlotBytes = kBlockN * kHeadDim * 2;
   static_assert(kSlots == 2 || kSlots == 3);
-  static constexpr bool kExtended = kExtended_;  // softcap, ALiBi, masks, dropout, or tensors that 16 bytes do not fit
+  static constexpr Rules kRules = kRules_;
+  static constexpr bool kExtended = kRules == Rules::kExtended;
+  static constexpr bool kBias = kRules == Rules::kBias, kNatural = kExtended || kBias;  // scores in natural units
+  static constexpr bool kKeepsSeen = kBias || kRules == Rules::kMask;  // all words of `seen`, see ForwardKernelParams
   // What a block asks for in every tile is kept in registers where O and S leave some, else read again.
   static constexpr bool kFewRegisters =
-      (kExtended && (kDTiles >= 32 || kMTiles > 1)) || kNTiles >= 16 || kBlocksPerSm > 2;
-  // Where they leave none (a thread has 255, or 168 with three blocks), the loop's last round stands in the code once
-  // more: ptxas spills otherwise.
-  static constexpr bool kTwice = 4 * kMTiles * (kDTiles + kNTiles) >= (kBlocksPerSm > 2 ? 100 : 192);
-  // Shared memory, in bytes from its start: Q, the ring; and where rows are shared, P and a number a row and warp.
+      (kRules != Rules::kPlain && (kDTiles >= 32 || kMTiles > 1)) || kNTiles >= 16 || kBlocksPerSm > 2;
+  // Where O and S fill the registers (a thread has 255, or 168 with three blocks): the loop's last round stands in the
+  // code once more, but not of kernels with bits or biases of scores; and P is packed before V is waited for, which
+  // frees S's registers there. Elsewhere it is packed between the products, which costs less.
+  static constexpr int kAccumulators = 4 * kMTiles * (kDTiles + kNTiles);
+  static constexpr bool kTwice = kRules == Rules::kPlain && kBlocksPerSm <= 2 && kAccumulators >= 192;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+  static constexpr bool kFull = kAccumulators >= 192;
+#else
+  static constexpr bool kFull = kNTiles >= 16;
+#endif
+  static constexpr bool kPacks =
+      kWarpsD == 1 && !kExtended && (kRules != Rules::kPlain || kFull || (kBlocksPerSm > 2 && kMTiles > 1));
+  // Shared memory, in bytes from its start: Q, the ring; where rows are shared, P and a number a row and warp; biases.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kSlotsEnd = kQueryBytes + kSlots * kSlotBytes;
   static constexpr int kP = kSlotsEnd, kRowValues = kP + (kWarpsD > 1 ? kBlockM * kBlockN * 2 : 0);
-  static constexpr int kTileBytes = kRowValues + (kWarpsD > 1 ? kBlockM * kWarpsD * 4 : 0);
+  static constexpr int kBiases = kRowValues + (kWarpsD > 1 ? kBlockM * kWarpsD * 4 : 0);
+  static constexpr int kTileBytes = kBiases + (kBias ? kBlockM * kBlockN * 2 : 0);
 
 #ifdef __CUDA_ARCH__
   static constexpr bool kHasCode = (kGpus & gpus_of_code(__CUDA_ARCH__)) != 0;

@@ -19,6 +19,8 @@ SM80_DEVICE void ForwardBlock<Config>::store() {
   float dropout_scale = 1.f;
   if constexpr (kExtended) {
     if (p.dropout_p > 0.0) dropout_scale = float(make_dropout(p.rng_state, p.dropout_p).scale);
+  } else if constexpr (kDropout) {
+    dropout_scale = float(tile.dropout.scale);
   }
   if (tile.part_row >= 0) {
     store_part(sums, dropout_scale);
@@ -61,7 +63,7 @@ SM80_DEVICE void ForwardBlock<Config>::store_part(const typename Softmax::RowVal
     for (int r = 0; r < 2; ++r) {
       const int64_t row = tile.part_row + warp_row() + 16 * m + 8 * r + lane / 4;
       if (lane % 4 == 0 && warp % kWarpsD == 0) {
-        params.schedule.partial_statistics[row] = {softmax.row_max[m][r], sums[m][r]};
+        params.schedule.partial_statistics[row] = {softmax.reference(m, r), sums[m][r]};
       }
       float* const to = params.schedule.partial_out + row * Config::kHeadDim + 2 * (lane % 4);
 #pragma unroll

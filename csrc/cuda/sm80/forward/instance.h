@@ -6,20 +6,19 @@
 
 namespace flash_attn::cuda::sm80 {
 
-template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kBlocksPerSm, int kSlots, bool kExtended,
+template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kBlocksPerSm, int kSlots, Rules kRules,
           unsigned kGpus, int kWarpsD = 1>
 ForwardVariant forward_variant(const char* name, const TileClocks& clocks = {}) {
   using Bf16 =
-      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kGpus, kWarpsD>;
-  using Fp16 =
-      ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kExtended, kGpus, kWarpsD>;
+      ForwardConfig<__nv_bfloat16, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kRules, kGpus, kWarpsD>;
+  using Fp16 = ForwardConfig<__half, kHeadDim, kWarps, kMTiles, kBlockN, kBlocksPerSm, kSlots, kRules, kGpus, kWarpsD>;
   return {name,
           kHeadDim,
           Bf16::kBlockM,
           kBlockN,
           Bf16::kThreads,
           kBlocksPerSm,
-          kExtended,
+          kRules,
           kGpus,
           clocks,
           Bf16::kTileBytes,

@@ -18,7 +18,9 @@
 #include "loading.h"
 #include "rows_in_common.h"
 #include "schedule/visited_tiles.h"
-#include "unseen_values.h"
+#include "scores/bias_tiles.h"
+#include "scores/rules.h"
+#include "scores/unseen_values.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -32,9 +34,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     {
       ForwardTile tile;
       if (!find_tile<Config::kBlockM, Config::kBlockN>(params, tile)) return;
-      if (threadIdx.x == 0) shared_tile = tile;
+      if (threadIdx.x == 0) {
+        if (Config::kRules == Rules::kDropout) {
+          tile.dropout = make_dropout(params.problem.rng_state, params.problem.dropout_p);
+        }
+        shared_tile = tile;
+      }
     }
-    if (Config::kExtended && threadIdx.x < ForwardBlock<Config>::kAliveWords) alive[threadIdx.x] = 0;
+    if (ForwardBlock<Config>::kMasks && threadIdx.x < ForwardBlock<Config>::kAliveWords) alive[threadIdx.x] = 0;
     __syncthreads();  // the tile and `alive` are there
     ForwardBlock<Config>(params, shared_tile, shared, alive).run();
   } else {

@@ -49,8 +49,8 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
   cuda::launch_blocks(variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1], params, plan.num_blocks(), variant.threads,
                       plan.shared_bytes(), stream, variant.name);
   if (plan.is_split()) {
-    // The maxima are in natural units where scores are, else in log2.
-    const float to_natural = variant.extended ? 1.f : 0.69314718f, to_log2 = variant.extended ? 1.44269504f : 1.f;
+    // The maxima are as S is: natural in extended kernels, which do not share out keys, else q.k.
+    const float to_natural = float(p.softmax_scale), to_log2 = to_natural * 1.44269504f;
     launch_combine({p, params.schedule, variant.block_m, variant.head_dim, to_natural, to_log2}, stream);
   }
 }

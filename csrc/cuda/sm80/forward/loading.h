@@ -17,7 +17,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_q() {
 
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::begin_loads() {
-  if constexpr (!kExtended) {
+  if constexpr (kPointers) {
     const int row = load_block * kBlockN + KvCopy::row(threadIdx.x), column = 8 * KvCopy::chunk(threadIdx.x);
     k_from = reinterpret_cast<const char*>(source_of(p.k) + row * p.k.row + column);
     v_from = reinterpret_cast<const char*>(source_of(p.v) + row * p.v.row + column);
@@ -28,7 +28,7 @@ template <typename Config>
 template <bool kOfK>
 SM80_DEVICE void ForwardBlock<Config>::load_next(uint32_t slot) {
   if (load_block >= block_begin()) {
-    if constexpr (kExtended) {
+    if constexpr (!kPointers) {
       load_part<kOfK>(slot);
     } else {
       const char*& from = kOfK ? k_from : v_from;
@@ -54,8 +54,8 @@ SM80_DEVICE void ForwardBlock<Config>::load_part(uint32_t slot) const {
   const int first = load_block * kBlockN, begin = tile.col_begin - first, end = tile.col_end - first;
   [[maybe_unused]] bool all = begin <= 0 && end >= kBlockN;
   uint64_t exist[kSeenWords] = {};
-  if constexpr (kExtended) {
-    if (has_seen() && !kOfK) {
+  if constexpr (kMasks) {
+    if ((kMask || has_seen()) && !kOfK) {
 #pragma unroll
       for (int w = 0; w < kSeenWords; ++w) {
         exist[w] = seen_columns(load_block, w);
@@ -68,9 +68,9 @@ SM80_DEVICE void ForwardBlock<Config>::load_part(uint32_t slot) const {
   }
   load_tile<kBlockN, Config::kHeadDim, Config::kThreads, kExtended>(
       fresh_thread(load_block), slot, source_of(view) + first * view.row, view.row,
-      int(kOfK ? p.head_dim : p.head_dim_v), params.aligned, kExtended && all, [&](int row) {
+      int(kOfK ? p.head_dim : p.head_dim_v), params.aligned, !kPointers && all, [&](int row) {
         bool exists = row >= begin && row < end;
-        if constexpr (kExtended) {
+        if constexpr (kMasks) {
           const uint64_t word = kSeenWords == 1 || row < 64 ? exist[0] : exist[kSeenWords - 1];
           exists = exists && (word >> (row % 64) & 1) != 0;
         }

@@ -19,14 +19,13 @@ constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the syste
 constexpr int kStaticBytes = 384;     // of shared memory, a block, beside the tiles
 constexpr int kMaxSeenWords = 1024;   // 8 KB: of 65,536 columns
 
-const ForwardVariants& variants_for(const ForwardParams& p) {
-  const ForwardVariants* const all[] = {&kForwardD64,  &kForwardD96,  &kForwardD128,
-                                        &kForwardD192, &kForwardD256, &kForwardD512};
-  const int64_t columns = std::max(p.head_dim, p.head_dim_v);
-  for (const ForwardVariants* variants : all) {
-    if (columns <= variants->begin()->head_dim) return *variants;
-  }
-  return kForwardD512;
+/// By rising head dims.
+const ForwardVariants* const kVariants[] = {&kForwardD32,  &kForwardD64,  &kForwardD96, &kForwardD128,
+                                            &kForwardD192, &kForwardD256, &kForwardD512};
+
+/// Whether the variant's tiles hold the problem's columns, and its rules are the problem's.
+bool takes(const ForwardVariant& variant, const ForwardParams& p, Rules rules) {
+  return serves(variant.rules, rules) && std::max(p.head_dim, p.head_dim_v) <= variant.head_dim;
 }
 
 /// Whether an SM holds a block of the variant; with how much of the mask, and how many of them.
@@ -36,6 +35,8 @@ bool fit(const ForwardVariant& variant, const ForwardParams& p, const DeviceInfo
   if (plan.packs_mask) {
     const int64_t words = std::min<int64_t>(kMaxSeenWords, ceil_div(p.seqlen_k, 64));
     plan.seen_words = int(std::min<int64_t>(words, (device.shared_memory_per_block - bytes) / 8));
+    if ((variant.rules == Rules::kMask || variant.rules == Rules::kBias) && plan.seen_words < ceil_div(p.seqlen_k, 64))
+      return false;
   }
   plan.blocks_per_sm = std::min(variant.blocks_per_sm, (device.shared_memory_per_block + kReservedBytes) /
                                                            (bytes + 8 * plan.seen_words + kReservedBytes));
@@ -88,7 +89,8 @@ struct Division {
 Division divide(const ForwardParams& p, const DeviceInfo& device, const ForwardPlan& plan) {
   const ForwardVariant& variant = *plan.variant;
   const double tiles = double(plan.schedule.num_tiles);
-  const bool can_split = !p.is_varlen_q() && p.sinks == nullptr && !variant.extended &&
+  const bool can_split = !p.is_varlen_q() && p.sinks == nullptr && variant.rules != Rules::kExtended &&
+                         variant.rules != Rules::kBias &&
                          plan.schedule.num_tiles < int64_t{2} * device.num_sms * plan.blocks_per_sm;
   const TileLengths lengths = tile_lengths(mean_problem(p), variant.block_m, variant.block_n);
   const double block_clocks =
@@ -130,10 +132,11 @@ double lay_out_tiles(const ForwardParams& p, const DeviceInfo& device, ForwardPl
 
 }  // namespace
 
-bool is_extended(const ForwardParams& p) {
-  // Plain kernels look for the largest q.k before they scale it, which a factor below 0 makes the smallest.
-  return !(p.softmax_scale > 0.0) || p.mask.data != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0 ||
-         p.dropout_p > 0.0;
+bool is_extended(const ForwardParams& p) { return !(p.softmax_scale > 0.0) || rules_of(p, true) != Rules::kPlain; }
+
+Rules forward_rules(const ForwardParams& p) {
+  // Others look for the largest q.k before they scale it, which a factor below 0 makes the smallest.
+  return p.softmax_scale > 0.0 ? rules_of(p, is_aligned(p)) : Rules::kExtended;
 }
 
 bool is_aligned(const ForwardParams& p) {
@@ -150,7 +153,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (forced != nullptr && std::string(forced).rfind("mma ", 0) != 0) forced = nullptr;
   ForwardPlan plan;
   plan.aligned = is_aligned(p);
-  const bool extended = is_extended(p) || !plan.aligned;
+  const Rules rules = forward_rules(p);
   plan.packs_mask = packs_mask(p);
   if (plan.packs_mask) {
     plan.workspace_bytes = mask::packing_workspace(p.mask);
@@ -158,26 +161,30 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
   ForwardPlan chosen;
   double best = 0;
-  for (const ForwardVariant& variant : variants_for(p)) {
-    if (variant.extended != extended || (variant.gpus & gpus) == 0) continue;
-    if (forced != nullptr && std::string(forced) != variant.name) continue;
-    ForwardPlan fitting = plan;
-    if (!fit(variant, p, device, fitting)) continue;
-    fitting.variant = &variant;
-    const double clocks = lay_out_tiles(p, device, fitting);
-    if (chosen.variant != nullptr && clocks >= best) continue;
-    chosen = fitting;
-    best = clocks;
+  // Of the smallest head dim that has any.
+  for (const ForwardVariants* variants : kVariants) {
+    for (const ForwardVariant& variant : *variants) {
+      if (!takes(variant, p, rules) || (variant.gpus & gpus) == 0) continue;
+      if (forced != nullptr && std::string(forced) != variant.name) continue;
+      ForwardPlan fitting = plan;
+      if (!fit(variant, p, device, fitting)) continue;
+      fitting.variant = &variant;
+      const double clocks = lay_out_tiles(p, device, fitting);
+      if (chosen.variant != nullptr && clocks >= best) continue;
+      chosen = fitting;
+      best = clocks;
+    }
+    if (chosen.variant != nullptr) return chosen;
   }
-  if (chosen.variant == nullptr && forced == nullptr) return chosen;
-  if (chosen.variant == nullptr) {
-    std::string names;
-    for (const ForwardVariant& variant : variants_for(p))
-      names += std::string(names.empty() ? "" : ", ") + variant.name;
-    throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
-                             " does not take this problem; the kernels of its head dimension are: " + names);
+  if (forced == nullptr) return chosen;
+  std::string names;
+  for (const ForwardVariants* variants : kVariants) {
+    for (const ForwardVariant& variant : *variants) {
+      if (takes(variant, p, rules)) names += std::string(names.empty() ? "" : ", ") + variant.name;
+    }
   }
-  return chosen;
+  throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
+                           " does not take this problem; the kernels that do are: " + names);
 }
 
 }  // namespace flash_attn::cuda::sm80

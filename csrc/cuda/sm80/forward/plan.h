@@ -33,6 +33,8 @@ struct ForwardPlan {
 bool is_aligned(const ForwardParams& params);
 /// Anything beyond scaling by a positive factor, lengths, windows and sinks?
 bool is_extended(const ForwardParams& params);
+/// What the problem's kernel has to know.
+Rules forward_rules(const ForwardParams& params);
 
 /// Without a variant where none fits. Throws when FLASH_ATTN_FORWARD_KERNEL names one ("mma d128 128x64") that does not
 /// take the problem.

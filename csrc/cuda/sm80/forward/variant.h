@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../../kernel.h"
+#include "../rules.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -20,7 +21,7 @@ struct ForwardVariant {
   int head_dim;  // the largest that it takes, of q and of v
   int block_m, block_n, threads;
   int blocks_per_sm;  // that its registers allow
-  bool extended;
+  Rules rules;
   unsigned gpus;  // that it is for, see code.h
   TileClocks clocks;
   int tile_bytes;                                // of shared memory, for tiles of q, k and v
@@ -35,6 +36,7 @@ struct ForwardVariants {
   const ForwardVariant* end() const { return first + count; }
 };
 
-extern const ForwardVariants kForwardD64, kForwardD96, kForwardD128, kForwardD192, kForwardD256, kForwardD512;
+extern const ForwardVariants kForwardD32, kForwardD64, kForwardD96, kForwardD128, kForwardD192, kForwardD256,
+    kForwardD512;
 
 }  // namespace flash_attn::cuda::sm80

@@ -4,12 +4,12 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<192, 64, 128, 2, 4, 1, 1, false, kGpus90>("mma d192 128x64 w8 s1"),
-    backward_variant<192, 64, 128, 2, 4, 1, 1, true, kGpus90>("mma d192 128x64 w8 s1 extended"),
-    backward_variant<192, 64, 64, 2, 4, 2, 1, false, kGpus163Kb | kGpus100>("mma d192 64x64 w8"),
-    backward_variant<192, 64, 64, 2, 4, 2, 1, true, kGpus163Kb | kGpus100>("mma d192 64x64 w8 extended"),
-    backward_variant<192, 64, 32, 1, 2, 1, 1, false, kGpus99Kb>("mma d192 32x64 w8 s1"),
-    backward_variant<192, 64, 32, 1, 2, 1, 1, true, kGpus99Kb>("mma d192 32x64 w8 s1 extended"),
+    backward_variant<192, 64, 128, 2, 4, 1, 1, Rules::kPlain, kGpus90>("mma d192 128x64 w8 s1"),
+    backward_variant<192, 64, 128, 2, 4, 1, 1, Rules::kExtended, kGpus90>("mma d192 128x64 w8 s1 extended"),
+    backward_variant<192, 64, 64, 2, 4, 2, 1, Rules::kPlain, kGpus163Kb | kGpus100>("mma d192 64x64 w8"),
+    backward_variant<192, 64, 64, 2, 4, 2, 1, Rules::kExtended, kGpus163Kb | kGpus100>("mma d192 64x64 w8 extended"),
+    backward_variant<192, 64, 32, 1, 2, 1, 1, Rules::kPlain, kGpus99Kb>("mma d192 32x64 w8 s1"),
+    backward_variant<192, 64, 32, 1, 2, 1, 1, Rules::kExtended, kGpus99Kb>("mma d192 32x64 w8 s1 extended"),
 };
 
 }  // namespace

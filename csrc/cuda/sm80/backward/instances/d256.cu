@@ -4,11 +4,12 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<256, 64, 128, 2, 4, 1, 1, false, kGpus227Kb>("mma d256 128x64 w8 s1"),
-    backward_variant<256, 64, 64, 2, 4, 1, 1, false, kGpus163Kb>("mma d256 64x64 w8 s1"),
-    backward_variant<256, 64, 64, 2, 4, 1, 1, true, kGpus163Kb | kGpus227Kb>("mma d256 64x64 w8 s1 extended"),
-    backward_variant<256, 32, 32, 1, 2, 1, 1, false, kGpus99Kb>("mma d256 32x32 w4 s1"),
-    backward_variant<256, 32, 32, 1, 2, 1, 1, true, kGpus99Kb>("mma d256 32x32 w4 s1 extended"),
+    backward_variant<256, 64, 128, 2, 4, 1, 1, Rules::kPlain, kGpus227Kb>("mma d256 128x64 w8 s1"),
+    backward_variant<256, 64, 64, 2, 4, 1, 1, Rules::kPlain, kGpus163Kb>("mma d256 64x64 w8 s1"),
+    backward_variant<256, 64, 64, 2, 4, 1, 1, Rules::kExtended, kGpus163Kb | kGpus227Kb>(
+        "mma d256 64x64 w8 s1 extended"),
+    backward_variant<256, 32, 32, 1, 2, 1, 1, Rules::kPlain, kGpus99Kb>("mma d256 32x32 w4 s1"),
+    backward_variant<256, 32, 32, 1, 2, 1, 1, Rules::kExtended, kGpus99Kb>("mma d256 32x32 w4 s1 extended"),
 };
 
 }  // namespace

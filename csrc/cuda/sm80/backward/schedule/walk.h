@@ -43,6 +43,7 @@ struct BackwardWalk {
   SM80_DEVICE uint32_t empty(Side side, int stage) const { return full(side, stage) + 16 * kStages; }
   SM80_DEVICE uint32_t scores_written() const { return full(kQ, 0) + 32 * kStages; }
   SM80_DEVICE uint32_t scores_read() const { return scores_written() + 8; }
+  SM80_DEVICE uint32_t p_read() const { return scores_written() + 16; }  // with a bias
   SM80_DEVICE uint32_t phase() const { return uint32_t(step / kStages) & 1; }
 
   SM80_DEVICE void init_barriers() const {
@@ -53,6 +54,7 @@ struct BackwardWalk {
       }
       barrier_init(scores_written(), Config::kWarps);
       barrier_init(scores_read(), Config::kWarps);
+      if constexpr (Config::kBias) barrier_init(p_read(), Config::kWarps);
     }
     __syncthreads();
   }
@@ -68,6 +70,28 @@ struct BackwardWalk {
     }
   }
 
+  // -- gradients of ALiBi's slopes
+
+  // dS times distance, summed up over this warp's scores of one head, in shared memory.
+
+  SM80_DEVICE float& slope_sum() const {
+    return static_cast<float*>(__cvta_shared_to_generic(shared + Config::kSlopeSums))[warp()];
+  }
+
+  SM80_DEVICE void add_slope_sum(float of_lane) const {
+    if (params.slope_sums == nullptr) return;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) of_lane += __shfl_xor_sync(~0u, of_lane, distance);
+    if (lane() == 0) slope_sum() += of_lane;
+  }
+
+  SM80_DEVICE void store_slope_sum(int of_head, float sum) const {
+    if (params.slope_sums == nullptr || lane() != 0) return;
+    const int64_t block = tile.key_block + int64_t{of_head - tile.head_begin} * params.num_n_blocks;
+    params.slope_sums[block * Config::kWarps + warp()] = sum;
+    slope_sum() = 0.f;
+  }
+
   // -- steps
 
   /// To the next step. False: there is none.
@@ -75,7 +99,7 @@ struct BackwardWalk {
     do {
       if (++block == tile.m_begin + tile.num_m_blocks) block = tile.m_begin;
       if (block == tile.m_start && ++of_head >= tile.head_end) return false;
-    } while (Config::kExtended && is_hidden<Config>(params, tile, of_head, block));
+    } while (Config::kMasks && is_hidden<Config>(params, tile, of_head, block));
     return true;
   }
 

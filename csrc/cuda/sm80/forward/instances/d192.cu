@@ -4,12 +4,14 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const ForwardVariant kVariants[] = {
-    forward_variant<192, 4, 2, 64, 2, 3, false, kGpus163Kb | kGpus227Kb, 2>("mma d192 64x64", {650, 5500, 16000}),
-    forward_variant<192, 4, 2, 64, 2, 2, false, kGpus99Kb | kGpus163Kb, 2>("mma d192 64x64 s2", {620, 5500, 16000}),
-    forward_variant<192, 4, 2, 64, 2, 3, true, kGpus163Kb | kGpus227Kb, 2>("mma d192 64x64 extended",
-                                                                           {330, 5500, 16000}),
-    forward_variant<192, 4, 2, 64, 2, 2, true, kGpus99Kb | kGpus163Kb, 2>("mma d192 64x64 s2 extended",
-                                                                          {320, 5500, 16000}),
+    forward_variant<192, 4, 2, 64, 2, 3, Rules::kPlain, kGpus163Kb | kGpus227Kb, 2>("mma d192 64x64",
+                                                                                    {650, 5500, 16000}),
+    forward_variant<192, 4, 2, 64, 2, 2, Rules::kPlain, kGpus99Kb | kGpus163Kb, 2>("mma d192 64x64 s2",
+                                                                                   {620, 5500, 16000}),
+    forward_variant<192, 4, 2, 64, 2, 3, Rules::kExtended, kGpus163Kb | kGpus227Kb, 2>("mma d192 64x64 extended",
+                                                                                       {330, 5500, 16000}),
+    forward_variant<192, 4, 2, 64, 2, 2, Rules::kExtended, kGpus99Kb | kGpus163Kb, 2>("mma d192 64x64 s2 extended",
+                                                                                      {320, 5500, 16000}),
 };
 
 }  // namespace

@@ -4,11 +4,12 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const ForwardVariant kVariants[] = {
-    forward_variant<256, 4, 2, 64, 2, 2, false, kGpus163Kb | kGpus227Kb, 2>("mma d256 64x64", {720, 7000, 16000}),
-    forward_variant<256, 4, 1, 64, 2, 2, false, kGpus99Kb>("mma d256 64x64 rows", {650, 7000, 20000}),
-    forward_variant<256, 4, 2, 64, 2, 2, true, kGpus163Kb | kGpus227Kb, 2>("mma d256 64x64 extended",
-                                                                           {330, 7000, 16000}),
-    forward_variant<256, 4, 1, 32, 2, 2, true, kGpus99Kb>("mma d256 64x32 extended", {220, 5000, 16000}),
+    forward_variant<256, 4, 2, 64, 2, 2, Rules::kPlain, kGpus163Kb | kGpus227Kb, 2>("mma d256 64x64",
+                                                                                    {720, 7000, 16000}),
+    forward_variant<256, 4, 1, 64, 2, 2, Rules::kPlain, kGpus99Kb>("mma d256 64x64 rows", {650, 7000, 20000}),
+    forward_variant<256, 4, 2, 64, 2, 2, Rules::kExtended, kGpus163Kb | kGpus227Kb, 2>("mma d256 64x64 extended",
+                                                                                       {330, 7000, 16000}),
+    forward_variant<256, 4, 1, 32, 2, 2, Rules::kExtended, kGpus99Kb>("mma d256 64x32 extended", {220, 5000, 16000}),
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Which rows a block owns, and which blocks of keys they see.
 #pragma once
 
+#include "../../../../philox.h"
 #include "../../../common/tiles/order.h"
 #include "../../packed_block.h"
 #include "../params.h"
@@ -17,6 +18,7 @@ struct ForwardTile {
   int block_begin, block_end;
   int whole_begin, whole_count;  // tiles of keys that exist in full
   int part_row;                  // first row of the tile's partial results; -1: not split
+  Dropout dropout;               // in kernels of Rules::kDropout
 
   /// To the first row of this tile's batch entry; packed sequences are found by their rows alone.
   SM80_DEVICE int64_t batch_offset(const TensorView& view, bool packed) const {

@@ -29,14 +29,14 @@ SM80_DEVICE uint64_t ForwardBlock<Config>::seen_columns(int block, int w) const 
   const int col_cell = block * kBlockN / 64 + w;
   if (col_cell * 64 >= tile.col_end) return 0;
   const int i = col_cell - seen_begin();
-  const uint64_t word = i < params.seen_words ? seen()[i] : find_seen(col_cell);
+  const uint64_t word = Config::kKeepsSeen || i < params.seen_words ? seen()[i] : find_seen(col_cell);
   return kBlockN >= 64 ? word : word >> (block * kBlockN % 64) & ((uint64_t{1} << (kBlockN % 64)) - 1);
 }
 
 template <typename Config>
 SM80_DEVICE int ForwardBlock<Config>::visited_block(int block) const {
-  if constexpr (kExtended) {
-    if (!has_seen()) return block;
+  if constexpr (kMasks) {
+    if (!kMask && !has_seen()) return block;
     for (; block >= block_begin(); --block) {
       uint64_t any = 0;
 #pragma unroll

@@ -1,14 +1,14 @@
 // ForwardBlock: rows of V that are hidden from a whole tile.
 #pragma once
 
-#include "block.h"
+#include "../block.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::tell_seen_columns() const {
+SM80_DEVICE uint32_t ForwardBlock<Config>::columns_of_scores() const {
   const int rows = int(tile.sequence.seqlen_q) - (tile.m_begin + warp_row() + lane / 4);  // that exist, from here on
-  uint32_t columns = 0;  // bit 2 n + c: of column 8 n + 2 (lane % 4) + c
+  uint32_t columns = 0;
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -21,6 +21,41 @@ SM80_DEVICE void ForwardBlock<Config>::tell_seen_columns() const {
       columns |= uint32_t(any) << (2 * n + c);
     }
   }
+  return columns;
+}
+
+template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::limit_mask_bits(int col) {
+  static_assert(kWarpsD == 1 && kNTiles == 8);
+  const ColumnBounds bounds(p, tile.sequence);
+  const FragmentPlace at = place(col);
+  uint32_t columns = 0;  // bit 4 n + c
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at.row + 16 * m + 8 * r;
+      const int last = row < int(tile.sequence.seqlen_q) ? min(row + bounds.right, bounds.end - 1) - at.col : -1;
+      const int first = row + bounds.left - at.col;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = 8 * n + c;
+          if (column > last || column < first) mask_bits.bits[m] &= ~(1u << (4 * n + 2 * r + c));
+        }
+      }
+    }
+    columns |= mask_bits.bits[m] | mask_bits.bits[m] >> 2;
+  }
+  columns &= 0x33333333u;
+  columns = (columns | columns >> 2) & 0x0f0f0f0fu;
+  columns = (columns | columns >> 4) & 0x00ff00ffu;
+  tell_seen_columns((columns | columns >> 8) & 0xffffu);
+}
+
+template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::tell_seen_columns(uint32_t columns) const {
   columns |= __shfl_xor_sync(~0u, columns, 4);
   columns |= __shfl_xor_sync(~0u, columns, 8);
   columns |= __shfl_xor_sync(~0u, columns, 16);

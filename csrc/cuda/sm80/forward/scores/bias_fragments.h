@@ -1,8 +1,8 @@
 // An additive attn_mask on one warp's accumulator fragments, see common/scores/scores.h for what those are.
 #pragma once
 
-#include "../../common/scores/scores.h"
-#include "../mma.h"
+#include "../../../common/scores/scores.h"
+#include "../../mma.h"
 
 namespace flash_attn::cuda::sm80 {
 

@@ -1,0 +1,70 @@
+// ForwardBlock: an additive attn_mask by way of shared memory, in kernels of Rules::kBias. Each warp copies and reads
+// its own rows: what it has read of a tile makes room for the next one's, which comes while P V and the next S are
+// computed.
+#pragma once
+
+#include "../../copy_part.h"
+#include "../block.h"
+
+namespace flash_attn::cuda::sm80 {
+
+template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::load_bias(int block) const {
+  if (block < block_begin()) return;
+  constexpr int kChunks = BiasTile::kChunks, kStep = 32 / kChunks;
+  const uint32_t thread = fresh_thread(block);
+  const int chunk = int(thread) % kChunks, first = warp_row() + int(thread) % 32 / kChunks;
+  const int bytes = 2 * min(max(int(tile.sequence.seqlen_k) - block * kBlockN - 8 * chunk, 0), 8);
+  const int rows = int(tile.sequence.seqlen_q) - tile.m_begin;
+  const Element* const from = static_cast<const Element*>(p.mask.data) + tile.batch * p.mask.batch +
+                              tile.head * p.mask.head + tile.m_begin * p.mask.row + block * kBlockN + 8 * chunk;
+  __syncwarp();  // all have read the last ones
+#pragma unroll
+  for (int row = first; row < warp_row() + Config::kWarpRows; row += kStep) {
+    const bool exists = row < rows && bytes > 0;
+    cp_async_part(q_tile() + Config::kBiases + BiasTile::offset(row, chunk),
+                  exists ? from + row * p.mask.row : static_cast<const Element*>(p.mask.data), exists ? bytes : 0);
+  }
+}
+
+template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::add_bias() {
+  cp_async_wait<1>();  // the group after it is of V or of the next K
+  __syncwarp();        // the warp's biases are there
+  const float scale = float(p.softmax_scale);
+  const uint32_t biases = address_by_rows<BiasTile>(q_tile() + Config::kBiases, warp_row(), lane);
+  uint32_t least = 0;
+#pragma unroll
+  for (int n = 0; n < kNTiles; n += 2) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      uint32_t x[4];
+      ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float b = i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element());
+        float& score = s[m][n + i / 4][i % 4];
+        score = fmaf(score, scale, b);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) least = least_halves(least, x[i], Element());
+    }
+  }
+  if (!__any_sync(~0u, has_lowest(least, Element()))) return;
+  // A hidden score becomes -inf whatever it was, for a NaN that is masked out must go.
+#pragma unroll
+  for (int n = 0; n < kNTiles; n += 2) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      uint32_t x[4];
+      ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float b = i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element());
+        if (b == -INFINITY) s[m][n + i / 4][i % 4] = b;
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn::cuda::sm80
