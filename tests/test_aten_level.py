@@ -144,7 +144,7 @@ def test_lse_is_that_of_torch(device: str, backend: SDPBackend) -> None:
 
 @pytest.mark.parametrize(("device", "backend"), PLACES)
 def test_compiled_code_goes_both_ways(device: str, backend: SDPBackend) -> None:
-    leaves = _leaves(device)
+    leaves = _leaves(device, 300, 700)  # of few keys torch's sums may have the same bits
     torch._dynamo.reset()
 
     def attend(*inputs: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def test_compiled_code_goes_both_ways(device: str, backend: SDPBackend) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_it_reaches_the_function_imported_by_name_and_modules(device: str) -> None:
-    q, k, v = (x.detach() for x in _leaves(device, 61))
+    q, k, v = (x.detach() for x in _leaves(device, 700, 700))
     layer = nn.MultiheadAttention(32, 2, batch_first=True, device=device, dtype=q.dtype)
     x = q[:, 0]
 

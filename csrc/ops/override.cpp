@@ -116,19 +116,34 @@ Tensor drawn_state(const Call& call) {
   return state;
 }
 
-/// The state as ops return it that have two numbers for it.
+/// A tensor of one number each.
 std::array<Tensor, 2> halves(const Tensor& state) { return {view_of(state, {}, {}, 0), view_of(state, {}, {}, 1)}; }
+
+/// The state as ops return it that have two numbers for it: in tensors of their own, as compiled code expects that what
+/// it saves begins at a multiple of 16 bytes.
+std::array<Tensor, 2> seed_and_offset(const Call& call, const Tensor& state) {
+  std::array<Tensor, 2> numbers{call.empty({}, DType::kInt64, "the seed of dropout"),
+                                call.empty({}, DType::kInt64, "the offset of dropout")};
+  if (!call.drops()) return numbers;
+  const auto drawn = halves(state);
+  for (int i = 0; i < 2; ++i) copy(numbers[i], drawn[i]);
+  return numbers;
+}
 
 struct Outcome {
   Tensor out, lse;
-  Tensor state;  // what dropout was drawn from; without it never read, but saved
+  Tensor state;  // what dropout was drawn from; without it never read, but the flash op's derivative saves one
 };
 
 Outcome attend(Call& call, bool lse_is_read = true) {
   call.describe();
   Outcome outcome;
-  outcome.state = call.drops() ? drawn_state(call) : call.empty({2}, DType::kInt64, "the state of dropout");
-  if (call.drops()) call.inputs.set_rng_state(view_of(outcome.state, {2}, {1}));
+  if (call.drops()) {
+    outcome.state = drawn_state(call);
+    call.inputs.set_rng_state(view_of(outcome.state, {2}, {1}));
+  } else if (call.op == Of::kFlash) {
+    outcome.state = call.empty({2}, DType::kInt64, "the state of dropout");
+  }
   if (call.op == Of::kEfficient) call.inputs.lay_results_out_by_rows();
   if (lse_is_read) {
     outcome.lse = empty_lse(call);
@@ -188,9 +203,8 @@ void flash_forward(StableIValue* values, uint64_t, uint64_t) {
 
   auto [out, lse, state] = attend(call);
   const TensorInfo &q = call.inputs.q_given(), &k = call.inputs.k_given();
-  auto [seed, unused] = halves(state);
   put_results(values, std::move(out), std::move(lse), Tensor(), Tensor(), q.size[2], k.size[2], std::move(state),
-              std::move(unused), call.empty({0}, q.dtype, "debug_attn_mask"));
+              call.empty({}, DType::kInt64, "what torch has unused"), call.empty({0}, q.dtype, "debug_attn_mask"));
 }
 
 // (Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q,
@@ -228,7 +242,7 @@ void efficient_forward(StableIValue* values, uint64_t, uint64_t) {
   call.scale = stack.take<std::optional<double>>();
 
   auto [out, lse, state] = attend(call, lse_is_read);
-  auto [seed, offset] = halves(state);
+  auto [seed, offset] = seed_and_offset(call, state);
   put_results(values, std::move(out), std::move(lse), std::move(seed), std::move(offset));
 }
 
@@ -271,7 +285,7 @@ void cudnn_forward(StableIValue* values, uint64_t, uint64_t) {
   call.scale = stack.take<std::optional<double>>();
 
   auto [out, lse, state] = attend(call);
-  auto [seed, offset] = halves(state);
+  auto [seed, offset] = seed_and_offset(call, state);
   const TensorInfo &q = call.inputs.q_given(), &k = call.inputs.k_given();
   put_results(values, std::move(out), std::move(lse), Tensor(), Tensor(), q.size[2], k.size[2], std::move(seed),
               std::move(offset), Tensor());

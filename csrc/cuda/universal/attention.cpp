@@ -87,13 +87,6 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
           mask > 0 ? unpacked_mask_place(params) + mask : RowWorkspace::bytes(params)};
 }
 
-void launch_float32(const ForwardParams& p, const DeviceInfo& device, cudaStream_t stream) {
-#ifdef FLASH_ATTN_WITH_SM80
-  if (has_large_tiles(p, device)) return float32::forward(p, nullptr, stream);
-#endif
-  launch_forward<float>(p, nullptr, stream);
-}
-
 void forward(const ForwardParams& given, const DeviceInfo& device, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   ForwardParams p = given;
@@ -106,7 +99,7 @@ void forward(const ForwardParams& given, const DeviceInfo& device, void* stream_
   }
   switch (p.dtype) {
     case DType::kFloat64: return launch_forward<double>(p, nullptr, stream);
-    case DType::kFloat32: return launch_float32(p, device, stream);
+    case DType::kFloat32: return launch_float32(p, nullptr, device, stream);
     case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, nullptr, stream);
     default: return launch_forward<__half>(p, nullptr, stream);
   }
@@ -118,10 +111,7 @@ void launch_tiles(const BackwardParams& params, const DeviceInfo&, cudaStream_t 
 }
 template <>
 void launch_tiles<float>(const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
-#ifdef FLASH_ATTN_WITH_SM80
-  if (has_large_tiles(params, device)) return float32::backward(params, nullptr, stream);
-#endif
-  launch_backward<float>(params, nullptr, stream);
+  launch_float32(params, nullptr, device, stream);
 }
 
 template <typename T>
@@ -148,6 +138,20 @@ void backward(const BackwardParams& given, const DeviceInfo& device, void* strea
 }
 
 }  // namespace
+
+void launch_float32(const ForwardParams& p, const int* flags, const DeviceInfo& device, cudaStream_t stream) {
+#ifdef FLASH_ATTN_WITH_SM80
+  if (has_large_tiles(p, device)) return float32::forward(p, flags, stream);
+#endif
+  launch_forward<float>(p, flags, stream);
+}
+
+void launch_float32(const BackwardParams& params, const int* flags, const DeviceInfo& device, cudaStream_t stream) {
+#ifdef FLASH_ATTN_WITH_SM80
+  if (has_large_tiles(params, device)) return float32::backward(params, flags, stream);
+#endif
+  launch_backward<float>(params, flags, stream);
+}
 
 extern const ForwardKernel kForward = {"universal", refuses<ForwardParams>, plan_forward, forward};
 extern const BackwardKernel kBackward = {"universal", refuses<BackwardParams>, plan_backward, backward};

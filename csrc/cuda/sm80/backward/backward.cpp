@@ -36,7 +36,7 @@ Plan plan(const BackwardParams& params, const DeviceInfo& device) {
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
   if (params.forward.dtype == DType::kFloat32) {
-    return fp32::launch_backward(params, fp32::plan_backward(params, device, fp32::kMmaKernels), stream);
+    return fp32::launch_backward(params, fp32::plan_backward(params, device, fp32::kMmaKernels), device, stream);
   }
   launch_backward(plan_backward(params, device), params, static_cast<cudaStream_t>(stream));
 }

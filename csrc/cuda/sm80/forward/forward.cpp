@@ -34,7 +34,7 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device) {
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   if (p.dtype == DType::kFloat32) {
-    return fp32::launch_forward(p, fp32::plan_forward(p, device, fp32::kMmaKernels), stream);
+    return fp32::launch_forward(p, fp32::plan_forward(p, device, fp32::kMmaKernels), device, stream);
   }
   launch_forward(p, device, stream);
 }

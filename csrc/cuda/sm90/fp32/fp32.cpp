@@ -36,11 +36,11 @@ flash_attn::Plan plan_of_backward(const BackwardParams& params, const DeviceInfo
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
-  sm80::fp32::launch_forward(p, sm80::fp32::plan_forward(p, device, kKernels), stream);
+  sm80::fp32::launch_forward(p, sm80::fp32::plan_forward(p, device, kKernels), device, stream);
 }
 
 void launch_of_backward(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  sm80::fp32::launch_backward(params, sm80::fp32::plan_backward(params, device, kKernels), stream);
+  sm80::fp32::launch_backward(params, sm80::fp32::plan_backward(params, device, kKernels), device, stream);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 #include "../../../mask/unpacked_mask.h"
 #include "../../../universal/backward_launch.h"
-#include "../../../universal/float32/float32.h"
+#include "../../../universal/universal.h"
 #include "../split.h"
 #include "plan.h"
 
@@ -42,7 +42,8 @@ void clear_dq(const BackwardParams& problem, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, void* stream_pointer) {
+void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, const DeviceInfo& device,
+                     void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const ForwardParams& p = problem.forward;
   universal::fill_gradients(problem, stream);
@@ -88,7 +89,7 @@ void launch_backward(const BackwardParams& problem, const BackwardPlan& plan, vo
     params.dmask = (variant->gradients & kDq) != 0 ? dmask : nullptr;
     launch(*variant, params, stream);
   }
-  universal::float32::backward(rest, flags, stream);
+  universal::launch_float32(rest, flags, device, stream);
   if (rest.dmask != nullptr) universal::launch_mask_gradient<float>(rest, dmask != nullptr ? flags : nullptr, stream);
   universal::reduce_rows(problem, stream);
 }

@@ -28,6 +28,6 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
 
 Plan describe(const BackwardPlan& plan);
 
-void launch_backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+void launch_backward(const BackwardParams& params, const BackwardPlan& plan, const DeviceInfo& device, void* stream);
 
 }  // namespace flash_attn::cuda::sm80::fp32

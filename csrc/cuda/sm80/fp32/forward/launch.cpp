@@ -2,8 +2,8 @@
 
 #include "../../../common/tiles/visibility.h"
 #include "../../../mask/unpacked_mask.h"
-#include "../../../universal/float32/float32.h"
 #include "../../../universal/rows.h"
+#include "../../../universal/universal.h"
 #include "../split.h"
 #include "plan.h"
 
@@ -17,7 +17,7 @@ bool has_pairs(const TensorView& view) {
 
 }  // namespace
 
-void launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* stream_pointer) {
+void launch_forward(const ForwardParams& p, const ForwardPlan& plan, const DeviceInfo& device, void* stream_pointer) {
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   if (p.is_varlen_q() || p.seqused_q != nullptr) {
     // Rows of no sequence: the kernels write those that take part alone.
@@ -53,7 +53,7 @@ void launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* strea
                       variant.name);
   ForwardParams flagged = p;
   flagged.mask = mask::unpack(p.mask, workspace + plan.unpacked_mask, stream);
-  universal::float32::forward(flagged, flags, stream);
+  universal::launch_float32(flagged, flags, device, stream);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32

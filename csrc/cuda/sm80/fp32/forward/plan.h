@@ -35,6 +35,6 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceInfo& device, 
 
 Plan describe(const ForwardPlan& plan);
 
-void launch_forward(const ForwardParams& params, const ForwardPlan& plan, void* stream);
+void launch_forward(const ForwardParams& params, const ForwardPlan& plan, const DeviceInfo& device, void* stream);
 
 }  // namespace flash_attn::cuda::sm80::fp32
