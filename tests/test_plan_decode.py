@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from introspection import _C, CUDA_FAMILIES
-from plans import H200
+from plans import H200, plan
 
 pytestmark = [
     pytest.mark.skipif("decode" not in CUDA_FAMILIES, reason="built without the kernels for few query rows"),
@@ -147,6 +147,12 @@ def test_values_that_are_a_part_of_the_keys_have_a_kernel_on_hopper(heads: int) 
 )
 def test_others_of_so_many_columns_are_the_universal_kernels(changes: dict[str, Any]) -> None:
     assert _plan_latent(**changes)["family"] == "universal"
+
+
+def test_many_rows_whose_values_are_their_keys_are_the_ordinary_kernels() -> None:
+    """Self-attention of one tensor three times, of head dims that those take."""
+    for head_dim in (320, 512):
+        assert plan(head_dim=head_dim, device=H200)["forward"]["family"] == "sm80"
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16])

@@ -13,6 +13,7 @@ constexpr int64_t kMaxRows = int64_t{1} << 28;  // of a sequence, so that places
 constexpr double kMaxUnits = double(1 << 30);
 constexpr int64_t kFewRows = 64;  // packed; with more, tiles read the same keys again
 constexpr int64_t kFewQueries = 16;
+constexpr int64_t kMaxHeadDimElsewhere = 512;  // of other kernels with tensor cores
 
 /// `columns`: elements of 16 bytes.
 bool is_aligned(const TensorView& view, int columns) {
@@ -49,7 +50,8 @@ const char* refuses(const ForwardParams& p, const DeviceInfo& device, bool float
   if (p.mask.data != nullptr) return "there is an attn_mask";
   if (p.dropout_p > 0.0) return "there is dropout";
   const char* const better_elsewhere = refuses_ordinary(p);
-  if (better_elsewhere != nullptr && !is_latent(p, device, float8)) return better_elsewhere;
+  const bool alone = is_latent(p, device, float8) && p.head_dim > kMaxHeadDimElsewhere && !p.is_varlen_k();
+  if (better_elsewhere != nullptr && !alone) return better_elsewhere;
   const int stored = float8 ? 16 : 8;
   if (!is_aligned(p.q, 8) || !is_aligned(p.k, stored) || !is_aligned(p.v, stored) || !is_aligned(p.out, 8)) {
     return "rows are not aligned to 16 bytes";
