@@ -209,7 +209,7 @@ def refusals(rows: list[Row]) -> list[str]:
 def taken(head: Row) -> str:
     """When and with what."""
     versions = head["versions"]
-    parts = [f"commit {head['commit'][:7]}", head["date"][:10], f"torch {versions['torch']}"]
+    parts = [f"commit {(head['commit'] or 'unknown')[:7]}", head["date"][:10], f"torch {versions['torch']}"]
     parts += [f"cuDNN {versions['cudnn']}"] * bool(versions["cudnn"])
     parts += [f"medians of {head.get('runs')} processes, of ratios the range too"] * ("runs" in head)
     parts += [f"driver {head['driver']}"] * bool(head["driver"]) + [f"{head['threads']} CPU threads"]

@@ -237,6 +237,12 @@ def test_a_plot_shows_its_title_and_legend(columns: int, module: Callable[[str],
         assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
 
 
+def test_results_of_a_tree_without_git_have_tables_too(tables: ModuleType) -> None:
+    content = json.loads((ROOT / "benchmarks/results/h200/forward.json").read_text())
+    assert tables.taken(content["header"]).startswith(f"commit {content['header']['commit'][:7]}, ")
+    assert tables.taken(content["header"] | {"commit": None}).startswith("commit unknown, ")
+
+
 def test_generated_pages_are_current(tables: ModuleType) -> None:
     assert tables.outdated() == [], "run python benchmarks/tables.py"
 
