@@ -1,4 +1,7 @@
-"""The short way of eager calls with a mask: who takes it, and that it is the same as the long one."""
+"""The short way of eager calls with a mask: who takes it, and that it is the same as the long one.
+
+It is torch's op for extensions; without that op all calls with a mask go the long way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.sdpa import attention as front
-from flash_attn.torch_op import masked
+from flash_attn.torch_op import extension, masked
+from flash_attn.torch_op import attention as ops
+from flash_attn.torch_op.arguments import from_plain
+from flash_attn.torch_op.observer import Observer
+
+pytestmark = pytest.mark.skipif(extension.forward is None, reason="torch's op for extensions is not ours to use")
 
 
 @pytest.fixture
@@ -39,12 +47,16 @@ def _masks(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     seen = torch.rand(2, 3, 5, 5) < 0.6
     seen[..., 0] = True
     bias = torch.randn(1, 3, 5, 5, dtype=dtype)
-    return [seen, seen[:, :1, :1], seen[:1], bias, bias[:, :1].requires_grad_(), bias[..., :1, :].requires_grad_()]
+    trained = bias[:, :1].contiguous().requires_grad_(), torch.nn.Parameter(bias[..., :1, :].contiguous())
+    return [seen, seen[:, :1, :1], seen[:1], seen[0], seen[0, 0], seen[0, 0, 0], bias, bias[0], *trained]
+
+
+NUM_MASKS = 10
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("i", range(6))
+@pytest.mark.parametrize("i", range(NUM_MASKS))
 def test_it_is_the_long_way_and_torchs_result(
     i: int, scale: float | None, is_causal: bool, taken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,26 +74,46 @@ def test_it_is_the_long_way_and_torchs_result(
     assert taken == [True, True]
     monkeypatch.setattr(front.masked, "try_attend", lambda *_: None)
     assert all(torch.equal(a, b) for a, b in zip(short, results(sdpa, mask, is_causal=is_causal), strict=True))
-    both = mask
+    both = mask if mask.dim() > 1 else mask.expand(5, 5)  # torch's CPU kernel wants two
     if is_causal:  # torch takes one of them
         triangle = torch.ones(5, 5, dtype=torch.bool).tril()
         both = mask & triangle if mask.dtype == torch.bool else mask.masked_fill(~triangle, -torch.inf)
     torch.testing.assert_close(short, results(F.scaled_dot_product_attention, both))
 
 
-def test_what_it_cannot_do_goes_the_long_way(taken: list[bool]) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_heads_that_share_keys(trained: bool, taken: list[bool]) -> None:
+    q, _, _ = _leaves()
+    k, v = (torch.randn(2, 1, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=trained)
+    wanted = [q, k, v, mask][: 3 + trained]
+    got = torch.autograd.grad(sdpa(q, k, v, mask, enable_gqa=True).square().sum(), wanted)
+    assert taken == [True]
+    out = F.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), mask)
+    torch.testing.assert_close(got, torch.autograd.grad(out.square().sum(), wanted))
+
+
+def test_what_it_cannot_do_goes_the_long_way(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     (q, k, v), seen = _leaves(), torch.ones(5, 5, dtype=torch.bool)
-    sdpa(q, k, v, seen)  # two dimensions
-    sdpa(q, k[:, :1], v[:, :1], seen[None, None], enable_gqa=True)
-    sdpa(q[0], k[0], v[0], seen[None])
-    sdpa(q, k[:1], v[:1], seen[None, None])
+    bias = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
+    sdpa(q, k, v, bias)  # its gradient would have four dimensions
+    sdpa(q, k, v, torch.zeros(1, 1, 5, 5, dtype=torch.float64, requires_grad=True).mT)
+    sdpa(q, k[:1], v[:1], seen)
     sdpa(q, k, v, torch.zeros(1, 1, 5, 5))  # float32 beside float64
+    with torch.inference_mode():
+        inferred = seen.clone()
+    sdpa(q, k, v, inferred)  # cannot be saved
     with torch.autocast("cpu"):
-        sdpa(q.float(), k.float(), v.float(), seen[None, None])
+        sdpa(q.float(), k.float(), v.float(), seen)
+    monkeypatch.setattr(extension, "LARGEST", q.numel() - 1)
+    sdpa(q, k, v, seen)  # when memory runs out in its backward pass, that is said in torch's words
+    monkeypatch.setattr(extension, "forward", None)
+    sdpa(q.detach(), k.detach(), v.detach(), seen)
     assert not any(taken)
     taken.clear()
+    sdpa(q[0], k[0], v[0], seen)
     for dropout_p in (0.5, 1.0):
-        sdpa(q, k, v, seen[None, None], dropout_p)
+        sdpa(q, k, v, seen, dropout_p)
     assert taken == []
 
 
@@ -101,7 +133,7 @@ def test_under_autocast_that_changes_nothing_it_is_taken(taken: list[bool]) -> N
     with torch.autocast("cpu"):
         for mask in _masks(torch.bfloat16):
             sdpa(q, k, v, mask)
-        assert all(taken) and len(taken) == 6
+        assert all(taken) and len(taken) == NUM_MASKS
         sdpa(q, k, v, torch.zeros(1, 1, 5, 5))
     assert not taken[-1]
 
@@ -119,16 +151,18 @@ def test_who_watches_sees_the_op(taken: list[bool]) -> None:
 
 
 def test_gradients_are_repeatable_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[bool] = []
-    forward = masked.apply_attention
-    monkeypatch.setattr(masked, "apply_attention", lambda t, o: given.append(o.deterministic) or forward(t, o))
+    given: list[int] = []
+    forward = extension.forward
+    assert forward is not None
+    monkeypatch.setattr(extension, "forward", lambda *x: given.append(int(-1 - x[4])) or forward(*x))
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
-            sdpa(*_leaves(), torch.ones(1, 1, 5, 5, dtype=torch.bool))
+            sdpa(*_leaves(), torch.ones(5, 5, dtype=torch.bool))
         finally:
             torch.use_deterministic_algorithms(False)
-    assert given == [False, True]
+    q = torch.empty(2, 3, 5, 8)
+    assert [from_plain(q, q, None, number).deterministic for number in given] == [False, True]
 
 
 def test_memory_that_runs_out_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +170,53 @@ def test_memory_that_runs_out_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -
 
     def full(*_: Any) -> Any:
         calls.append(1)
-        raise torch.OutOfMemoryError("out")
+        raise RuntimeError("out of memory: flash_attn could not allocate out")
 
-    monkeypatch.setattr(masked, "apply_attention", full)
+    monkeypatch.setattr(extension, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        sdpa(*_leaves(), torch.ones(1, 1, 5, 5, dtype=torch.bool))
+        sdpa(*_leaves(), torch.ones(5, 5, dtype=torch.bool))
     assert len(calls) == 1
+
+
+def test_a_backward_pass_alone_is_explained() -> None:
+    seen: list[Any] = []
+    leaves, bias = _leaves(), _masks()[-1]
+    out = sdpa(*leaves, bias, is_causal=True)
+    observer: Observer[None] = Observer(lambda *_: None, lambda _: None, seen.append, lambda _: None)
+    with observer:
+        gradients = torch.autograd.grad(out.sum(), [*leaves, bias])
+    assert all(not x.any() and x.shape == y.shape for x, y in zip(gradients, [*leaves, bias], strict=True))
+    (call,) = seen
+    assert call.options.causal == ops.TOP_LEFT and call.needs == [True] * 4 + [False] * 2
+    assert call.tensors.attn_mask.shape == bias.shape
+
+
+def test_hooks_and_second_derivatives() -> None:
+    leaves, bias = _leaves(), _masks()[-1]
+    wanted = [*leaves, bias]
+    expected = torch.autograd.grad(sdpa(*leaves, bias).square().sum(), wanted)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        out = sdpa(*leaves, bias)
+    assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), wanted), expected))
+    (dbias,) = torch.autograd.grad(sdpa(*leaves, bias).square().sum(), bias, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .*backward is not implemented"):
+        dbias.sum().backward()
+    weights = torch.randn(4, 2, 3, 5, 8, dtype=torch.float64)
+    out = sdpa(*leaves, bias)
+    batched = torch.autograd.grad(out, wanted, weights, retain_graph=True, is_grads_batched=True)
+    for i, weight in enumerate(weights):
+        for a, b in zip(batched, torch.autograd.grad(out, wanted, weight, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_compiled_autograd_has_one_graph() -> None:
+    torch._dynamo.reset()
+    leaves, bias = _leaves(), _masks()[-1]
+    for mask in (bias, bias > 0):
+        wanted = [*leaves, *([mask] if mask.requires_grad else [])]
+        expected = torch.autograd.grad(sdpa(*leaves, mask).square().sum(), wanted)
+        for x in wanted:
+            x.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+            sdpa(*leaves, mask).square().sum().backward()
+        torch.testing.assert_close(tuple(x.grad for x in wanted), expected)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn
-from flash_attn.torch_op import arguments, plain, private
+from flash_attn.torch_op import arguments, extension, plain, private
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op.library import plain_backward_op, plain_forward_op
 
@@ -28,7 +28,7 @@ SHORT = {"extension": [EXTENSION, EXTENSION + "_backward"], "function": ["plain_
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of calls that require grad: small ones have torch's op for extensions, others an autograd function."""
     if request.param == "function":
-        monkeypatch.setattr(plain, "_LARGEST", -1)
+        monkeypatch.setattr(extension, "LARGEST", -1)
     return str(request.param)
 
 
@@ -80,7 +80,7 @@ def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast(way: str)
 @pytest.mark.parametrize(
     "call",
     [
-        lambda q, k, v: _sdpa(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool)),
+        lambda q, k, v: _sdpa(q, k, v, attn_mask=torch.zeros(5, 5)),
         lambda q, k, v: _sdpa(q, k, v, dropout_p=0.5),
         lambda q, k, v: _func(q, k, v, dropout_p=0.5),
         lambda q, k, v: _func(q, k, v, softcap=2.0),
@@ -226,7 +226,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
-    function, forward = plain._apply, plain._differentiable
+    function, forward = plain._apply, extension.forward
     assert forward is not None
 
     def recorded_function(*args: Any) -> Any:
@@ -238,7 +238,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
         return forward(*args)
 
     monkeypatch.setattr(plain, "_apply", recorded_function)
-    monkeypatch.setattr(plain, "_differentiable", recorded_extension)
+    monkeypatch.setattr(extension, "forward", recorded_extension)
     torch.use_deterministic_algorithms(deterministic)
     try:
         outs = _sdpa(*_leaves()), _func(*_leaves()), _func(*_leaves(), deterministic=True)
@@ -255,9 +255,7 @@ def test_gradients_are_as_deterministic_as_asked_for_in_the_forward_pass(
 
 def test_it_works_where_torch_has_no_way_past_the_search_for_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_dispatch_call_boxed")
-    monkeypatch.setattr(
-        plain, "_differentiable", private.past_torch_function(getattr(torch.ops.aten, EXTENSION).default)
-    )
+    monkeypatch.setattr(extension, "forward", private.past_torch_function(getattr(torch.ops.aten, EXTENSION).default))
     for name, op in (("_forward", plain_forward_op), ("_backward", plain_backward_op)):
         called = private.past_torch_function(op)
         assert called is op
@@ -335,7 +333,7 @@ def test_running_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("out of memory: flash_attn could not allocate out")
 
     monkeypatch.setattr(plain, "_forward", full)
-    monkeypatch.setattr(plain, "_differentiable", full)
+    monkeypatch.setattr(extension, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
         _sdpa(*_leaves())
     assert len(calls) == 1

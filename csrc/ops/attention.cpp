@@ -127,11 +127,11 @@ std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& opt
   return {std::move(results.out), options.lse_is_read ? std::move(results.lse) : Tensor()};
 }
 
-std::array<Tensor, 3> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
+std::array<Tensor, 4> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
                                           const std::vector<bool>& needs) {
   Gradients gradients = differentiate(inputs, dout, std::nullopt, out, lse, needs);
   const auto defined = [](OptionalTensor& gradient) { return gradient ? std::move(*gradient) : Tensor(); };
-  return {defined(gradients.dq), defined(gradients.dk), defined(gradients.dv)};
+  return {defined(gradients.dq), defined(gradients.dk), defined(gradients.dv), defined(gradients.dmask)};
 }
 
 void plain_forward(StableIValue* values, uint64_t, uint64_t) {
@@ -178,7 +178,7 @@ void plain_backward(StableIValue* values, uint64_t, uint64_t) {
   inputs.take_plain_options(stack);
   inputs.describe();
 
-  auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, kNeeds);
+  auto [dq, dk, dv, dmask] = differentiate_plain(inputs, dout, out, lse, kNeeds);
   put_results(values, std::move(dq), std::move(dk), std::move(dv));
 }
 

@@ -34,10 +34,11 @@ Results attend(const Inputs& inputs, bool lse_is_read = true, const Tensor* lse 
 Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
                         const std::vector<bool>& needs);
 
-/// What the plain ops compute, for who takes arguments of another schema. The results are undefined where the inputs
-/// should fit and do not, and gradients where `needs` (q, k, v, and false three times) does not want them.
+/// What the plain ops compute, for who takes arguments of another schema, which may have a mask. The results are
+/// undefined where the inputs should fit and do not, and gradients (q, k, v, mask) where `needs` (these, and false
+/// twice) does not want them.
 std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options);
-std::array<Tensor, 3> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
+std::array<Tensor, 4> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
                                           const std::vector<bool>& needs);
 
 /// Reads a mask once, see packed_mask.h.

@@ -34,12 +34,13 @@ void forward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   Inputs inputs;
   inputs.take_plain_tensors(stack);
-  stack.take<OptionalTensor>();
+  auto mask = stack.take<OptionalTensor>();
   const double dropout_p = stack.take<double>();
   stack.take<bool>();
   stack.take<bool>();
   const auto scale = stack.take<std::optional<double>>();
   const PlainOptions options = inputs.set_plain_options(scale, plain_options(dropout_p));
+  inputs.set_mask(std::move(mask));
   inputs.describe();
 
   auto [out, lse] = attend_plain(inputs, options);
@@ -56,7 +57,7 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   Inputs inputs;
   Tensor dout = stack.take<Tensor>();
   inputs.take_plain_tensors(stack);
-  stack.take<Tensor>();
+  auto mask = stack.take<Tensor>();
   auto needs = stack.take<std::vector<bool>>();
   Tensor out = stack.take<Tensor>();
   const Tensor lse = stack.take<Tensor>();
@@ -67,12 +68,12 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   for (int i = 0; i < 2; ++i) stack.take<Tensor>();
   const auto scale = stack.take<std::optional<double>>();
   inputs.set_plain_options(scale, plain_options(dropout_p));
+  inputs.set_mask(std::move(mask));
   inputs.describe();
 
   needs.resize(Arguments::kDifferentiable);
-  needs[3] = false;
-  auto [dq, dk, dv] = differentiate_plain(inputs, dout, out, lse, needs);
-  put_results(values, std::move(dq), std::move(dk), std::move(dv), Tensor());
+  auto [dq, dk, dv, dmask] = differentiate_plain(inputs, dout, out, lse, needs);
+  put_results(values, std::move(dq), std::move(dk), std::move(dv), std::move(dmask));
 }
 
 std::unique_ptr<StableLibrary> kernels_for(const char* device) {

@@ -27,15 +27,6 @@ using torch::stable::detail::StableLibrary;
 
 enum class Of { kFlash, kEfficient, kCudnn, kCpu };
 
-void add_leading_dimensions(TensorInfo& mask) {
-  for (; mask.ndim < 4; ++mask.ndim) {
-    std::copy_backward(mask.size, mask.size + mask.ndim, mask.size + mask.ndim + 1);
-    std::copy_backward(mask.stride, mask.stride + mask.ndim, mask.stride + mask.ndim + 1);
-    mask.size[0] = 1;
-    mask.stride[0] = 0;
-  }
-}
-
 /// What an op takes, in whichever order.
 struct Call {
   const Of op;
@@ -58,12 +49,33 @@ struct Call {
     options.heads_first = options.deterministic = true;
     inputs.set_mask(std::move(mask));
     inputs.describe();
-    if (options.attn_mask) add_leading_dimensions(*options.attn_mask);
     if (return_debug_mask) refuse("return_debug_mask must be False: no kernel of flash_attn stores what dropout drew");
   }
 
   Tensor empty(std::initializer_list<int64_t> sizes, DType dtype, const char* name) const {
     return empty_contiguous(int(sizes.size()), sizes.begin(), dtype, inputs.q_given(), name).tensor;
+  }
+};
+
+/// What an op's `_backward` takes.
+struct BackwardCall : Call {
+  Tensor dout, out, lse;
+  std::array<Tensor, 2> drawn;  // seed and offset; the flash op has its state in the first
+
+  BackwardCall(Of of, Stack& stack) : Call(of) {
+    dout = stack.take<Tensor>();
+    inputs.take_plain_tensors(stack);
+    if (of == Of::kEfficient) mask = stack.take<Tensor>();
+    out = stack.take<Tensor>();
+    lse = stack.take<Tensor>();
+  }
+  void take_drawn(Stack& stack) {
+    for (Tensor& number : drawn) number = stack.take<Tensor>();
+  }
+  /// Starts and longest of packed sequences, which these are not.
+  static void skip_lengths(Stack& stack) {
+    for (int i = 0; i < 2; ++i) stack.take<Tensor>();
+    for (int i = 0; i < 2; ++i) stack.take<int64_t>();
   }
 };
 
@@ -119,14 +131,16 @@ Tensor drawn_state(const Call& call) {
 /// A tensor of one number each.
 std::array<Tensor, 2> halves(const Tensor& state) { return {view_of(state, {}, {}, 0), view_of(state, {}, {}, 1)}; }
 
+void copy(const std::array<Tensor, 2>& to, const std::array<Tensor, 2>& from) {
+  for (int i = 0; i < 2; ++i) copy(to[i], from[i]);
+}
+
 /// The state as ops return it that have two numbers for it: in tensors of their own, as compiled code expects that what
 /// it saves begins at a multiple of 16 bytes.
 std::array<Tensor, 2> seed_and_offset(const Call& call, const Tensor& state) {
   std::array<Tensor, 2> numbers{call.empty({}, DType::kInt64, "the seed of dropout"),
                                 call.empty({}, DType::kInt64, "the offset of dropout")};
-  if (!call.drops()) return numbers;
-  const auto drawn = halves(state);
-  for (int i = 0; i < 2; ++i) copy(numbers[i], drawn[i]);
+  if (call.drops()) copy(numbers, halves(state));
   return numbers;
 }
 
@@ -158,22 +172,19 @@ Outcome attend(Call& call, bool lse_is_read = true) {
 }
 
 /// What `attend` drew, from what the op returned of it. Two tensors may lie anywhere by now.
-Tensor state_of(const Call& call, Tensor seed, const Tensor& offset) {
-  if (call.op == Of::kFlash) return seed;
+Tensor state_of(BackwardCall& call) {
+  if (call.op == Of::kFlash) return std::move(call.drawn[0]);
   Tensor state = call.empty({2}, DType::kInt64, "the state of dropout");
-  const auto [first, second] = halves(state);
-  copy(first, seed);
-  copy(second, offset);
+  copy(halves(state), call.drawn);
   return state;
 }
 
-Gradients differentiate(Call& call, Tensor& dout, Tensor& out, const Tensor& lse, Tensor seed = Tensor(),
-                        const Tensor& offset = Tensor(), bool needs_mask = false) {
+Gradients differentiate(BackwardCall& call, bool needs_mask = false) {
   call.describe();
-  if (call.drops()) call.inputs.set_rng_state(state_of(call, std::move(seed), offset));
+  if (call.drops()) call.inputs.set_rng_state(state_of(call));
   if (call.op == Of::kEfficient || call.op == Of::kCpu) call.inputs.lay_results_out_by_rows();
   const std::vector<bool> needs{true, true, true, needs_mask, false, false};
-  return differentiate(call.inputs, dout, std::nullopt, out, rows_of_lse(call, lse), needs);
+  return differentiate(call.inputs, call.dout, std::nullopt, call.out, rows_of_lse(call, call.lse), needs);
 }
 
 /// Torch's kernel lays a mask's gradient out by rows of a multiple of 16 numbers.
@@ -212,19 +223,14 @@ void flash_forward(StableIValue* values, uint64_t, uint64_t) {
 //  Tensor philox_offset, *, float? scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)
 void flash_backward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
-  Call call(Of::kFlash);
-  Tensor dout = stack.take<Tensor>();
-  call.inputs.take_plain_tensors(stack);
-  Tensor out = stack.take<Tensor>();
-  const Tensor lse = stack.take<Tensor>();
-  for (int i = 0; i < 2; ++i) stack.take<Tensor>();
-  for (int i = 0; i < 2; ++i) stack.take<int64_t>();
+  BackwardCall call(Of::kFlash, stack);
+  call.skip_lengths(stack);
   call.dropout_p = stack.take<double>();
   call.is_causal = stack.take<bool>();
-  Tensor seed = stack.take<Tensor>(), offset = stack.take<Tensor>();
+  call.take_drawn(stack);
   call.scale = stack.take<std::optional<double>>();
 
-  Gradients g = differentiate(call, dout, out, lse, std::move(seed), offset);
+  Gradients g = differentiate(call);
   put_results(values, std::move(*g.dq), std::move(*g.dk), std::move(*g.dv));
 }
 
@@ -251,19 +257,14 @@ void efficient_forward(StableIValue* values, uint64_t, uint64_t) {
 //  -> (Tensor, Tensor, Tensor, Tensor)
 void efficient_backward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
-  Call call(Of::kEfficient);
-  Tensor dout = stack.take<Tensor>();
-  call.inputs.take_plain_tensors(stack);
-  call.mask = stack.take<Tensor>();
-  Tensor out = stack.take<Tensor>();
-  const Tensor lse = stack.take<Tensor>();
-  Tensor seed = stack.take<Tensor>(), offset = stack.take<Tensor>();
+  BackwardCall call(Of::kEfficient, stack);
+  call.take_drawn(stack);
   call.dropout_p = stack.take<double>();
   const auto needs = stack.take<std::vector<bool>>();
   call.is_causal = stack.take<bool>();
   call.scale = stack.take<std::optional<double>>();
 
-  Gradients g = differentiate(call, dout, out, lse, std::move(seed), offset, needs.at(3));
+  Gradients g = differentiate(call, needs.at(3));
   Tensor dmask = with_aligned_rows(call, g.dmask);
   put_results(values, std::move(*g.dq), std::move(*g.dk), std::move(*g.dv), std::move(dmask));
 }
@@ -296,20 +297,15 @@ void cudnn_forward(StableIValue* values, uint64_t, uint64_t) {
 //  float dropout_p, bool is_causal, *, float? scale) -> (Tensor, Tensor, Tensor)
 void cudnn_backward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
-  Call call(Of::kCudnn);
-  Tensor dout = stack.take<Tensor>();
-  call.inputs.take_plain_tensors(stack);
-  Tensor out = stack.take<Tensor>();
-  const Tensor lse = stack.take<Tensor>();
-  Tensor seed = stack.take<Tensor>(), offset = stack.take<Tensor>();
+  BackwardCall call(Of::kCudnn, stack);
+  call.take_drawn(stack);
   call.mask = stack.take<Tensor>();
-  for (int i = 0; i < 2; ++i) stack.take<Tensor>();
-  for (int i = 0; i < 2; ++i) stack.take<int64_t>();
+  call.skip_lengths(stack);
   call.dropout_p = stack.take<double>();
   call.is_causal = stack.take<bool>();
   call.scale = stack.take<std::optional<double>>();
 
-  Gradients g = differentiate(call, dout, out, lse, std::move(seed), offset);
+  Gradients g = differentiate(call);
   put_results(values, std::move(*g.dq), std::move(*g.dk), std::move(*g.dv));
 }
 
@@ -333,17 +329,13 @@ void cpu_forward(StableIValue* values, uint64_t, uint64_t) {
 //  bool is_causal, *, Tensor? attn_mask, float? scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)
 void cpu_backward(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
-  Call call(Of::kCpu);
-  Tensor dout = stack.take<Tensor>();
-  call.inputs.take_plain_tensors(stack);
-  Tensor out = stack.take<Tensor>();
-  const Tensor lse = stack.take<Tensor>();
+  BackwardCall call(Of::kCpu, stack);
   call.dropout_p = stack.take<double>();
   call.is_causal = stack.take<bool>();
   call.mask = stack.take<OptionalTensor>();
   call.scale = stack.take<std::optional<double>>();
 
-  Gradients g = differentiate(call, dout, out, lse);
+  Gradients g = differentiate(call);
   put_results(values, std::move(*g.dq), std::move(*g.dk), std::move(*g.dv));
 }
 

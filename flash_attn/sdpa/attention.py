@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from .. import tensor_subclasses
@@ -96,15 +97,16 @@ def attend(
         and (type(dropout_p) is float or type(dropout_p) is int)
     ):
         out: Tensor | None = None
-        if attn_mask is not None:
-            if type(attn_mask) is Tensor and dropout_p == 0:
-                out = masked.try_attend(query, key, value, attn_mask, scale, ops.TOP_LEFT if is_causal else ops.NONE)
-        elif dropout_p == 0 and query.dim() == 4:
-            options = _CAUSAL if is_causal else _FULL  # no list of two: Dynamo of torch 2.11 takes no bool for an index
-            if enable_gqa:
-                options |= PLAIN_SHARED_HEADS
-            out = plain.try_attend(query, key, value, scale, options)
-        elif dropout_p != 0 and _is_common(query, key, value):
+        if dropout_p == 0:
+            if query.dim() == 4:
+                options = _CAUSAL if is_causal else _FULL  # no list: Dynamo of torch 2.11 takes no bool for an index
+                if enable_gqa:
+                    options |= PLAIN_SHARED_HEADS
+                if attn_mask is None:
+                    out = plain.try_attend(query, key, value, scale, options)
+                elif type(attn_mask) is Tensor or type(attn_mask) is Parameter:
+                    out = masked.try_attend(query, key, value, attn_mask, scale, options)
+        elif attn_mask is None and _is_common(query, key, value):
             causal = ops.TOP_LEFT if is_causal else ops.NONE
             out, _ = ops.attention(
                 query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True

@@ -31,14 +31,31 @@ _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
 }
 MARK = 0x666C6173  # our kernel's fifth result: someone else may have put another kernel in its place since
 LARGEST = 1 << 24  # elements of q: beyond that calls take the GPU longer than a host whose caches are cold
-_OTHERS = (None,) * (NUM_TENSORS - 3)
+_OTHERS = (None,) * (NUM_TENSORS - 4)
 
 backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
 
 forward: Callable[..., Any] | None = None
-"""`forward(q, k, v, None, -1.0 - options[, scale=softmax_scale])`: our kernels find the options of the plain ops in
+"""`forward(q, k, v, mask, -1.0 - options[, scale=softmax_scale])`: our kernels find the options of the plain ops in
 what would be dropout_p. It returns out (None where the inputs should fit and do not), lse, None, None, `MARK` and what
 nobody needs; without the mark another kernel has answered. None where the op can't be used."""
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, softmax_scale: float | None, options: int
+) -> Tensor | None:
+    """The first result of `forward`, which is there. None as well where another kernel answers: it is gone then."""
+    global forward
+    assert forward is not None
+    if softmax_scale is None:
+        results = forward(q, k, v, attn_mask, -1.0 - options)
+    else:
+        results = forward(q, k, v, attn_mask, -1.0 - options, scale=softmax_scale)
+    if results[4] != MARK:
+        forward = None
+        return None
+    out: Tensor | None = results[0]
+    return out
 
 
 def _add_kernels() -> bool:
@@ -54,8 +71,8 @@ def _add_kernels() -> bool:
 
 def _fake_backward(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
     """What compiled autograd traces: torch 2.11 has none of its own."""
-    pairs = zip(arguments[1:4], arguments[5], strict=False)
-    return (*(torch.empty_like(x) if is_needed else None for x, is_needed in pairs), None)
+    pairs = zip(arguments[1:5], arguments[5], strict=True)
+    return tuple(torch.empty_like(x) if is_needed else None for x, is_needed in pairs)
 
 
 def _add_fake_kernel() -> None:
@@ -77,6 +94,7 @@ def is_backward(op: Any, arguments: Sequence[Any]) -> bool:
 
 def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
     """Arguments of `flash_attn::backward` that mean what the arguments of `backward_op` do."""
-    dout, q, k, v, _, mask, out, lse = arguments[:8]
-    needs = [*mask[:3], *(False,) * (NUM_DIFFERENTIABLE - 3)]
-    return (dout, None, q, k, v, *_OTHERS, out, lse, needs, *from_plain(q, k, scale, int(-1.0 - arguments[12])))
+    dout, q, k, v, attn_mask, wanted, out, lse = arguments[:8]
+    needs = [*wanted, *(False,) * (NUM_DIFFERENTIABLE - 4)]
+    options = from_plain(q, k, scale, int(-1.0 - arguments[12]))
+    return (dout, None, q, k, v, attn_mask, *_OTHERS, out, lse, needs, *options)

@@ -5,35 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import plain, private
-from .arguments import NUM_TENSORS, Options, Tensors
-from .autograd import apply_attention, call_forward
+from . import extension, plain, private
+from .arguments import PLAIN_DETERMINISTIC, PLAIN_WITHOUT_LSE
+from .autograd import raise_out_of_memory
 
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, private.is_deterministic
-_NOT_GIVEN = (None,) * (NUM_TENSORS - 4)
 
 
 def try_attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, softmax_scale: float | None, causal: int
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, softmax_scale: float | None, options: int
 ) -> Tensor | None:
-    """As `plain.try_attend`, heads first, with a mask. Takes q, k and v of one batch size and one number of heads."""
-    shape, shape_k = q.shape, k.shape
+    """As `plain.try_attend`, with a mask that broadcasts to the scores, by the op for extensions alone.
+
+    None too for a mask that autocast might change, or whose gradient torch takes to lie in memory as ours does not.
+    """
     if (
-        len(shape) != 4
-        or attn_mask.dim() != 4
-        or shape[:2] != shape_k[:2]
-        or shape_k[:3] != v.shape[:3]
+        not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype)
+        or extension.forward is None
         or not plain.may_take(q, k, v)
-        or not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype)
     ):
         return None
-    options = Options(shape[2], shape_k[2], softmax_scale, causal, -1, -1, 0.0, 0.0, True, _is_deterministic())
-    tensors = Tensors(q, k, v, attn_mask, *_NOT_GIVEN)
+    if not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or attn_mask.requires_grad)):
+        options |= PLAIN_WITHOUT_LSE
+    elif q.numel() > extension.LARGEST:
+        return None
+    elif attn_mask.requires_grad and not (attn_mask.dim() == 4 and attn_mask.is_contiguous()):
+        return None
+    elif _is_deterministic():
+        options |= PLAIN_DETERMINISTIC
     try:
-        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or attn_mask.requires_grad):
-            return apply_attention(tensors, options)[0]
-        return call_forward(*tensors, *options)[0]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+        return extension.attend(q, k, v, attn_mask, softmax_scale, options)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
         return None

@@ -102,7 +102,7 @@ class Observer(TorchDispatchMode, Generic[T]):
         if extension.is_backward(op, args):
             args = extension.of_backward(*args, **(kwargs or {}))
             self._on_backward(split_backward(args))
-            return (*_zeros(backward_op, args)[:3], None)
+            return _zeros(backward_op, args)[:4]
         if op is attend_cache_op or op is append_and_attend_op:
             self._on_cache(Attend(*args) if op is attend_cache_op else AppendAndAttend(*args).attention())
             return _zeros(op, args)

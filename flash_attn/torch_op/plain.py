@@ -21,8 +21,6 @@ from .library import backward_op, forward_op, plain_backward_op, plain_forward_o
 _is_traced, _is_grad_enabled, _is_deterministic = private.is_traced, torch.is_grad_enabled, private.is_deterministic
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
 _ops_are_watched, _any_autocast = private.ops_are_watched, private.any_autocast
-_differentiable = extension.forward  # None: the op is not ours to use
-_LARGEST, _MARK = extension.LARGEST, extension.MARK
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
@@ -35,7 +33,6 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
     Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long
     way, which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
     """
-    global _differentiable
     if not may_take(q, k, v):
         return None
     out: Tensor | None
@@ -45,15 +42,8 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, opt
             return out
         if _is_deterministic():
             options |= PLAIN_DETERMINISTIC
-        if _differentiable is not None and q.numel() <= _LARGEST:
-            if softmax_scale is None:
-                results = _differentiable(q, k, v, None, -1.0 - options)
-            else:
-                results = _differentiable(q, k, v, None, -1.0 - options, scale=softmax_scale)
-            if results[4] == _MARK:
-                out = results[0]
-                return out
-            _differentiable = None
+        if extension.forward is not None and q.numel() <= extension.LARGEST:
+            return extension.attend(q, k, v, None, softmax_scale, options)
         out = _apply(q, k, v, (softmax_scale, options))
         return out
     except RuntimeError as error:

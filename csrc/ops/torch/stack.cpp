@@ -12,6 +12,15 @@ TensorInfo& given(std::optional<TensorInfo>& info) { return *info; }
 
 constexpr int kMask = 3;  // its place among the tensors
 
+void add_leading_dimensions(TensorInfo& mask) {
+  for (; mask.ndim < 4; ++mask.ndim) {
+    std::copy_backward(mask.size, mask.size + mask.ndim, mask.size + mask.ndim + 1);
+    std::copy_backward(mask.stride, mask.stride + mask.ndim, mask.stride + mask.ndim + 1);
+    mask.size[0] = 1;
+    mask.stride[0] = 0;
+  }
+}
+
 /// (batch, heads, seqlen, head_dim), as if it were a view of (batch, seqlen, heads, head_dim).
 void lie_by_rows(TensorInfo& info) {
   info.stride[3] = 1;
@@ -58,7 +67,9 @@ PlainOptions Inputs::set_plain_options(std::optional<double> softmax_scale, int6
 }
 
 void Inputs::set_mask(OptionalTensor mask) {
-  if (mask && mask->is_defined()) tensors_[kMask] = std::move(mask);
+  if (!mask || !mask->is_defined()) return;
+  tensors_[kMask] = std::move(mask);
+  mask_broadcasts_ = true;
 }
 
 void Inputs::set_rng_state(Tensor rng_state) {
@@ -76,6 +87,7 @@ void Inputs::describe() {
     if (*tensor) info = info_of(**tensor, name);
     ++tensor;
   });
+  if (mask_broadcasts_) add_leading_dimensions(*arguments_.attn_mask);
   q_given_ = arguments_.q, k_given_ = arguments_.k, v_given_ = arguments_.v;
   const void* const mask = &arguments_.attn_mask;  // is large, and read by its strides
   tensor = tensors_.data();
