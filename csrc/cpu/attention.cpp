@@ -39,7 +39,10 @@ const char* kernel_name(Isa isa, DType dtype) {
 }
 
 Plan plan_forward(const ForwardParams& p, const DeviceInfo&) {
-  return {kernel_name(select_isa(), p.dtype), int(kForwardBlockM), int(kForwardBlockN), 0};
+  const Isa isa = select_isa();
+  // Of AMX only bfloat16 makes use.
+  const int64_t rows = forward_block_rows(p.dtype == DType::kBFloat16 ? isa : Isa::generic);
+  return {kernel_name(isa, p.dtype), int(rows), int(kForwardBlockN), 0};
 }
 
 Plan plan_backward(const BackwardParams& params, const DeviceInfo&) {

@@ -7,11 +7,13 @@
 
 namespace flash_attn::cpu {
 
-// Query rows and key rows of a tile.
-constexpr int64_t kForwardBlockM = 96, kForwardBlockN = 64;
-constexpr int64_t kBackwardBlockM = 96, kBackwardBlockN = 128;
-
 enum class Isa { generic, avx2, avx512, avx512_bf16, amx };  // best last
+
+// Query rows and key rows of a tile. On AMX a tile of the forward pass, with all that is made of it, fits the
+// first-level cache: products are so fast there that what lies beyond is waited for.
+constexpr int64_t forward_block_rows(Isa isa) { return isa == Isa::amx ? 32 : 96; }
+constexpr int64_t kForwardBlockN = 64;
+constexpr int64_t kBackwardBlockM = 96, kBackwardBlockN = 128;
 
 struct Passes {
   void (*forward)(const ForwardParams&);

@@ -13,9 +13,10 @@
 namespace flash_attn::cpu {
 namespace {  // see isa.h
 
-constexpr int64_t kMaxRowBlocks = 4;                    // of a task
-constexpr int64_t kForwardTasks = 32;                   // as many as there should be at least
-constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
+constexpr int64_t kForwardBlockM = forward_block_rows(Isa::FLASH_ATTN_ISA);
+constexpr int64_t kMaxRowBlocks = 384 / kForwardBlockM;  // of a task
+constexpr int64_t kForwardTasks = 32;                    // as many as there should be at least
+constexpr int64_t kRowBlockBytes = int64_t(512) << 10;   // what a task's row blocks may take of the second-level cache
 
 /// Query rows [begin, begin + rows) and what the softmax knows of them.
 template <typename Arithmetic>
@@ -37,7 +38,7 @@ struct ForwardScratch {
   Acc* s_rows;            // (kFewRows, kForwardBlockN)
   Acc* out_rows;          // (kFewRows, ldv)
   Operand* k;             // (kForwardBlockN, ldk)
-  Operand* v;             // (kForwardBlockN / pack, ldv)
+  Operand* v;             // (head_dim_v, kForwardBlockN), see pack_values
   Operand* v_clean;       // as v, without the values of dead columns
   Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
   Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
@@ -299,8 +300,7 @@ class ForwardTask {
     const int64_t row = rules_.sequence.k_row + n;
     pack_rows<Arithmetic>(cached_rows(params_.k, row, columns, params_.head_dim), round_up(columns, kGemmRows), x_.k,
                           x_.ldk);
-    pack_across<Arithmetic>(cached_rows(params_.v, row, columns, params_.head_dim_v), round_up(columns, kPack), x_.v,
-                            x_.ldv);
+    pack_values<Arithmetic, kForwardBlockN>(cached_rows(params_.v, row, columns, params_.head_dim_v), x_.v, x_.ldv);
   }
 
   /// `offset`: where the tile's columns begin among those loaded.
@@ -309,28 +309,29 @@ class ForwardTask {
     gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (params_.head_dim + kPack - 1) / kPack,
                                         x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
     apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
-    const Operand* v = x_.v + offset / kPack * x_.ldv;
+    const Operand* v = x_.v + offset / kPack * value_stride();
     if (has_dead_columns(tile, block)) v = clean_values(tile, v);
-    if (online_softmax<Acc>(tile, x_.s, ldm, rules_.exponent_scale, block.row_max, block.row_sum, x_.factor)) {
-      rescale_out(tile, block);
-    }
-    if (params_.dropout_p > 0.0) {
-      draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
-      transform<Acc>(tile, x_.s, ldm, [&](Vec<Acc> p, int64_t lane, int64_t n) {
-        return load_bytes<Acc>(x_.bytes + n * byte_stride(ldm) + lane) == 0 ? Vec<Acc>{} : p;
-      });
-    }
-    pack_probabilities<Arithmetic>(tile, x_.s, x_.p, ldm);
-    gemm<Arithmetic, Layout::kDepthMajor>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v, x_.ldv,
-                                          x_.p + lane, ldm, block.out_t + lane, ldm, true);
+    const bool drops = params_.dropout_p > 0.0;
+    if (drops) draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
+    const Softmax<Arithmetic> softmax{rules_.exponent_scale, block.row_max, block.row_sum, x_.factor, ldm};
+    const bool rescales = drops ? softmax.template apply<true>(tile, x_.s, x_.p, x_.bytes)
+                                : softmax.template apply<false>(tile, x_.s, x_.p, nullptr);
+    if (rescales) rescale_out(tile, block);
+    gemm<Arithmetic, kValueLayout>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v,
+                                   kValueLayout == Layout::kRowMajor ? kForwardBlockN / kPack : x_.ldv, x_.p + lane,
+                                   ldm, block.out_t + lane, ldm, true);
   }
 
+  /// From the values of an operand's keys to the next one's.
+  int64_t value_stride() const { return kValueLayout == Layout::kRowMajor ? 1 : x_.ldv; }
+
   const Operand* clean_values(const Tile& tile, const Operand* v) {
-    std::memcpy(x_.v_clean, v, size_t(round_up(tile.columns, kPack) / kPack * x_.ldv) * sizeof(Operand));
+    const int64_t before = (v - x_.v) / value_stride() * kPack;
+    std::memcpy(x_.v_clean, x_.v, size_t(kForwardBlockN / kPack * x_.ldv) * sizeof(Operand));
     for (int64_t n = 0; n < tile.columns; ++n) {
-      if (x_.dead[n] != 0) clear_row_across<Arithmetic>(x_.v_clean, x_.ldv, n);
+      if (x_.dead[n] != 0) clear_value<Arithmetic, kForwardBlockN>(x_.v_clean, x_.ldv, before + n);
     }
-    return x_.v_clean;
+    return x_.v_clean + (v - x_.v);
   }
 
   void rescale_out(const Tile& tile, const RowBlock<Arithmetic>& block) {

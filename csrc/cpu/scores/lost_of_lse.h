@@ -62,7 +62,8 @@ class LostOfLse {
       if (!plan_tile<Acc>(tiles_.rules, tile)) continue;
       tiles_.load_keys(n, tile.columns);
       tiles_.compute_scores(tile, x_.queries[0]);
-      online_softmax<Acc>(tile, x_.s, x_.ldm, tiles_.rules.exponent_scale, row_max_, row_sum_, rescale_);
+      const Softmax<Plain<Acc>> softmax{tiles_.rules.exponent_scale, row_max_, row_sum_, rescale_, x_.ldm};
+      softmax.template apply<false>(tile, x_.s, x_.s, nullptr);
     }
     const Acc unit = tiles_.rules.extended ? Acc(1) : tiles_.rules.scale;
     for (int64_t lane = 0; lane < x_.ldm; lane += kLanes<Acc>) {

@@ -50,7 +50,7 @@ constexpr int kGemmVectors = 3;
 template <typename T>
 constexpr int kPadding = kLanes<T> > kGemmRows ? kLanes<T> : kGemmRows;
 
-/// A as it lies in memory: (row, depth) or (depth, row).
+/// A as it lies in memory: (row, depth) or (depth, row). AMX reads the first; of the second it makes that each time.
 enum class Layout { kRowMajor, kDepthMajor };
 
 #if !defined(__AMX_BF16__)

@@ -308,28 +308,44 @@ FLASH_ATTN_INLINE Vec<double> exp2_tail(Vec<double> f) {
   return y * f + 0.69314718055994530942;
 }
 
+/// As exp2_tail, for what is rounded to bfloat16, which has 256 steps between powers of 2: 2^f is off by 7e-6 of
+/// itself.
+FLASH_ATTN_INLINE Vec<float> exp2_short_tail(Vec<float> f) {
+  Vec<float> y = f * 0.00965671029f + 0.0558382829f;
+  y = y * f + 0.240225301f;
+  return y * f + 0.693136734f;
+}
+
 /// 2^(x * scale), the product unrounded. 0 where the result would not be a normal number, also for x = -inf; NaN for
-/// NaN.
-template <typename T>
+/// NaN. With kShort it is to be rounded to bfloat16.
+template <typename T, bool kShort = false>
 FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
   using C = Constants<T>;
   const Vec<T> shifted = x * scale + C::kRound;
   const Vec<T> n = shifted - C::kRound;
   const Vec<T> f = x * scale - n;
-  const Vec<T> power = f * exp2_tail(f) + T(1);
-#if defined(__AVX512F__)
-  Vec<T> y;
-  if constexpr (sizeof(T) == 4) {
-    y = _mm512_maskz_scalef_ps(__mmask16(-1), power, n);
+  Vec<T> tail;
+  if constexpr (kShort) {
+    tail = exp2_short_tail(f);
   } else {
-    y = _mm512_maskz_scalef_pd(__mmask8(-1), power, n);
+    tail = exp2_tail(f);
+  }
+  const Vec<T> power = f * tail + T(1);
+#if defined(__AVX512F__)
+  constexpr int kNotLess = _CMP_NLT_UQ;  // NaN is not
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 normal = _mm512_cmp_ps_mask(shifted, broadcast<T>(C::kRound + C::kMinExponent), kNotLess);
+    return _mm512_maskz_scalef_ps(normal, power, n);
+  } else {
+    const __mmask8 normal = _mm512_cmp_pd_mask(shifted, broadcast<T>(C::kRound + C::kMinExponent), kNotLess);
+    return _mm512_maskz_scalef_pd(normal, power, n);
   }
 #else
   const Vec<T> scaled =
       bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
   const Vec<T> y = shifted < C::kRound + C::kMaxExponent ? scaled : shifted * T(__builtin_huge_val());
-#endif
   return shifted < C::kRound + C::kMinExponent ? Vec<T>{} : y;
+#endif
 }
 
 /// tanh(x) to a few units in the last place, also near 0: (e^2x - 1) / (e^2x + 1) with e^2x - 1 free of cancellation.

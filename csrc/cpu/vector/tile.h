@@ -109,24 +109,28 @@ void pack_transposed(const Rows& src, int64_t rows_padded, typename Arithmetic::
   });
 }
 
+/// Numbers of the rows r and r + 1 from column c on, as pairs; rows and columns beyond are 0.
+FLASH_ATTN_INLINE Words load_pairs_across(const Rows& src, int64_t r, int64_t c) {
+  const auto words = [&](int64_t row) {
+    if (!src.present(row) || c >= src.columns) return Words{};
+    const BFloat16* p = static_cast<const BFloat16*>(src.data) + row * src.stride + c;
+    if (src.columns - c >= kLanes<uint32_t>) return widen(load_vector<HalfWords>(p));
+    BFloat16 lanes[kLanes<uint32_t>];
+    copy_partial<kLanes<uint32_t>>(lanes, p, src.columns - c);
+    return widen(load_vector<HalfWords>(lanes));
+  };
+  return words(r) | (words(r + 1) << 16);
+}
+
 /// Operands across rows: dst (rows_padded / kPack, ld), ld >= columns rounded up to the lanes.
 template <typename Arithmetic>
 void pack_across(const Rows& src, int64_t rows_padded, typename Arithmetic::Operand* dst, int64_t ld) {
   if constexpr (Arithmetic::kPack == 1) {
     pack_rows<Arithmetic>(src, rows_padded, dst, ld);
   } else {
-    const auto* data = static_cast<const BFloat16*>(src.data);
-    const auto words = [&](int64_t r, int64_t c) {
-      if (!src.present(r) || c >= src.columns) return Words{};
-      const BFloat16* p = data + r * src.stride + c;
-      if (src.columns - c >= kLanes<uint32_t>) return widen(load_vector<HalfWords>(p));
-      BFloat16 lanes[kLanes<uint32_t>];
-      copy_partial<kLanes<uint32_t>>(lanes, p, src.columns - c);
-      return widen(load_vector<HalfWords>(lanes));
-    };
     for (int64_t r = 0; r < rows_padded; r += 2) {
       for (int64_t c = 0; c < ld; c += kLanes<uint32_t>) {
-        store_vector(dst + r / 2 * ld + c, words(r, c) | (words(r + 1, c) << 16));
+        store_vector(dst + r / 2 * ld + c, load_pairs_across(src, r, c));
       }
     }
   }
@@ -141,6 +145,44 @@ void clear_row_across(typename Arithmetic::Operand* tile, int64_t ld, int64_t ro
     for (int64_t c = 0; c < ld; ++c) operands[c] = 0;
   } else {
     for (int64_t c = 0; c < ld; ++c) operands[c] &= row % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
+  }
+}
+
+/// How the values of a tile lie as A of O^T = V^T P, whose sum is over their rows: packed once, they are read for every
+/// block of queries.
+#if defined(__AMX_BF16__)
+constexpr Layout kValueLayout = Layout::kRowMajor;
+#else
+constexpr Layout kValueLayout = Layout::kDepthMajor;
+#endif
+
+/// Values as operands across rows, of which a tile has up to kRows: kDepthMajor as pack_across has it, with ld;
+/// kRowMajor (ld, kRows / kPack). ld >= columns rounded up to the lanes.
+template <typename Arithmetic, int64_t kRows>
+void pack_values(const Rows& src, typename Arithmetic::Operand* dst, int64_t ld) {
+  if constexpr (kValueLayout == Layout::kDepthMajor) {
+    pack_across<Arithmetic>(src, round_up(src.count, Arithmetic::kPack), dst, ld);
+  } else {
+    constexpr int W = kLanes<uint32_t>;
+    for (int64_t c = 0; c < ld; c += W) {
+      for (int64_t r = 0; r < src.count; r += 2 * W) {
+        Words block[W];
+        for (int i = 0; i < W; ++i) block[i] = load_pairs_across(src, r + 2 * i, c);
+        transpose<uint32_t>(block);
+        for (int i = 0; i < W; ++i) store_vector(dst + (c + i) * (kRows / 2) + r / 2, block[i]);
+      }
+    }
+  }
+}
+
+/// The values of row `row` become 0.
+template <typename Arithmetic, int64_t kRows>
+void clear_value(typename Arithmetic::Operand* tile, int64_t ld, int64_t row) {
+  if constexpr (kValueLayout == Layout::kDepthMajor) {
+    clear_row_across<Arithmetic>(tile, ld, row);
+  } else {
+    const uint32_t kept = row % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
+    for (int64_t c = 0; c < ld; ++c) tile[c * (kRows / 2) + row / 2] &= kept;
   }
 }
 

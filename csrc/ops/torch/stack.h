@@ -68,7 +68,8 @@ class Inputs {
   void take_plain_tensors(Stack& stack);
   PlainOptions take_plain_options(Stack& stack);
   PlainOptions set_plain_options(std::optional<double> softmax_scale, int64_t options);
-  /// For other ops' arguments that mean the same as ours. The mask may have fewer than four dimensions, or be undefined.
+  /// For other ops' arguments that mean the same as ours. The mask may have fewer than four dimensions, or be
+  /// undefined.
   void set_mask(OptionalTensor mask);
   Arguments& options() { return arguments_; }
   /// To be called once everything is taken.
