@@ -103,7 +103,7 @@ def test_both_ways_are_equal(causal: int, heads_first: bool, scale: float | None
     if heads_first:
         k, v = (x[:, :, :5] for x in (k, v))
     long, _ = ops.attention(q, k, v, softmax_scale=scale, causal=causal, heads_first=heads_first)
-    short = plain.try_attend(q, k, v, scale, arguments.plain_options(causal, heads_first, False))
+    short = plain.try_attend(q, k, v, None, scale, arguments.plain_options(causal, heads_first, False))
     assert short is not None
     assert torch.equal(short, long) and short.stride() == long.stride()
     weight = torch.randn_like(long)

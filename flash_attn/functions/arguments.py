@@ -81,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             and type(q) is type(k) is type(v) is Tensor
             and not has_torch_function_variadic(q)
         ):
-            out = plain.try_attend(q, k, v, scale, _PLAIN[causal, deterministic])
+            out = plain.try_attend(q, k, v, None, scale, _PLAIN[causal, deterministic])
             if out is not None:
                 return out
         values, packed = (None, None) if mask is None else _mask(mask, q, k)

@@ -199,7 +199,7 @@ def flash_attn_func(
         number = _CAUSAL if causal else _FULL
         if deterministic:
             number |= PLAIN_DETERMINISTIC
-        out = plain.try_attend(q, k, v, softmax_scale, number)
+        out = plain.try_attend(q, k, v, None, softmax_scale, number)
         if out is not None:
             return out
     options = Options(

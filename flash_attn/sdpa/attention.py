@@ -15,7 +15,7 @@ from .. import tensor_subclasses
 from ..autocast import autocast
 from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
-from ..torch_op import checks, masked, plain
+from ..torch_op import checks, plain
 from ..torch_op.arguments import PLAIN_IF_THEY_FIT, PLAIN_SHARED_HEADS, plain_options
 from ..torch_op.private import torch_sdpa
 from . import context_parallel, shapes
@@ -102,10 +102,8 @@ def attend(
                 options = _CAUSAL if is_causal else _FULL  # no list: Dynamo of torch 2.11 takes no bool for an index
                 if enable_gqa:
                     options |= PLAIN_SHARED_HEADS
-                if attn_mask is None:
-                    out = plain.try_attend(query, key, value, scale, options)
-                elif type(attn_mask) is Tensor or type(attn_mask) is Parameter:
-                    out = masked.try_attend(query, key, value, attn_mask, scale, options)
+                if attn_mask is None or type(attn_mask) is Tensor or type(attn_mask) is Parameter:
+                    out = plain.try_attend(query, key, value, attn_mask, scale, options)
         elif attn_mask is None and _is_common(query, key, value):
             causal = ops.TOP_LEFT if is_causal else ops.NONE
             out, _ = ops.attention(
@@ -227,12 +225,13 @@ def _attention(given: Arguments, causal: int) -> Tensor:
         mask, packed = to_op(attn_mask, query, scores)
     out: Tensor | None = None
     if (
-        mask is None
+        packed is None
         and given.dropout_p == 0.0
         and type(q) is type(k) is type(v) is Tensor
+        and (mask is None or type(mask) is Tensor)
         and not has_torch_function_variadic(q)
     ):
-        out = plain.try_attend(q, k, v, given.scale, _PLAIN[causal])
+        out = plain.try_attend(q, k, v, mask, given.scale, _PLAIN[causal])
     if out is None:
         out, _ = ops.attention(
             q,

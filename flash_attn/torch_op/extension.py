@@ -41,23 +41,6 @@ what would be dropout_p. It returns out (None where the inputs should fit and do
 nobody needs; without the mark another kernel has answered. None where the op can't be used."""
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, softmax_scale: float | None, options: int
-) -> Tensor | None:
-    """The first result of `forward`, which is there. None as well where another kernel answers: it is gone then."""
-    global forward
-    assert forward is not None
-    if softmax_scale is None:
-        results = forward(q, k, v, attn_mask, -1.0 - options)
-    else:
-        results = forward(q, k, v, attn_mask, -1.0 - options, scale=softmax_scale)
-    if results[4] != MARK:
-        forward = None
-        return None
-    out: Tensor | None = results[0]
-    return out
-
-
 def _add_kernels() -> bool:
     """Unless the op is another than the one we know, or someone else has kernels there."""
     added: set[str] = torch.ops.flash_attn.__dict__.setdefault("extended", set())  # by an earlier import too

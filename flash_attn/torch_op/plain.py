@@ -1,5 +1,5 @@
-"""The plain case: q, k and v alone, in eager mode. Small calls are mostly this, and cost what their arguments cost, so
-they go to ops of five and eight arguments in place of 22 and 28.
+"""The short way of eager calls of q, k, v and perhaps a mask. Small calls are mostly these, and cost what their
+arguments cost, so they go to ops of five and eight arguments in place of 22 and 28, or to torch's op for extensions.
 
 Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, subclasses) sees `flash_attn::forward` and
 `flash_attn::backward` alone: callers ask before.
@@ -25,40 +25,60 @@ _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
 
-def try_attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, options: int) -> Tensor | None:
-    """The first result of :func:`flash_attn.torch_op.attention.attention`, if the op takes these tensors as they are,
+def try_attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, softmax_scale: float | None, options: int
+) -> Tensor | None:
+    """The first result of :func:`flash_attn.torch_op.attention.attention`, if an op takes these tensors as they are,
     here and now. They are of no subclass, no torch function mode is active, and `options` are those of
-    `plain_options`; gradients are repeatable where these or torch say so.
+    `plain_options`; gradients are repeatable where these or torch say so. The mask may have fewer than four dimensions.
 
     Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long
     way, which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
     """
-    if not may_take(q, k, v):
-        return None
-    out: Tensor | None
-    try:
-        if not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-            out, _ = _forward(q, k, v, softmax_scale, options | PLAIN_WITHOUT_LSE)
-            return out
-        if _is_deterministic():
-            options |= PLAIN_DETERMINISTIC
-        if extension.forward is not None and q.numel() <= extension.LARGEST:
-            return extension.attend(q, k, v, None, softmax_scale, options)
-        out = _apply(q, k, v, (softmax_scale, options))
-        return out
-    except RuntimeError as error:
-        raise_out_of_memory(error)
-        return None
-
-
-def may_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Of tensors of no subclass: whether nobody but the op itself may mind that it is called, here and now."""
-    return not (
+    if (
         _is_traced()
         or not (q.is_cuda or q.is_cpu)
         or _ops_are_watched()
         or (_any_autocast() and _autocast_changes(q, k, v))
-    )
+    ):
+        return None
+    differentiable = extension.forward
+    if attn_mask is not None and (differentiable is None or not _takes_mask(attn_mask, q)):
+        return None
+    out: Tensor | None
+    try:
+        if not _is_grad_enabled() or not (
+            q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+        ):
+            options |= PLAIN_WITHOUT_LSE
+            if attn_mask is None:
+                out, _ = _forward(q, k, v, softmax_scale, options)
+                return out
+        else:
+            if _is_deterministic():
+                options |= PLAIN_DETERMINISTIC
+            if differentiable is None or q.numel() > extension.LARGEST:
+                out = None if attn_mask is not None else _apply(q, k, v, (softmax_scale, options))
+                return out
+        assert differentiable is not None
+        if softmax_scale is None:
+            results = differentiable(q, k, v, attn_mask, -1.0 - options)
+        else:
+            results = differentiable(q, k, v, attn_mask, -1.0 - options, scale=softmax_scale)
+        if results[4] == extension.MARK:
+            out = results[0]
+            return out
+        extension.forward = None
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+    return None
+
+
+def _takes_mask(attn_mask: Tensor, q: Tensor) -> bool:
+    """Whether autocast leaves it as it is, and its gradient lies in memory as torch takes it to."""
+    if not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype):
+        return False
+    return not attn_mask.requires_grad or (attn_mask.dim() == 4 and attn_mask.is_contiguous())
 
 
 def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../arguments/refuse.h"
+
 namespace flash_attn {
 
 namespace {
@@ -13,6 +15,7 @@ TensorInfo& given(std::optional<TensorInfo>& info) { return *info; }
 constexpr int kMask = 3;  // its place among the tensors
 
 void add_leading_dimensions(TensorInfo& mask) {
+  if (mask.ndim == 0) refuse("attn_mask must have at least 1 dimension");
   for (; mask.ndim < 4; ++mask.ndim) {
     std::copy_backward(mask.size, mask.size + mask.ndim, mask.size + mask.ndim + 1);
     std::copy_backward(mask.stride, mask.stride + mask.ndim, mask.stride + mask.ndim + 1);
