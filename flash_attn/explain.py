@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from .masks import packed_mask
 from .masks.prepared import TileShares, shares_of
 from .sdpa.attention import scaled_dot_product_attention
-from .torch_op import packed_mask
 from .torch_op.arguments import NUM_DIFFERENTIABLE, BackwardArguments, Options, Tensors
 from .torch_op.cache import Attend
 from .torch_op.library import empty_outputs

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn.torch_op import packed_mask
-from flash_attn.torch_op.packed_mask import BIASED, HIDDEN, SEEN
+from flash_attn.masks import packed_mask
+from flash_attn.masks.packed_mask import BIASED, HIDDEN, SEEN
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16]

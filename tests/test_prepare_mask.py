@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 import flash_attn
 from flash_attn import FlashMHA, flash_attn_func, prepare_mask
 from flash_attn import scaled_dot_product_attention as sdpa
-from flash_attn.torch_op import packed_mask
+from flash_attn.masks import packed_mask
 from flash_attn.torch_op.library import forward_op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

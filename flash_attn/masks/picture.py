@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..torch_op.packed_mask import BIASED, HIDDEN, SEEN
+from .packed_mask import BIASED, HIDDEN, SEEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..sdpa.causal_bias import is_causal_bias
-from ..torch_op import checks, packed_mask
+from ..torch_op import checks
+from . import packed_mask
 from .prepared import PreparedMask
 
 if TYPE_CHECKING:

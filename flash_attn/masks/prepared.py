@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..sdpa.shapes import check_mask_shape, mask_to_four_dims
-from ..torch_op import packed_mask
-from ..torch_op.packed_mask import BIASED, HIDDEN, SEEN
+from . import packed_mask
 from . import picture as mask_picture
+from .packed_mask import BIASED, HIDDEN, SEEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ class PreparedMask:
         """
         Args:
             values: (batch | 1, heads | 1, rows | 1, columns | 1); if bool, only its shape counts.
-            packed: of these values, see `torch_op.packed_mask`.
+            packed: of these values, see `packed_mask`.
             shape: before it was brought to four dimensions.
             source: whose changes matter.
         """

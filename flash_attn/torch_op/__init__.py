@@ -1,7 +1,10 @@
-"""The torch ops `flash_attn::forward` and `flash_attn::backward` as Python sees them.
+"""The torch ops of this package as Python sees them.
 
-`arguments`: their arguments, in order; `library`: the op library and fake kernels; `flops`: how much they compute;
-`refusals`: those of tensors without data; `autograd`: derivatives; `vmap`: batching rules; `attention`: the one
-function that every public function calls, but for eager calls of q, k and v alone: they go by `plain`; `checks`: types
-of what it is given; `observer`: calls that are seen instead of made; `private`: what torch has no public name for.
+`flash_attn::forward` and `flash_attn::backward`: `attention` has the one function that every public function calls,
+`arguments` their arguments, in order, `library` the op library and fake kernels, and `registered` what else torch asks
+of an op. Eager calls of q, k, v and perhaps a mask go by `plain`, those that require grad by `extension`. `cache` and
+`rotary` have the other ops, but for those on masks (`flash_attn.masks`).
+
+For all of them: `checks`, types of what is given; `observer`, calls that are seen instead of made; `private`, what
+torch has no public name for.
 """

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, flops, vmap  # noqa: F401 - these two register what they hold
+from . import checks
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
-from .autograd import apply_attention, call_forward, call_op, requires_grad
 from .library import forward_op
 from .private import jit_is_tracing, transforms_active
+from .registered import flops, vmap  # noqa: F401 - to register what they hold
+from .registered.autograd import apply_attention, call_forward, call_op, requires_grad
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 

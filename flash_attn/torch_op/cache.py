@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import private
-from .autograd import call_op, requires_grad
 from .library import empty_outputs, registrations
+from .registered.autograd import call_op, requires_grad
 
 attend_cache_op = torch.ops.flash_attn.attend_cache.default
 append_and_attend_op = torch.ops.flash_attn.append_and_attend.default

@@ -12,7 +12,7 @@ from flash_attn.portions import FOLDERS
 
 from .arguments import NUM_DIFFERENTIABLE, split_backward, split_forward
 from .private import is_known, typical_value
-from .refusals import refuse_backward, refuse_forward
+from .registered.refusals import refuse_backward, refuse_forward
 
 _PLACES = [Path(folder) / "lib" / "libflash_attn.so" for folder in FOLDERS]
 LIBRARY = next((place for place in _PLACES if place.exists()), _PLACES[0])

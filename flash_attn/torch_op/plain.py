@@ -15,8 +15,8 @@ from torch.overrides import has_torch_function
 
 from . import extension, private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, PLAIN_WITHOUT_LSE, from_plain
-from .autograd import call_backward, raise_out_of_memory
 from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
+from .registered.autograd import call_backward, raise_out_of_memory
 
 _is_traced, _is_grad_enabled, _is_deterministic = private.is_traced, torch.is_grad_enabled, private.is_deterministic
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))

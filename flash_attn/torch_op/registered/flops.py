@@ -1,5 +1,7 @@
-"""FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`. They are registered once its module is loaded: with
-Triton it brings that too, which takes longer than the rest of this package.
+"""FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`. A counter copies what is registered when it is made,
+so that our first call would be too late, and torch has no list that can be added to before: the import system tells
+when the counter's module is loaded. To load it here would bring Triton, which takes longer than the rest of this
+package.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import Any
 
 import torch
 
-from . import extension
-from .arguments import Options, Tensors, split_backward, split_forward
+from .. import extension
+from ..arguments import Options, Tensors, split_backward, split_forward
 
 _COUNTER = "torch.utils.flop_counter"
 

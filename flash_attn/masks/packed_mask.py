@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import pack_mask_op, registrations, unchanged_mask_op
+from ..torch_op.library import pack_mask_op, registrations, unchanged_mask_op
 
 CELL_ROWS, CELL_COLS, CLASS_ROWS = 16, 64, 128
 SEEN, HIDDEN, BIASED = 1, 2, 4

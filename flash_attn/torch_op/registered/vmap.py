@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import private
-from .arguments import NUM_TENSORS, Options, Tensors, split_backward, split_forward
-from .library import backward_op, forward_op, registrations
+from .. import private
+from ..arguments import NUM_TENSORS, Options, Tensors, split_backward, split_forward
+from ..library import backward_op, forward_op, registrations
 
 Dims = Sequence[int | None]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import private
-from .arguments import BackwardArguments, Options, Tensors
+from .. import private
+from ..arguments import BackwardArguments, Options, Tensors
 
 _Described = tuple[int, str, int, list[int], list[int]]  # as csrc/bindings.cpp takes a tensor
 

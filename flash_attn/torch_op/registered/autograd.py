@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import has_torch_function
 
-from . import private
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_forward
-from .library import backward_op, forward_op, registrations
+from .. import private
+from ..arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, Options, Tensors, split_forward
+from ..library import backward_op, forward_op, registrations
 
 Results = tuple[Tensor, Tensor, Tensor | None]  # out, lse, rng_state where there is dropout
 Gradients = tuple[Tensor | None, ...]
