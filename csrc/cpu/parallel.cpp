@@ -63,9 +63,11 @@ thread_local std::unique_ptr<Buffer> KeptScratch::kept_;
 
 }  // namespace
 
+int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
+
 void run_tasks(int64_t count, int64_t scratch_bytes, Task task, const void* context) {
   if (count <= 0) return;
-  const int64_t workers = std::min<int64_t>(std::max<int64_t>(torch::stable::get_num_threads(), 1), count);
+  const int64_t workers = std::min<int64_t>(num_threads(), count);
   // A cache line between the scratch of two threads, so that they never share one.
   const int64_t stride = (scratch_bytes + 2 * kCacheLine - 1) / kCacheLine * kCacheLine;
   const KeptScratch scratch(workers * stride);

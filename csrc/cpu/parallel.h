@@ -25,6 +25,9 @@ class Buffer {
 /// task(context, index, scratch) does one piece of work; `scratch` belongs to the running thread. It must not throw.
 using Task = void (*)(const void* context, int64_t index, void* scratch);
 
+/// How many threads the caller's tasks will have.
+int64_t num_threads();
+
 /// Runs the tasks [0, count). Threads draw the next index when they are done with one, so the first tasks should be the
 /// heaviest. Each writes only what it owns, so the result does not depend on who runs it.
 void run_tasks(int64_t count, int64_t scratch_bytes, Task task, const void* context);

@@ -7,7 +7,27 @@
 namespace flash_attn::cpu {
 namespace {  // see isa.h
 
-constexpr int64_t kPartColumns = 512;  // of a part of a task at least
+constexpr int64_t kForwardTasks = 32;                   // as many as there should be at least, for any processor
+constexpr int64_t kTasksPerThread = 8;                  // or for those threads that there are
+constexpr int64_t kRowBlockBytes = int64_t(512) << 10;  // what a task's row blocks may take of the second-level cache
+constexpr int64_t kPartColumns = 512;                   // of a part of a task at least
+
+template <typename T>
+int64_t all_blocks(const ForwardParams& params) {
+  const int64_t ldm = rows_of_block<T>(params);
+  return params.batch * params.num_heads * ((params.seqlen_q + ldm - 1) / ldm);
+}
+
+/// Row blocks of a task: the more, the more often a tile of keys and values is used that was packed once. Results are
+/// the same with any number.
+template <typename T>
+int64_t row_blocks_of_task(const ForwardParams& params) {
+  const int64_t ldm = rows_of_block<T>(params), blocks = (params.seqlen_q + ldm - 1) / ldm, all = all_blocks<T>(params);
+  if (all < kForwardTasks) return 1;
+  const int64_t columns = round_up(params.head_dim, kPadding<T>) + round_up(params.head_dim_v, kPadding<T>);
+  const int64_t fit = max(1, kRowBlockBytes / (columns * ldm * int64_t(sizeof(T))));
+  return max(1, min(min(all / min(kForwardTasks, kTasksPerThread * num_threads()), fit), min(kMaxRowBlocks, blocks)));
+}
 
 /// Task `index` is (sequence, head, run of row blocks). The last rows come first: under a causal
 /// mask they are the heaviest.
@@ -23,12 +43,13 @@ struct ForwardContext {
 
   explicit ForwardContext(const ForwardParams& params) : params(params) {
     Arena size(nullptr);
-    const ForwardScratch<Arithmetic> scratch(params, size);
-    row_blocks = scratch.row_blocks;
+    row_blocks = row_blocks_of_task<Acc>(params);
+    const ForwardScratch<Arithmetic> scratch(params, row_blocks, size);
     runs = (params.seqlen_q + row_blocks * scratch.ldm - 1) / (row_blocks * scratch.ldm);
     tasks = params.batch * params.num_heads * runs;
     scratch_bytes = size.used();
-    parts = max(1, min((kForwardTasks + tasks - 1) / max(1, tasks), params.seqlen_k / kPartColumns));
+    const int64_t all = max(1, all_blocks<Acc>(params));
+    parts = max(1, min((kForwardTasks + all - 1) / all, params.seqlen_k / kPartColumns));
     part_columns = round_up((params.seqlen_k + parts - 1) / parts, kForwardBlockN);
     partial_size = (2 + params.head_dim_v) * scratch.ldm;
   }
@@ -39,7 +60,7 @@ struct ForwardContext {
 template <typename Arithmetic>
 ForwardTask<Arithmetic> task_of(const ForwardContext<Arithmetic>& c, int64_t index, void* scratch) {
   const int64_t head = index / c.runs, b = head / c.params.num_heads, h = head % c.params.num_heads;
-  return ForwardTask<Arithmetic>(c.params, cached_sequence_info(c.params, b), b, h, scratch);
+  return ForwardTask<Arithmetic>(c.params, cached_sequence_info(c.params, b), b, h, c.row_blocks, scratch);
 }
 
 template <typename Arithmetic>

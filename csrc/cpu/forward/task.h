@@ -15,8 +15,6 @@ namespace {  // see isa.h
 
 constexpr int64_t kForwardBlockM = forward_block_rows(Isa::FLASH_ATTN_ISA);
 constexpr int64_t kMaxRowBlocks = 384 / kForwardBlockM;  // of a task
-constexpr int64_t kForwardTasks = 32;                    // as many as there should be at least
-constexpr int64_t kRowBlockBytes = int64_t(512) << 10;   // what a task's row blocks may take of the second-level cache
 
 /// Query rows [begin, begin + rows) and what the softmax knows of them.
 template <typename Arithmetic>
@@ -27,6 +25,11 @@ struct RowBlock {
   int64_t begin, rows;
   Range columns;
 };
+
+template <typename T>
+int64_t rows_of_block(const ForwardParams& params) {
+  return max(kLanes<T>, min(kForwardBlockM, round_up(params.seqlen_q, kLanes<T>)));
+}
 
 template <typename Arithmetic>
 struct ForwardScratch {
@@ -49,17 +52,11 @@ struct ForwardScratch {
   char* gathered;         // (kForwardBlockN, max(head_dim, head_dim_v)): rows of k or v from their pages
   RowBlock<Arithmetic> rows[kMaxRowBlocks];
 
-  ForwardScratch(const ForwardParams& params, Arena& arena) {
-    constexpr int W = kLanes<Acc>;
+  ForwardScratch(const ForwardParams& params, int64_t row_blocks, Arena& arena) : row_blocks(row_blocks) {
     constexpr int64_t kPack = Arithmetic::kPack, kN = kForwardBlockN;
-    ldm = max(W, min(kForwardBlockM, round_up(params.seqlen_q, W)));
+    ldm = rows_of_block<Acc>(params);
     ldk = round_up((params.head_dim + kPack - 1) / kPack, kPadding<Acc>);
     ldv = round_up(params.head_dim_v, kPadding<Acc>);
-    const int64_t blocks = (params.seqlen_q + ldm - 1) / ldm,
-                  block_bytes = (ldk + ldv) * ldm * int64_t(sizeof(Acc)) + 1;
-    row_blocks =
-        min(min(params.batch * params.num_heads * blocks / kForwardTasks, kRowBlockBytes / block_bytes), kMaxRowBlocks);
-    row_blocks = max(1, min(row_blocks, blocks));
     few_rows = params.seqlen_q <= kFewRows<Acc>;
     s_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * kN) : nullptr;
     out_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * ldv) : nullptr;
@@ -95,14 +92,15 @@ class ForwardTask {
   using Operand = typename Arithmetic::Operand;
   static constexpr int kPack = Arithmetic::kPack;
 
-  ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, void* scratch)
+  ForwardTask(const ForwardParams& params, const SequenceInfo& sequence, int64_t b, int64_t h, int64_t row_blocks,
+              void* scratch)
       : params_(params),
         rules_(params, sequence, b, h),
         key_rows_(key_rows(params.cache, b)),
         b_(b),
         h_(h),
         arena_(scratch),
-        x_(params, arena_) {}
+        x_(params, row_blocks, arena_) {}
 
   /// Row blocks from `m_block` on.
   void run(int64_t m_block) {
@@ -145,7 +143,8 @@ class ForwardTask {
       columns.begin = min(columns.begin, x_.rows[i].columns.begin);
       columns.end = max(columns.end, x_.rows[i].columns.end);
     }
-    columns.begin = max(columns.begin, within.begin);
+    // Tiles are the same whichever blocks share them: their sums are rounded alike.
+    columns.begin = max(columns.begin / kForwardBlockN * kForwardBlockN, within.begin);
     columns.end = min(columns.end, within.end);
     if (x_.few_rows) return process_few(x_.rows[0], columns);
     for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {

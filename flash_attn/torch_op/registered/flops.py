@@ -1,7 +1,8 @@
-"""FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`. A counter copies what is registered when it is made,
-so that our first call would be too late, and torch has no list that can be added to before: the import system tells
-when the counter's module is loaded. To load it here would bring Triton, which takes longer than the rest of this
-package.
+"""FLOPs of the ops, for `torch.utils.flop_counter.FlopCounterMode`.
+
+A counter copies what is registered when it is made, so that our first call would be too late, and torch has no list
+that can be added to before: the import system tells when the counter's module is loaded. To load it here would bring
+Triton, which takes longer than the rest of this package.
 """
 
 from __future__ import annotations
