@@ -244,9 +244,9 @@ def fp32(selection: Selection) -> list[Problem]:
 
 def host(selection: Selection) -> list[Problem]:
     """Tiny problems: what a call costs the host."""
-    if not selection.on_cuda:
-        return [Problem(16, False, 8, 1, 1, "fp32")]
-    return [Problem(64, False, 128, 1, 1, "bf16"), Problem(8, False, 128, 2, 8, "fp32")]
+    small = Problem(64, False, 128, 1, 1, "bf16") if selection.on_cuda else Problem(16, False, 8, 1, 1, "fp32")
+    plain = [small, Problem(8, False, 128, 2, 8, "fp32")] if selection.on_cuda else [small]
+    return [*plain, *(replace(small, mask=mask) for mask in ("random", "bias_gradient"))]
 
 
 SUITES: dict[str, Callable[[Selection], list[Problem]]] = {
