@@ -107,7 +107,7 @@ def _padded(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 class Attention(torch.autograd.Function):
     """The eager way: op below autograd, saved tensors, op below autograd. Called through `apply_attention`. Of q, k, v
-    alone there is a shorter one (`plain`)."""
+    and a mask alone there is a shorter one (`plain`)."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
