@@ -225,3 +225,28 @@ def test_compiled_autograd_has_one_graph() -> None:
         with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
             sdpa(*leaves, mask).square().sum().backward()
         torch.testing.assert_close(tuple(x.grad for x in wanted), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype, taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = [torch.randn(2, 3, n, 64, dtype=dtype, device="cuda", requires_grad=True) for n in (130, 200, 200)]
+    bias, seen = (
+        torch.randn(1, 3, 130, 200, dtype=dtype, device="cuda"),
+        torch.rand(2, 1, 130, 200, device="cuda") < 0.6,
+    )
+    masks = [seen, seen[:, :, :1], seen[0, 0], bias, bias[:, :1, :1], bias.clone().requires_grad_()]
+    masks.append(bias[:, :1].clone().requires_grad_())
+    weight = torch.randn_like(leaves[0])
+
+    def results() -> list[tuple[Tensor, ...]]:
+        outs = [sdpa(*leaves, mask) for mask in masks]
+        wanted = [[*leaves, *([mask] if mask.requires_grad else [])] for mask in masks]
+        return [(out, *torch.autograd.grad(out, some, weight)) for out, some in zip(outs, wanted, strict=True)]
+
+    short = results()
+    assert taken == [True] * len(masks)
+    monkeypatch.setattr(plain, "try_attend", lambda *_: None)
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 2e-5, torch.float64: 1e-10}[dtype]
+    for got, expected in zip(short, results(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

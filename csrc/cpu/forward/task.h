@@ -277,6 +277,8 @@ class ForwardTask {
     if (!x_.few_rows) {
       pack_transposed<Arithmetic>(query_rows(sequence.q_row + begin, block.rows), round_up(block.rows, kLanes<Acc>),
                                   block.q_t, x_.ldm);
+      const int64_t packed = (params_.head_dim + kPack - 1) / kPack * x_.ldm;
+      std::memset(block.q_t + packed, 0, size_t(score_depth() * x_.ldm - packed) * sizeof(Operand));
     }
     // A sink is a key without a value: a score the row has seen before any other.
     const Acc* sinks = static_cast<const Acc*>(params_.sinks);
@@ -302,11 +304,14 @@ class ForwardTask {
     pack_values<Arithmetic, kForwardBlockN>(cached_rows(params_.v, row, columns, params_.head_dim_v), x_.v, x_.ldv);
   }
 
+  /// Operands of q.k. On AMX with zeros up to whole tiles: registers of another width take longer to set up.
+  int64_t score_depth() const { return kOnTiles ? x_.ldk : (params_.head_dim + kPack - 1) / kPack; }
+
   /// `offset`: where the tile's columns begin among those loaded.
   void process_tile(const Tile& tile, const RowBlock<Arithmetic>& block, int64_t offset) {
     const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x_.ldm;
-    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, (params_.head_dim + kPack - 1) / kPack,
-                                        x_.k + offset * x_.ldk, x_.ldk, block.q_t + lane, ldm, x_.s + lane, ldm, false);
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, score_depth(), x_.k + offset * x_.ldk, x_.ldk,
+                                        block.q_t + lane, ldm, x_.s + lane, ldm, false);
     apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
     const Operand* v = x_.v + offset / kPack * value_stride();
     if (has_dead_columns(tile, block)) v = clean_values(tile, v);
@@ -317,12 +322,12 @@ class ForwardTask {
                                 : softmax.template apply<false>(tile, x_.s, x_.p, nullptr);
     if (rescales) rescale_out(tile, block);
     gemm<Arithmetic, kValueLayout>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v,
-                                   kValueLayout == Layout::kRowMajor ? kForwardBlockN / kPack : x_.ldv, x_.p + lane,
-                                   ldm, block.out_t + lane, ldm, true);
+                                   kOnTiles ? kForwardBlockN / kPack : x_.ldv, x_.p + lane, ldm, block.out_t + lane,
+                                   ldm, true);
   }
 
   /// From the values of an operand's keys to the next one's.
-  int64_t value_stride() const { return kValueLayout == Layout::kRowMajor ? 1 : x_.ldv; }
+  int64_t value_stride() const { return kOnTiles ? 1 : x_.ldv; }
 
   const Operand* clean_values(const Tile& tile, const Operand* v) {
     const int64_t before = (v - x_.v) / value_stride() * kPack;

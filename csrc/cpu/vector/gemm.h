@@ -36,13 +36,18 @@ struct BFloat16Pairs {
 };
 #endif
 
-/// Rows of C at a time, and most vectors of a row: what fits the registers with the vectors of B.
+/// Whether products are formed in the tile registers of AMX; rows of C at a time, and most vectors of a row: what fits
+/// the registers with the vectors of B.
 #if defined(__AMX_BF16__)
+constexpr bool kOnTiles = true;
 constexpr int kGemmRows = kTileRows;
-#elif defined(__AVX512F__) || defined(__aarch64__)
+#else
+constexpr bool kOnTiles = false;
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kGemmRows = 8;
 #else
 constexpr int kGemmRows = 4;
+#endif
 #endif
 constexpr int kGemmVectors = 3;
 

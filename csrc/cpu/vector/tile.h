@@ -150,17 +150,13 @@ void clear_row_across(typename Arithmetic::Operand* tile, int64_t ld, int64_t ro
 
 /// How the values of a tile lie as A of O^T = V^T P, whose sum is over their rows: packed once, they are read for every
 /// block of queries.
-#if defined(__AMX_BF16__)
-constexpr Layout kValueLayout = Layout::kRowMajor;
-#else
-constexpr Layout kValueLayout = Layout::kDepthMajor;
-#endif
+constexpr Layout kValueLayout = kOnTiles ? Layout::kRowMajor : Layout::kDepthMajor;
 
 /// Values as operands across rows, of which a tile has up to kRows: kDepthMajor as pack_across has it, with ld;
 /// kRowMajor (ld, kRows / kPack). ld >= columns rounded up to the lanes.
 template <typename Arithmetic, int64_t kRows>
 void pack_values(const Rows& src, typename Arithmetic::Operand* dst, int64_t ld) {
-  if constexpr (kValueLayout == Layout::kDepthMajor) {
+  if constexpr (!kOnTiles) {
     pack_across<Arithmetic>(src, round_up(src.count, Arithmetic::kPack), dst, ld);
   } else {
     constexpr int W = kLanes<uint32_t>;
@@ -178,7 +174,7 @@ void pack_values(const Rows& src, typename Arithmetic::Operand* dst, int64_t ld)
 /// The values of row `row` become 0.
 template <typename Arithmetic, int64_t kRows>
 void clear_value(typename Arithmetic::Operand* tile, int64_t ld, int64_t row) {
-  if constexpr (kValueLayout == Layout::kDepthMajor) {
+  if constexpr (!kOnTiles) {
     clear_row_across<Arithmetic>(tile, ld, row);
   } else {
     const uint32_t kept = row % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
