@@ -68,11 +68,14 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   for (int i = 0; i < 2; ++i) stack.take<Tensor>();
   const auto scale = stack.take<std::optional<double>>();
   inputs.set_plain_options(scale, plain_options(dropout_p));
+  const Tensor trained = needs.at(3) ? Tensor(mask.shared()) : Tensor();
   inputs.set_mask(std::move(mask));
   inputs.describe();
 
   needs.resize(Arguments::kDifferentiable);
   auto [dq, dk, dv, dmask] = differentiate_plain(inputs, dout, out, lse, needs);
+  // Compiled autograd has been told so by torch's fake kernel.
+  if (needs[3]) dmask = laid_out_like(std::move(dmask), trained);
   put_results(values, std::move(dq), std::move(dk), std::move(dv), std::move(dmask));
 }
 

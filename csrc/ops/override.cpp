@@ -79,14 +79,6 @@ struct BackwardCall : Call {
   }
 };
 
-Tensor view_of(const Tensor& tensor, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-               int64_t offset = 0) {
-  AtenTensorHandle view = nullptr;
-  Tensor::check(aoti_torch__reinterpret_tensor(tensor.handle(), int64_t(sizes.size()), sizes.begin(), strides.begin(),
-                                               offset, &view));
-  return Tensor(view);
-}
-
 /// Logarithms of the sums of rows, as an op returns them.
 Tensor empty_lse(const Call& call) {
   const TensorInfo& q = call.inputs.arguments().q;

@@ -43,7 +43,10 @@ def try_attend(
     ):
         return None
     differentiable = extension.forward
-    if attn_mask is not None and (differentiable is None or not _takes_mask(attn_mask, q)):
+    if attn_mask is not None and (
+        differentiable is None
+        or not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype)  # autocast might change it
+    ):
         return None
     out: Tensor | None
     try:
@@ -72,13 +75,6 @@ def try_attend(
     except RuntimeError as error:
         raise_out_of_memory(error)
     return None
-
-
-def _takes_mask(attn_mask: Tensor, q: Tensor) -> bool:
-    """Whether autocast leaves it as it is, and its gradient lies in memory as torch takes it to."""
-    if not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype):
-        return False
-    return not attn_mask.requires_grad or (attn_mask.dim() == 4 and attn_mask.is_contiguous())
 
 
 def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -103,6 +103,31 @@ void make_unit_stride(Tensor& tensor, TensorInfo& info, const char* name) {
   info = copy.info;
 }
 
+Tensor view_of(const Tensor& tensor, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+               int64_t offset) {
+  AtenTensorHandle view = nullptr;
+  Tensor::check(aoti_torch__reinterpret_tensor(tensor.handle(), int64_t(sizes.size()), sizes.begin(), strides.begin(),
+                                               offset, &view));
+  return Tensor(view);
+}
+
+Tensor laid_out_like(Tensor tensor, const Tensor& like) {
+  const TensorInfo info = info_of(like, "a tensor to be laid out like");
+  int64_t dense[TensorInfo::kMaxDims], next = 1;
+  bool same = true;
+  for (int i = info.ndim - 1; i >= 0; next *= info.size[i--]) {
+    dense[i] = next;
+    same = same && (info.size[i] == 1 || info.stride[i] == next);
+  }
+  AtenTensorHandle view = nullptr;
+  Tensor::check(aoti_torch__reinterpret_tensor(tensor.handle(), info.ndim, info.size, dense, 0, &view));
+  Tensor shaped(view);
+  if (same) return shaped;
+  torch::stable::Tensor result = torch::stable::empty_like(like.shared());
+  torch::stable::copy_(result, shaped.shared());
+  return Tensor(result);
+}
+
 Tensor converted(Tensor tensor, DType dtype, const char* name) {
   const TensorInfo info = info_of(tensor, name);
   if (info.dtype == dtype) return tensor;

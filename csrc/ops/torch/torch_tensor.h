@@ -1,6 +1,8 @@
 // Between torch's tensors and TensorInfo: description, copies with rows that kernels can read, new tensors.
 #pragma once
 
+#include <initializer_list>
+
 #include "../tensor_info.h"
 #include "tensor.h"
 
@@ -17,6 +19,14 @@ struct NewTensor {
   Tensor tensor;
   TensorInfo info;
 };
+
+/// Of the tensor's memory, from its number `offset` on.
+Tensor view_of(const Tensor& tensor, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+               int64_t offset = 0);
+
+/// A contiguous tensor of as many numbers in the shape and memory order of `like`, as torch.empty_like has them. The
+/// tensor itself where it has both.
+Tensor laid_out_like(Tensor tensor, const Tensor& like);
 
 /// Contiguous. The tensor itself where it has that dtype.
 Tensor converted(Tensor tensor, DType dtype, const char* name);
