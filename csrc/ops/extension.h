@@ -1,5 +1,5 @@
-// Kernels under torch's op for attention of extensions, whose derivative is C++: in eager calls of q, k, v and perhaps a
-// mask no Python stands between forward and backward.
+// Kernels under torch's op for attention of extensions, whose derivative is C++: in eager calls of q, k, v and perhaps
+// a mask no Python stands between forward and backward.
 #pragma once
 
 #include "../host_device.h"
