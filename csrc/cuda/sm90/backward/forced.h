@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "../../common/forced_decisions.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
-/// "row_parts=3,dq_writing=0": names are those that explain() shows. -1: the planner decides.
+/// -1: the planner decides.
 struct Forced {
   int head_parts = -1;   // SplitPlan::head_parts
   int row_parts = -1;    // SplitPlan::row_parts
@@ -14,12 +15,12 @@ struct Forced {
   int dq_writing = -1;   // DqWritingPlan::enabled
   int preparation = -1;  // rows are prepared by tiles
 
-  std::string text;  // as it stands in the environment
-
-  /// Throws std::runtime_error for names and numbers that there are not.
-  static Forced from_environment();
-  /// Throws std::runtime_error if a decision that is asked for did not come about.
-  void require(const char* name, int wanted, int64_t chosen) const;
+  ForcedDecisions decisions{"FLASH_ATTN_BACKWARD_PLAN",
+                            {{"head_parts", &head_parts, 1, 1 << 20},
+                             {"row_parts", &row_parts, 1, 1 << 20},
+                             {"one_cta", &one_cta, 0, 1},
+                             {"dq_writing", &dq_writing, 0, 1},
+                             {"preparation", &preparation, 0, 1}}};
 };
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -266,16 +266,16 @@ const Variant& variant_for(const ForwardParams& p) {
 }
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {
-  const Forced forced = Forced::from_environment();
+  const Forced forced;
   const Variant& variant = is_extended(params.forward) ? extended_variant_for(params) : variant_for(params.forward);
   const bool can = &variant == &kD64 && takes_one_cta(params);
   const bool one_cta = can && (forced.one_cta < 0 ? one_cta_pays(params.forward, device) : forced.one_cta > 0);
   const Plan plan = choose_plan(params, device, one_cta ? kD64Fused : variant, forced);
-  forced.require("one_cta", forced.one_cta, one_cta);
-  forced.require("head_parts", forced.head_parts, plan.split.head_parts);
-  forced.require("row_parts", forced.row_parts, plan.split.row_parts);
-  forced.require("dq_writing", forced.dq_writing, plan.dq.writing.enabled);
-  forced.require("preparation", forced.preparation, plan.preparation.ahead > 0);
+  forced.decisions.require("one_cta", forced.one_cta, one_cta);
+  forced.decisions.require("head_parts", forced.head_parts, plan.split.head_parts);
+  forced.decisions.require("row_parts", forced.row_parts, plan.split.row_parts);
+  forced.decisions.require("dq_writing", forced.dq_writing, plan.dq.writing.enabled);
+  forced.decisions.require("preparation", forced.preparation, plan.preparation.ahead > 0);
   return plan;
 }
 
