@@ -47,6 +47,7 @@ class CacheProblem:
     slopes: str = ""  # "head" or "batch"
     sinks: bool = False
     one_length: bool = False  # cache_seqlens is an int: that of all
+    full: bool = False  # cache_seqlens is not given, and lengths are all of the cache
     float8: str = ""  # the caches are, with a descale for each "head" or for each of each sequence ("batch")
     latent: bool = False  # v_cache is the first head_dim_v columns of k_cache, and v of k
     seed: int = 0
@@ -122,6 +123,16 @@ def random_latent_problem(seed: int) -> CacheProblem:
     heads = rng.choice((1, 16, 64, 128, problem.heads))
     changes = {"heads": heads, "heads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim_v}
     return dataclasses.replace(problem, rotary_dim=0, latent=True, scale=head_dim**-0.5, **changes)
+
+
+def filled(problem: CacheProblem) -> CacheProblem:
+    """The same over a cache, mostly a longer one, that is full and says no lengths."""
+    p, rng = problem, random.Random(problem.seed)
+    capacity = rng.choice((p.capacity, rng.randint(100, 3000), 2048))
+    if p.page_size:
+        capacity = math.ceil(capacity / p.page_size) * p.page_size
+    lengths, without = (capacity,) * len(p.lengths), {"appended": 0, "rotary_dim": 0, "leftpad": False}
+    return dataclasses.replace(p, lengths=lengths, capacity=capacity, one_length=False, full=True, **without)
 
 
 @dataclass
@@ -312,7 +323,7 @@ def call(problem: CacheProblem, given: Inputs, device: str) -> tuple[Tensor, Ten
         on["v"],
         on["cos"],
         on["sin"],
-        lengths,
+        None if p.full else lengths,
         on["batch_index"],
         on["leftpad"],
         on["table"],

@@ -120,6 +120,8 @@ def caches(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
         replace(paged, lengths=(3000, 20), capacity=3072, seqlen_q=16, appended=16),
         replace(base, lengths=(70,) * 100, capacity=96, heads=4, page_size=32),
         replace(base, lengths=(900, 20), capacity=960, seqlen_q=40, appended=40),
+        replace(base, lengths=(1024,), capacity=1024, heads=32, heads_k=8, appended=0, full=True),
+        replace(base, lengths=(1000,) * 4, capacity=1000, heads=32, heads_k=1, seqlen_q=2, appended=0, full=True),
     ]
 
 
@@ -138,6 +140,7 @@ def latent(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
         replace(base, lengths=(70, 33) * 100, capacity=96, page_size=48),
         replace(base, seqlen_q=3, appended=3, leftpad=True, window=(40, 0), sinks=True),
         replace(base, heads=128, lengths=(900, 2000, 40), capacity=2016),
+        replace(base, heads=64, lengths=(2000,) * 4, capacity=2000, appended=0, full=True),
     ]
 
 

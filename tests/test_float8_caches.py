@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cache_problems import CHUNK, check_all, random_float8_problem, small_call
+from cache_problems import CHUNK, check_all, filled, random_float8_problem, small_call
 from flash_attn import flash_attn_with_kvcache
 
 
@@ -20,6 +20,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.gpu
 def test_random_float8_caches_agree_with_the_reference_on_cuda(first: int) -> None:
     check_all([random_float8_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
+
+
+@pytest.mark.gpu
+def test_random_full_float8_caches_agree_with_the_reference_on_cuda(first: int) -> None:
+    check_all([filled(random_float8_problem(seed)) for seed in range(first, first + CHUNK)], "cuda")
 
 
 def _float8_cache(device: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cache_problems import (
     call,
     check,
     check_all,
+    filled,
     make_inputs,
     random_cache_problem,
     small_call,
@@ -39,13 +40,23 @@ def test_random_caches_agree_with_the_reference_on_the_cpu(first: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["", "decode", "universal"])
+@pytest.mark.parametrize(("family", "plan"), [("", ""), ("decode", ""), ("decode", "cluster=1"), ("universal", "")])
 def test_random_caches_agree_with_the_reference_on_cuda(
-    first: int, family: str, monkeypatch: pytest.MonkeyPatch
+    first: int, family: str, plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family:
         monkeypatch.setenv("FLASH_ATTN_FORCE", family)
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", plan)
     check_all([random_cache_problem(seed) for seed in range(first, first + CHUNK)], "cuda")
+
+
+@pytest.mark.gpu
+def test_random_full_caches_agree_with_the_reference_on_cuda(first: int) -> None:
+    check_all([filled(random_cache_problem(seed)) for seed in range(first, first + CHUNK)], "cuda")
+
+
+def test_full_caches_agree_with_the_reference_on_the_cpu() -> None:
+    check_all([filled(random_cache_problem(seed)) for seed in range(8)], "cpu")
 
 
 # Over many blocks of keys, shared out over CTAs in several ways.
@@ -64,12 +75,33 @@ LONG = [
     CacheProblem(torch.bfloat16, (3000, 0, 70), 3100, 32, 8, 1, 1, 128, 128, 256, float8="batch"),
     CacheProblem(torch.float16, (1, 900, 2500), 2600, 8, 2, 3, 3, 64, 64, 16, causal=True, sinks=True, float8="head"),
     CacheProblem(torch.bfloat16, (700, 4000), 4096, 16, 1, 16, 16, 256, 256, 64, causal=True, float8="head"),
+    # Of full caches each tile has as many CTAs: clusters of 8, of which one or two have a tile, of 4 and of 2; one CTA.
+    *(
+        CacheProblem(torch.bfloat16, (keys,) * batch, keys, heads, heads_k, rows, 0, 128, 128, causal=True, full=True)
+        for batch, keys, heads, heads_k, rows in (
+            (1, 1024, 32, 8, 1),
+            (1, 1000, 32, 4, 2),
+            (8, 1024, 32, 8, 1),
+            (16, 900, 32, 8, 1),
+            (3, 2000, 32, 1, 1),
+            (5, 1111, 24, 2, 5),
+            (33, 300, 32, 8, 4),
+        )
+    ),
+    CacheProblem(torch.float16, (2000,) * 3, 2000, 4, 1, 1, 0, 64, 64, full=True, sinks=True, softcap=9.0),
+    CacheProblem(torch.bfloat16, (2048,) * 2, 2048, 16, 2, 8, 0, 192, 192, 64, causal=True, full=True),
+    CacheProblem(torch.bfloat16, (4096,), 4096, 32, 2, 1, 0, 256, 64, full=True, slopes="head"),
+    CacheProblem(torch.bfloat16, (4096,) * 2, 4096, 32, 4, 1, 0, 128, 128, full=True, float8="batch"),
 ]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["", "cluster=1"])
 @pytest.mark.parametrize("problem", LONG, ids=range(len(LONG)))
-def test_long_caches_agree_with_the_reference(problem: CacheProblem) -> None:
+def test_long_caches_agree_with_the_reference(
+    problem: CacheProblem, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", plan)
     check(problem, "cuda")
 
 

@@ -180,3 +180,48 @@ def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None
     assert _plan(batch=64, keys=512)["decisions"]["ctas"] == 256  # too short to begin anew
     small = _plan(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
     assert small % 8 == 0 and small >= 0.95 * 2 * 132
+
+
+@pytest.mark.parametrize(
+    "changes, ctas, cluster",
+    [
+        ({"batch": 1, "keys": 1024}, 64, 8),
+        ({"batch": 1, "keys": 2048}, 64, 8),
+        ({"batch": 2, "keys": 1024}, 64, 4),  # of 16 clusters of 8 not all would run at once
+        ({"batch": 8, "keys": 512}, 128, 2),
+        ({"batch": 8, "keys": 2048}, 256, 1),  # so many blocks that two CTAs an SM are better
+        ({"batch": 16, "keys": 2048, "heads_k": 1}, 128, 8),
+        ({"batch": 64}, 512, 1),  # a tile each
+    ],
+)
+def test_few_blocks_of_a_tile_are_a_clusters(changes: dict[str, Any], ctas: int, cluster: int) -> None:
+    for lengths in ({}, {"cache_seqlens": _tensor("int32", changes["batch"])}):
+        decisions = _plan(**changes, **lengths)["decisions"]
+        assert decisions["cluster"] == cluster and (decisions["ctas"] == ctas or cluster == 1)
+    assert _plan_latent()["decisions"]["cluster"] == 1
+
+
+def test_decisions_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "stages=3,ctas=256,cluster=2")
+    assert _plan(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 3, "cluster": 2}
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "cluster=4")
+    assert _plan(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 2, "cluster": 4}
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "tile=64,warpgroup=0")
+    assert _plan()["kernel"] == "decode d128 64x64"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("stage=3", "'stage=3' is no decision and its number; there are: tile, warpgroup, stages, ctas, cluster"),
+        ("stages=three", "'stages=three' is no decision"),
+        ("stages", "'stages' is no decision"),
+        ("tile=65", "'tile=65' is no decision"),
+        ("stages=6", "this problem does not take stages=6, the nearest is 3"),
+        ("ctas=100,cluster=4", "this problem does not take cluster=4, the nearest is 1"),
+    ],
+)
+def test_what_cannot_be_forced_is_an_error(text: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", text)
+    with pytest.raises(RuntimeError, match=reason):
+        _plan(batch=8, keys=1024)

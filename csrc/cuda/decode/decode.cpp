@@ -1,6 +1,8 @@
 // The family's entries: what it refuses, what it plans, and its launch.
 #include "decode.h"
 
+#include <algorithm>
+
 #include "../common/launch.h"
 #include "../sm80/code.h"
 #include "../universal/rows.h"
@@ -13,6 +15,7 @@ constexpr int64_t kMaxRows = int64_t{1} << 28;  // of a sequence, so that places
 constexpr double kMaxUnits = double(1 << 30);
 constexpr int64_t kFewRows = 64;  // packed; with more, tiles read the same keys again
 constexpr int64_t kFewQueries = 16;
+constexpr int kPortableCluster = 8;
 constexpr int64_t kMaxHeadDimElsewhere = 512;  // of other kernels with tensor cores
 
 /// `columns`: elements of 16 bytes.
@@ -68,7 +71,35 @@ Plan plan(const ForwardParams& p, const DeviceInfo& device, bool float8) {
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes()};
   plan.decide("ctas", chosen.ctas);
   plan.decide("stages", chosen.stages);
+  plan.decide("cluster", chosen.cluster);
   return plan;
+}
+
+/// From Hopper on a kernel may start before the one before it has ended, and CTAs may be clusters.
+void launch_kernel(void (*kernel)(DecodeParams), const DecodePlan& plan, const DeviceInfo& device,
+                   const DecodeParams& params, cudaStream_t stream) {
+  const Variant& variant = *plan.variant;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const int shared_bytes = int(plan.shared_bytes());
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), variant.name);
+  if (plan.cluster > kPortableCluster) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), variant.name);
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = unsigned(plan.cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.ctas));
+  config.blockDim = dim3(unsigned(variant.threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = device.compute_capability < 90 ? 0 : plan.cluster > 1 ? 2 : 1;
+  void* arguments[] = {const_cast<DecodeParams*>(&params)};
+  check(cudaLaunchKernelExC(&config, function, arguments), variant.name);
 }
 
 /// `float8` is the same problem, or null.
@@ -92,26 +123,17 @@ void launch(const ForwardParams& p, const Float8Params* float8, const DeviceInfo
   params.early = params.alike && p.cache.block_table == nullptr && p.cache.batch_index == nullptr;
   params.num_heads_k = int(p.num_heads_k);
   params.stages = chosen.stages;
-  params.min_units = chosen.min_units;
+  params.cluster = chosen.cluster;
+  const int64_t tiles = tiles_of(p, variant);
+  params.tile_ctas = Divisor(std::max<int64_t>(1, chosen.ctas / tiles));
+  params.sequence_tiles = Divisor(tiles / p.batch);
   params.launch_id = new_launch_id() * 0x9e3779b97f4a7c15ull;  // whose upper 48 bits differ from launch to launch
   unsigned char* const workspace = static_cast<unsigned char*>(p.workspace);
   params.arrivals = reinterpret_cast<uint64_t*>(workspace);
   params.partial_out = reinterpret_cast<float*>(workspace + chosen.arrivals_bytes());
   params.partial_statistics =
       reinterpret_cast<float2*>(params.partial_out + chosen.ctas * variant.partial_rows() * variant.head_dim_v);
-  const auto kernel = variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1];
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(chosen.shared_bytes())),
-        variant.name);
-  if (device.compute_capability >= 90) {
-    launch_dependent(kernel, dim3(unsigned(chosen.ctas)), variant.threads, int(chosen.shared_bytes()), stream, params,
-                     variant.name);
-    return;
-  }
-  void* arguments[] = {&params};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(chosen.ctas)), dim3(variant.threads),
-                         arguments, size_t(chosen.shared_bytes()), stream),
-        variant.name);
+  launch_kernel(variant.kernel[p.dtype == DType::kBFloat16 ? 0 : 1], chosen, device, params, stream);
 }
 
 }  // namespace

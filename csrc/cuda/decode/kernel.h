@@ -59,6 +59,18 @@ FLASH_ATTN_DEVICE void fill_stages(const DecodeParams& params, const Memory<C>& 
   }
 }
 
+/// What the others do of an empty part of a tile.
+template <typename C>
+FLASH_ATTN_DEVICE void see_nothing(const DecodeParams& params, const Memory<C>& memory, const Unit& first) {
+  if (threadIdx.x == 0) {
+    memory.board.tiles[0] = tile_info<C>(params, first);
+    open_arrivals(params);
+  }
+  const RowSums part = part_in_stages<C>(memory.stages);
+  for (int row = threadIdx.x; row < C::kBlockM; row += C::kConsumers) part.statistics[row] = {-INFINITY, 0.f};
+  consumers_sync<C>();
+}
+
 /// The others, a block after the other. State has what a thread knows of a tile: start() of a tile, process() of each
 /// block, finish() when the CTA has no more of them. Each thread says for itself that it has read a stage.
 template <typename State>
@@ -67,8 +79,7 @@ struct BlockByBlock {
 
   FLASH_ATTN_DEVICE static void prepare(const Memory<Config>&) {}
 
-  FLASH_ATTN_DEVICE static void use_stages(const DecodeParams& params, const Memory<Config>& memory,
-                                           const Unit& first) {
+  FLASH_ATTN_DEVICE static int use_stages(const DecodeParams& params, const Memory<Config>& memory, const Unit& first) {
     State state(memory.queries);
     StagePlace at;
     TileInfo begun = tile_info<Config>(params, first);  // the first tile's queries are read while its keys come
@@ -93,7 +104,7 @@ struct BlockByBlock {
         }
         const FreeStages free = block.last ? FreeStages{memory.stages, params.stages} : FreeStages{stage, 1};
         state.finish(params, t, memory.scratch->share, memory.word, free, memory.statistics);
-        if (block.last) return;
+        if (block.last) return block.slot;
         barrier_arrive(empty);
         break;
       }
@@ -103,7 +114,7 @@ struct BlockByBlock {
   }
 };
 
-/// Users compute: Users::use_stages().
+/// Users compute: Users::use_stages(), which returns the place of the last tile on the board.
 template <typename Users>
 __global__ void __launch_bounds__(Users::Config::kThreads, Users::Config::kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeParams params) {
@@ -125,13 +136,21 @@ __global__ void __launch_bounds__(Users::Config::kThreads, Users::Config::kBlock
   const Share share = find_share<C>(params, memory.scratch, first);
   if (threadIdx.x == 0) memory.scratch->share = share;
   __syncthreads();  // the barriers and the share are there
-  if (share.begin >= share.end) return;
+  const bool empty = share.begin >= share.end;
+  if (empty && !in_cluster(params)) return;
   if (threadIdx.x >= C::kConsumers) {
     if constexpr (C::kLoaderRegisters != 0) sm90::register_budget_lower<C::kLoaderRegisters>();
-    fill_stages<C>(params, memory, first, share.end);
+    if (!empty) fill_stages<C>(params, memory, first, share.end);
+    if (in_cluster(params)) leave_cluster();
   } else {
     if constexpr (C::kLoaderRegisters != 0) sm90::register_budget_raise<C::kConsumerRegisters>();
-    Users::use_stages(params, memory, first);
+    int slot = 0;
+    if (empty) {
+      see_nothing(params, memory, first);
+    } else {
+      slot = Users::use_stages(params, memory, first);
+    }
+    if (in_cluster(params)) combine_in_cluster<C>(params, memory.board.tiles[slot], memory.word, memory.stages);
   }
 }
 

@@ -19,8 +19,11 @@ struct DecodeParams {
   bool alike;                    // no length on the device: every sequence is like the first
   bool early;                    // alike, and no entries and pages: where everything is can be told before any read
   int num_heads_k;
-  int stages;     // blocks of keys and values in shared memory
-  int min_units;  // that a CTA should have
+  int stages;  // blocks of keys and values in shared memory
+  // Of CTAs that are clusters: each has a part of one tile.
+  int cluster;             // CTAs of one; 1: there are none
+  Divisor tile_ctas;       // that have parts of a tile, in one cluster or several
+  Divisor sequence_tiles;  // of all heads
   // Of CTAs that share tiles with others; see parts.h.
   uint64_t launch_id;
   uint64_t* arrivals;          // (CTAs)

@@ -1,10 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "../../sequence.h"
+#include "../common/forced_decisions.h"
 
 namespace flash_attn::cuda::decode {
 namespace {
@@ -12,6 +11,7 @@ namespace {
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kMaxStages = 6;
 constexpr int64_t kEnoughBytes = 128 << 10;  // of an SM's stages
+constexpr int kMostOfCluster = 8;            // CTAs that any GPU puts together
 constexpr int64_t kRowsOfWarps = 32;         // packed; more are a warpgroup's where there is one
 
 const Variants& variants_for(int64_t head_dim, bool float8) {
@@ -38,23 +38,37 @@ const Variant* warpgroup_for([[maybe_unused]] int64_t head_dim, [[maybe_unused]]
   return nullptr;
 }
 
-/// A decision that FLASH_ATTN_DECODE_PLAN="stages=3,tile=64" takes, for measurements.
-int forced(const char* name, int otherwise) {
-  const char* plan = std::getenv("FLASH_ATTN_DECODE_PLAN");
-  const char* found = plan != nullptr ? std::strstr(plan, name) : nullptr;
-  return found != nullptr && found[std::strlen(name)] == '=' ? std::atoi(found + std::strlen(name) + 1) : otherwise;
-}
+/// -1: decided here.
+struct Forced {
+  int tile = -1;       // packed rows, at least
+  int warpgroup = -1;  // 0: tiles of warps, whatever their rows
+  int stages = -1, ctas = -1, cluster = -1;
+
+  ForcedDecisions decisions{"FLASH_ATTN_DECODE_PLAN",
+                            {{"tile", &tile, 16, 64},
+                             {"warpgroup", &warpgroup, 0, 1},
+                             {"stages", &stages, 2, kMaxStages},
+                             {"ctas", &ctas, 1, 1 << 16},
+                             {"cluster", &cluster, 1, 16}}};
+};
+
+int choose(int forced, int otherwise) { return forced >= 0 ? forced : otherwise; }
 
 }  // namespace
+
+int64_t tiles_of(const ForwardParams& p, const Variant& variant) {
+  return p.batch * p.num_heads_k * ceil_div(p.seqlen_q * p.group_size(), variant.block_m);
+}
 
 double max_units(const ForwardParams& p, const Variant& variant) {
   const double rows = double(p.seqlen_q) * double(p.group_size());
   const double tiles = double(int64_t(rows + variant.block_m - 1) / variant.block_m) * double(p.num_heads_k);
-  double keys = double(p.seqlen_k);
-  if (p.window_left >= 0 && p.window_right >= 0) {
-    keys = std::min(keys, double(p.window_left) + double(p.window_right) + double(p.seqlen_q));
+  double blocks = double(ceil_div(p.seqlen_k, variant.block_n));
+  if (p.window_left >= 0 && p.window_right >= 0) {  // which may begin and end within a block
+    const double keys = double(p.window_left) + double(p.window_right) + double(p.seqlen_q);
+    blocks = std::min(blocks, keys / variant.block_n + 2);
   }
-  return double(p.batch) * tiles * (keys / variant.block_n + 2);
+  return double(p.batch) * tiles * std::max(1.0, blocks);
 }
 
 namespace {
@@ -82,8 +96,38 @@ int even_ctas(int ctas, int64_t tiles) {
   return first > 0 ? first : ctas;
 }
 
+/// CTAs that run at once at least as clusters, which get an SM for each: neighbouring SMs have pairs, larger clusters
+/// are spread over a GPC, which is of 14 to 18 SMs.
+int ctas_in_clusters(const DeviceInfo& device, int cluster) {
+  constexpr int kLeastSms = 14, kMostSms = 18;
+  if (cluster <= 2) return device.num_sms / 2 * 2;
+  return int(ceil_div(device.num_sms, kMostSms)) * (kLeastSms / cluster) * cluster;
+}
+
+/// A cluster for each of few tiles with few blocks, of as many CTAs; 1: none.
+int cluster_of_tiles(const ForwardParams& p, const Variant& variant, const DeviceInfo& device) {
+  constexpr int64_t kFewBytes = 256 << 10;  // of a CTA; of more the time of two CTAs an SM is less
+  if (variant.head_dim_v > kMaxHeadDim) return 1;
+  const int64_t tiles = tiles_of(p, variant), blocks = ceil_div(p.seqlen_k, variant.block_n);
+  for (int cluster = kMostOfCluster; cluster > 1; cluster /= 2) {
+    // Of many rows parts take so long to be put together by one CTA that some clusters may as well wait for others.
+    const int most = variant.block_m > 16 ? device.num_sms : ctas_in_clusters(device, cluster);
+    if (tiles * cluster > most || blocks < cluster) continue;
+    return ceil_div(blocks, cluster) * variant.stage_bytes <= kFewBytes ? cluster : 1;
+  }
+  return 1;
+}
+
+/// Whether the plan's CTAs can be clusters of so many, of which as many have each tile.
+bool can_cluster(const ForwardParams& p, const DecodePlan& plan, const DeviceInfo& device, int cluster) {
+  constexpr int64_t kMostClusters = 32;  // of a tile
+  const int64_t tiles = tiles_of(p, *plan.variant), parts = plan.ctas / tiles;
+  return device.compute_capability == 90 && !p.is_varlen_q() && !p.is_varlen_k() && plan.ctas % tiles == 0 &&
+         parts % cluster == 0 && parts / cluster <= kMostClusters && plan.stages >= plan.variant->cluster_stages;
+}
+
 /// The variant with as many stages as fit with as many CTAs an SM as it is made for; null if not even two do.
-DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
+DecodePlan fitting(const Variant& variant, const DeviceInfo& device, int forced_stages) {
   DecodePlan plan;
   for (int blocks = variant.blocks_per_sm; blocks >= 1; --blocks) {
     const int bytes = (device.shared_memory_per_block + kReservedBytes) / blocks - kReservedBytes;
@@ -93,7 +137,7 @@ DecodePlan fitting(const Variant& variant, const DeviceInfo& device) {
     const int enough = int(ceil_div(kEnoughBytes, int64_t{blocks} * variant.stage_bytes));
     const int stages = variant.block_m == 16 && !variant.float8 ? std::clamp(enough, 2, most) : most;
     plan.variant = &variant;
-    plan.stages = std::clamp(forced("stages", stages), 2, most);
+    plan.stages = std::clamp(choose(forced_stages, stages), 2, most);
     plan.ctas = blocks * device.num_sms;
     return plan;
   }
@@ -115,33 +159,42 @@ bool is_latent(const ForwardParams& p, const DeviceInfo& device, bool float8) {
 namespace {
 
 /// With as many rows in a tile as the problem has, where there is such a kernel.
-DecodePlan chosen_variant(const ForwardParams& p, const DeviceInfo& device, bool float8) {
+DecodePlan chosen_variant(const ForwardParams& p, const DeviceInfo& device, bool float8, const Forced& forced) {
 #ifdef FLASH_ATTN_WITH_SM90
-  if (is_latent(p, device, float8)) return fitting(kLatent, device);
+  if (is_latent(p, device, float8)) return fitting(kLatent, device, forced.stages);
 #endif
   const int64_t head_dim = std::max(p.head_dim, p.head_dim_v), rows = p.seqlen_q * p.group_size();
   const Variants& variants = variants_for(head_dim, float8);
-  const int64_t tile = forced("tile", int(std::min<int64_t>(rows, 64)));
+  const int64_t tile = choose(forced.tile, int(std::min<int64_t>(rows, 64)));
   int wanted = 0;
   while (wanted + 1 < variants.count && tile > variants.first[wanted].block_m) ++wanted;
   DecodePlan plan;
-  const Variant* const warpgroup = float8 || forced("warpgroup", 1) == 0 ? nullptr : warpgroup_for(head_dim, device);
-  if (warpgroup != nullptr && tile > kRowsOfWarps) plan = fitting(*warpgroup, device);
-  for (int i = wanted; i >= 0 && plan.variant == nullptr; --i) plan = fitting(variants.first[i], device);
+  const Variant* const warpgroup = float8 || forced.warpgroup == 0 ? nullptr : warpgroup_for(head_dim, device);
+  if (warpgroup != nullptr && tile > kRowsOfWarps) plan = fitting(*warpgroup, device, forced.stages);
+  for (int i = wanted; i >= 0 && plan.variant == nullptr; --i) plan = fitting(variants.first[i], device, forced.stages);
   return plan;
 }
 
 }  // namespace
 
 DecodePlan plan_decode(const ForwardParams& p, const DeviceInfo& device, bool float8) {
-  DecodePlan plan = chosen_variant(p, device, float8);
+  const Forced forced;
+  DecodePlan plan = chosen_variant(p, device, float8, forced);
   if (plan.variant == nullptr) return plan;
-  plan.min_units = std::max(1, forced("min_units", 1));
-  const int64_t tiles = p.batch * p.num_heads_k * ceil_div(p.seqlen_q * p.group_size(), plan.variant->block_m);
+  const int64_t tiles = tiles_of(p, *plan.variant);
   const int most = int(std::clamp(max_units(p, *plan.variant), 1.0, double(plan.ctas)));
   const bool alike = p.is_dense() && p.cache.first == nullptr;
   const int whole = alike ? ctas_of_whole_tiles(most, tiles, max_units(p, *plan.variant) / double(tiles)) : 0;
-  plan.ctas = forced("ctas", whole > 0 ? whole : even_ctas(most, tiles));
+  const int shared_out = whole > 0 ? whole : even_ctas(most, tiles);
+  const int cluster = choose(forced.cluster, forced.ctas < 0 ? cluster_of_tiles(p, *plan.variant, device) : 1);
+  plan.ctas = choose(forced.ctas, cluster > 1 ? int(tiles) * cluster : shared_out);
+  if (cluster > 1 && can_cluster(p, plan, device, cluster)) {
+    plan.cluster = cluster;
+  } else {
+    plan.ctas = choose(forced.ctas, shared_out);
+  }
+  forced.decisions.require("stages", forced.stages, plan.stages);
+  forced.decisions.require("cluster", forced.cluster, plan.cluster);
   return plan;
 }
 

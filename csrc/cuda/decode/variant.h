@@ -9,6 +9,7 @@ struct Variant {
   const char* name;
   int head_dim, head_dim_v, block_m, block_n, threads, blocks_per_sm;
   int fixed_bytes, stage_bytes;  // of shared memory
+  int cluster_stages;            // that a CTA of a cluster has at least: see ends/cluster.h
   bool float8;
   void (*kernel[2])(DecodeParams);                               // by q's dtype: bfloat16, float16
   int64_t partial_rows() const { return int64_t{2} * block_m; }  // of the workspace, a CTA: see parts.h

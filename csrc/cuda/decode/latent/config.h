@@ -24,6 +24,7 @@ struct LatentConfig : Copies<PanelTile<32, 576>, 32, 2, 4> {
   static constexpr int kThreads = kConsumers + 32 * kLoaders;
   static constexpr int kConsumerRegisters = 208, kLoaderRegisters = 88;
   static constexpr int kTileBytes = Tile::kBytes, kStageBytes = kTileBytes;
+  static constexpr int kMergeStages = 0;
   static constexpr int kAlignment = 1024;
   static constexpr bool kQueriesInShared = true;
   static constexpr int kQueryBytes = PanelTile<kBlockM, kHeadDim>::kBytes;

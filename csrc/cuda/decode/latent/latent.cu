@@ -18,6 +18,7 @@ extern const Variant kLatent = {"decode d576 v512 64x32",
                                 Bf16::kBlocksPerSm,
                                 Memory<Bf16>::kFixedBytes,
                                 Bf16::kStageBytes,
+                                kStagesOfPart<Bf16>,
                                 false,
                                 {decode_kernel<LatentPair<Bf16>>, decode_kernel<LatentPair<Fp16>>}};
 

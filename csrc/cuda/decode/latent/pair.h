@@ -29,8 +29,8 @@ class LatentPair {
   }
 
   /// What both warpgroups do with the share's blocks.
-  FLASH_ATTN_DEVICE static void use_stages(const DecodeParams& params, const Memory<C>& memory, const Unit& first) {
-    LatentPair(params, memory).use(first);
+  FLASH_ATTN_DEVICE static int use_stages(const DecodeParams& params, const Memory<C>& memory, const Unit& first) {
+    return LatentPair(params, memory).use(first);
   }
 
  private:
@@ -57,7 +57,7 @@ class LatentPair {
         thread_(threadIdx.x % 128),
         messages_(reinterpret_cast<Messages*>(memory.statistics)) {}
 
-  FLASH_ATTN_DEVICE void use(const Unit& first) {
+  FLASH_ATTN_DEVICE int use(const Unit& first) {
     StagePlace at;
     TileInfo begun = tile_info<C>(params_, first);
     if (params_.early) grid_dependency_wait();
@@ -80,7 +80,7 @@ class LatentPair {
       wait_for_products();
       const FreeStages free = turn.last ? FreeStages{memory_.stages, params_.stages} : FreeStages{stage(turn.stage), 1};
       finish(memory_.board.tiles[turn.slot], memory_.scratch->share, free);
-      if (turn.last) return;
+      if (turn.last) return turn.slot;
       release(turn.stage);
       barrier_wait(memory_.barriers->full + at.stage, at.parity);
       begun = memory_.board.tiles[memory_.board.blocks[at.stage].slot];
@@ -94,13 +94,10 @@ class LatentPair {
   /// At the start of a tile: nothing summed up yet, and the rows' queries, half of the columns by each warpgroup.
   FLASH_ATTN_DEVICE void start(const TileInfo& t) {
     const LaneQueries<C> from(params_, t, first_row_of_lane(), rows_);
-    store_queries<C>(from, memory_.queries, group_ * kSteps / 2, (group_ + 1) * kSteps / 2);
+    constexpr int kChunks = C::kHeadDim / 16;  // of 8 columns, a warpgroup
+    copy_queries<C>(params_, t, memory_.queries, group_ * kChunks, (group_ + 1) * kChunks);
     softmax_.reset();
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o_[n][i] = 0.f;
-    }
+    clear(o_);
   }
 
   /// The last block that this warpgroup has come to.
@@ -128,7 +125,7 @@ class LatentPair {
     at.advance(params_.stages);
     fence_for_products();  // the loading warps' copies
     float s[C::kBlockN / 8][4];
-    const uint32_t keys = sm90::descriptor(stage(number)), queries = sm90::descriptor(memory_.queries);
+    const uint32_t keys = sm90::cluster_descriptor(stage(number)), queries = sm90::cluster_descriptor(memory_.queries);
     sm90::wgmma_discard(accumulators(s));
     sm90::wgmma_fence();
 #pragma unroll
@@ -157,7 +154,7 @@ class LatentPair {
     barrier_arrive(messages_->written + group_);
     wait_for_products();
     if (waited) release(before);
-    if (grown) rescale(factor);
+    if (grown) rescale(o_, factor);
     multiply(number, p);
     wait_for_products();
     turn = {number, block.slot, block.ends, block.last, false};
@@ -181,7 +178,7 @@ class LatentPair {
         float factor[2];
         softmax_.move(high, factor);
         wait_for_products();  // of scores: while some are in flight, the compiler lets no accumulators be changed
-        rescale(factor);
+        rescale(o_, factor);
       }
     }
     multiply(turn.stage, p);
@@ -189,22 +186,13 @@ class LatentPair {
 
   FLASH_ATTN_DEVICE void multiply(int number, const uint32_t (&p)[kKeySteps][4]) {
     using Tile = typename C::Tile;
-    const uint32_t values =
-        sm90::descriptor_across(stage(number) + group_ * (kColumns / 64) * Tile::kPanelBytes, C::kBlockN);
+    const uint32_t values = descriptor_across(stage(number) + group_ * (kColumns / 64) * Tile::kPanelBytes, C::kBlockN);
     sm90::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kKeySteps; ++k) {
       Products::template rs<true>(accumulators(o_), p[k], values + sm90::k_step_across(k));
     }
     sm90::wgmma_commit();
-  }
-
-  FLASH_ATTN_DEVICE void rescale(const float (&factor)[2]) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o_[n][i] *= factor[i / 2];
-    }
   }
 
   FLASH_ATTN_DEVICE void wait_for_products() {

@@ -14,6 +14,24 @@ struct LaneRows {
   float unit[2];   // of float8 caches: what products of the operands are multiples of
 };
 
+/// Where a packed row of a tile is in q.
+template <typename C>
+struct QueryRow {
+  int query, head;  // of the sequence; of all
+  bool exists;
+  const typename C::Element* columns;  // of another row where it does not exist
+
+  FLASH_ATTN_DEVICE QueryRow(const DecodeParams& params, const TileInfo& t, int row) {
+    const ForwardParams& p = params.problem;
+    int in_group;
+    query = params.group.divide(t.first_row + row, in_group);
+    head = t.head_k * int(params.group.value) + in_group;
+    exists = row < t.rows && query < t.seqlen_q;
+    const int64_t at = exists ? t.b * p.q.batch + (t.q_row + query) * p.q.row + head * p.q.head : 0;
+    columns = static_cast<const typename C::Element*>(p.q.data) + at;
+  }
+};
+
 /// Lane 4 g + t has rows g and g + 8 of its warp's 16, and of each 16 columns pairs 8 apart; where caches are float8,
 /// four that follow each other (warps/float8.h).
 template <typename C>
@@ -26,21 +44,16 @@ struct LaneQueries {
   /// `first_row` is the lane's first row of the tile; also fills `rows` but for its units.
   FLASH_ATTN_DEVICE LaneQueries(const DecodeParams& params, const TileInfo& t, int first_row, LaneRows& rows)
       : columns(int(params.problem.head_dim)) {
-    using Element = typename C::Element;
     const ForwardParams& p = params.problem;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r;
-      int in_group;
-      rows.query[r] = params.group.divide(t.first_row + row, in_group);
-      const int head = t.head_k * int(params.group.value) + in_group;
-      read[r] = row < t.rows && rows.query[r] < t.seqlen_q;
-      const int64_t at = read[r] ? t.b * p.q.batch + (t.q_row + rows.query[r]) * p.q.row + head * p.q.head : 0;
-      const Element* const line = static_cast<const Element*>(p.q.data) + at;
-      from[r] = reinterpret_cast<const uint32_t*>(line + kLaneColumns * (threadIdx.x % 4));
+      const QueryRow<C> row(params, t, first_row + 8 * r);
+      rows.query[r] = row.query;
+      read[r] = row.exists;
+      from[r] = reinterpret_cast<const uint32_t*>(row.columns + kLaneColumns * (threadIdx.x % 4));
       rows.slope[r] = 0.f;
       if (p.alibi_slopes != nullptr && read[r]) {
-        const int64_t slope = t.b * p.alibi_batch_stride + head * p.alibi_head_stride;
+        const int64_t slope = t.b * p.alibi_batch_stride + row.head * p.alibi_head_stride;
         rows.slope[r] = sm80::kLog2E * static_cast<const float*>(p.alibi_slopes)[slope];
       }
     }

@@ -8,6 +8,30 @@
 
 namespace flash_attn::cuda::decode {
 
+/// O of a lane's two rows: nothing summed up yet.
+template <int kTiles>
+FLASH_ATTN_DEVICE void clear(float (&o)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = 0.f;
+}
+
+/// What is summed up becomes relative to other maxima.
+template <int kTiles>
+FLASH_ATTN_DEVICE void rescale(float (&o)[kTiles][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] *= factor[i % 4 / 2];
+}
+
+/// Probabilities of 16 keys, rounded, as a fragment of a product's left operand.
+template <typename Element>
+FLASH_ATTN_DEVICE void pack_probabilities(const float (&first)[4], const float (&second)[4], uint32_t (&p)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    p[i] = pack<Element>(first[2 * i], first[2 * i + 1]);
+    p[2 + i] = pack<Element>(second[2 * i], second[2 * i + 1]);
+  }
+}
+
 template <typename C>
 struct Softmax {
   static constexpr int kTiles = C::kStepKeys / 8;

@@ -71,13 +71,25 @@ struct Share {
 };
 
 FLASH_ATTN_DEVICE Share share_of(const DecodeParams& params, int total) {
-  const int ctas = max(1, min(int(gridDim.x), total / params.min_units)), cta = blockIdx.x;
+  const int ctas = max(1, min(int(gridDim.x), total)), cta = blockIdx.x;
   Share share;
   share.each = total / ctas;
   share.more = total - share.each * ctas;
   share.begin = cta * share.each + min(cta, share.more);
   share.end = cta < ctas ? share.begin + share.each + (cta < share.more ? 1 : 0) : share.begin;
   return share;
+}
+
+/// Of clusters: this CTA's part of its tile, which may be empty; units are those of the tile.
+template <typename C>
+FLASH_ATTN_DEVICE Share part_of_tile(const DecodeParams& params, Unit& first) {
+  int part, more;
+  const int tile = params.tile_ctas.divide(blockIdx.x, part);
+  first.b = params.sequence_tiles.divide(tile, first.tile);
+  first.sequence = sequence_of<C>(params, first.b);
+  const int each = params.tile_ctas.divide(first.sequence.blocks, more);
+  first.index = first.block = part * each + min(part, more);
+  return {first.index, first.index + each + (part < more ? 1 : 0), 1, 0};
 }
 
 /// What find_share needs of shared memory.
@@ -91,6 +103,7 @@ struct ShareScratch {
 template <typename C>
 FLASH_ATTN_DEVICE Share find_share(const DecodeParams& params, ShareScratch* scratch, Unit& first) {
   const int batch = int(params.problem.batch), heads = params.num_heads_k;
+  if (params.cluster > 1) return part_of_tile<C>(params, first);
   if (params.alike) {
     first.sequence = sequence_of<C>(params, 0);
     const int units = first.sequence.units(heads);

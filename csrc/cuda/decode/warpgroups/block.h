@@ -28,17 +28,13 @@ struct WarpgroupState {
   FLASH_ATTN_DEVICE void start(const DecodeParams& params, const TileInfo& t) {
     const LaneQueries<C> from(params, t, first_row_of_lane(), rows);
     if constexpr (C::kQueriesInShared) {
-      store_queries<C>(from, queries, 0, kSteps);
+      copy_queries<C>(params, t, queries, 0, C::kHeadDim / 8);
     } else {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) from.fragment(k, q[k]);
     }
     softmax.reset();
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[n][i] = 0.f;
-    }
+    clear(o);
   }
 
   /// `stage` holds the block's keys and values, which begin with key `number` of the sequence.
@@ -46,14 +42,14 @@ struct WarpgroupState {
                                  bool partial) {
     fence_for_products();  // the loading warps' copies
     float s[C::kBlockN / 8][4];
-    const uint32_t keys = sm90::descriptor(stage);
+    const uint32_t keys = sm90::cluster_descriptor(stage);
     sm90::wgmma_discard(accumulators(s));
     sm90::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const uint32_t b = keys + sm90::k_step_along(k, C::kBlockN);
       if constexpr (C::kQueriesInShared) {
-        const uint32_t a = sm90::descriptor(queries) + sm90::k_step_along(k, C::kBlockM);
+        const uint32_t a = sm90::cluster_descriptor(queries) + sm90::k_step_along(k, C::kBlockM);
         if (k == 0) Products::template ss<false>(accumulators(s), a, b);
         if (k != 0) Products::template ss<true>(accumulators(s), a, b);
       } else {
@@ -66,16 +62,10 @@ struct WarpgroupState {
     sm90::wgmma_results(accumulators(s));
     Softmax<C>::template score<false>(params, t, rows, number + 2 * (threadIdx.x % 4), partial, s);
     float factor[2];
-    if (softmax.update(s, factor)) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[n][i] *= factor[i / 2];
-      }
-    }
+    if (softmax.update(s, factor)) rescale(o, factor);
     uint32_t p[C::kBlockN / 16][4];
     pack_probabilities<typename C::Element>(s, p);
-    const uint32_t values = sm90::descriptor_across(stage + C::kTileBytes, C::kBlockN);
+    const uint32_t values = descriptor_across(stage + C::kTileBytes, C::kBlockN);
     sm90::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::kBlockN / 16; ++k) {

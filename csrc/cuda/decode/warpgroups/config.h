@@ -43,6 +43,7 @@ struct WarpgroupConfig
   static constexpr int kLoaderRegisters = 0;  // all threads have as many
   static constexpr int kTileBytes = Tile::kBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kMergeStages = 0;
   static constexpr int kAlignment = 1024;
   static constexpr bool kQueriesInShared = kHeadDim > 128;  // registers are few
   static constexpr int kQueryBytes = kQueriesInShared ? PanelTile<kBlockM, kHeadDim>::kBytes : 0;

@@ -19,6 +19,7 @@ Variant warpgroup_variant(const char* name) {
           kBlocksPerSm,
           Memory<Bf16>::kFixedBytes,
           Bf16::kStageBytes,
+          kStagesOfPart<Bf16>,
           false,
           {decode_kernel<BlockByBlock<WarpgroupState<Bf16>>>, decode_kernel<BlockByBlock<WarpgroupState<Fp16>>>}};
 }

@@ -71,11 +71,7 @@ struct WarpState {
       }
     }
     softmax.reset();
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[n][i] = 0.f;
-    }
+    clear(o);
   }
 
   /// `stage` holds the block's keys and values; the warp's keys begin at place.first_key of it.
@@ -129,8 +125,9 @@ struct WarpState {
         if constexpr (C::kFloat8) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            mma<C>(first, a[i], half_low(b[i]), half_high(b[i]));
-            mma<C>(second, a[i], half_low(b[2 + i]), half_high(b[2 + i]));
+            const uint2 one = halves(b[i]), other = halves(b[2 + i]);
+            mma<C>(first, a[i], one.x, one.y);
+            mma<C>(second, a[i], other.x, other.y);
           }
         } else {
           mma<C>(first, a[0], b[0], b[1]);
@@ -142,20 +139,12 @@ struct WarpState {
     for (int i = 0; kSums > 1 && i < 4 * kKeyTiles; ++i) s[i / 4][i % 4] += sums[kSums - 1][i / 4][i % 4];
     Softmax<C>::template score<C::kFloat8>(params, t, rows, number + 2 * (lane % 4), partial, s);
     float factor[2];
-    if (softmax.update(s, factor)) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[n][i] *= factor[i / 2];
-      }
-    }
+    if (softmax.update(s, factor)) rescale(o, factor);
     const uint32_t values = stage + C::kTileBytes + Tile::offset(key + lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < C::kStepKeys / 16; ++n) {
-      const uint32_t a[4] = {sm80::pack<typename C::Operand>(s[2 * n][0], s[2 * n][1]),
-                             sm80::pack<typename C::Operand>(s[2 * n][2], s[2 * n][3]),
-                             sm80::pack<typename C::Operand>(s[2 * n + 1][0], s[2 * n + 1][1]),
-                             sm80::pack<typename C::Operand>(s[2 * n + 1][2], s[2 * n + 1][3])};
+      uint32_t a[4];
+      pack_probabilities<typename C::Operand>(s[2 * n], s[2 * n + 1], a);
       constexpr int kLoads = C::kColumns / 16 / kStepsOfChunks;
 #pragma unroll
       for (int c = 0; c < kLoads; ++c) {
@@ -165,9 +154,9 @@ struct WarpState {
         if constexpr (C::kFloat8) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const uint32_t keys_low = even_then_odd(b[2 * i]), keys_high = even_then_odd(b[2 * i + 1]);
-            mma<C>(o[4 * c + 2 * i], a, half_low(keys_low), half_low(keys_high));
-            mma<C>(o[4 * c + 2 * i + 1], a, half_high(keys_low), half_high(keys_high));
+            const uint2 low = halves(even_then_odd(b[2 * i])), high = halves(even_then_odd(b[2 * i + 1]));
+            mma<C>(o[4 * c + 2 * i], a, low.x, high.x);
+            mma<C>(o[4 * c + 2 * i + 1], a, low.y, high.y);
           }
         } else {
           mma<C>(o[2 * c], a, b[0], b[1]);

@@ -60,6 +60,7 @@ struct Config : Copies<RowTile<kHeadDim_* int(sizeof(Stored_)) / 2>, block_keys(
   static constexpr int kAlignment = 128;              // of stages
   static constexpr bool kQueriesInShared = kHeadDim * (kBlockM > 16 || kFloat8 ? 2 : 1) > 128;  // registers are few
   static constexpr int kQueryBytes = kQueriesInShared ? kBlockM * kHeadDim * 2 : 0;
+  static constexpr int kMergeStages = kWarpsN > 1 ? 1 : 0;  // in which the warps' sums come together
   static_assert(kWarpKeys % 16 == 0 && kColumns % (kFloat8 ? 32 : 16) == 0);
 
   // The warps' sums, in a stage.

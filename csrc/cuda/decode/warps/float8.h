@@ -12,20 +12,16 @@
 
 namespace flash_attn::cuda::decode {
 
-/// The two float8 in bits 0 to 15.
-FLASH_ATTN_DEVICE uint32_t half_low(uint32_t x) {
-  uint32_t y = 0;
+/// The float8 in bits 0 to 15, and those in bits 16 to 31.
+FLASH_ATTN_DEVICE uint2 halves(uint32_t x) {
+  uint2 y = {0, 0};
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(y) : "r"(x));
-#endif
-  return y;
-}
-
-/// Those in bits 16 to 31.
-FLASH_ATTN_DEVICE uint32_t half_high(uint32_t x) {
-  uint32_t y = 0;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;}" : "=r"(y) : "r"(x));
+  asm("{.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(y.x), "=r"(y.y)
+      : "r"(x));
 #endif
   return y;
 }

@@ -22,6 +22,7 @@ Variant variant(const char* name) {
           kBlocksPerSm,
           Memory<Bf16>::kFixedBytes,
           Bf16::kStageBytes,
+          kStagesOfPart<Bf16>,
           kFloat8,
           {decode_kernel<BlockByBlock<WarpState<Bf16>>>, decode_kernel<BlockByBlock<WarpState<Fp16>>>}};
 }
