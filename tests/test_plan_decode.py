@@ -189,7 +189,8 @@ def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None
         ({"batch": 1, "keys": 2048}, 64, 8),
         ({"batch": 2, "keys": 1024}, 64, 4),  # of 16 clusters of 8 not all would run at once
         ({"batch": 8, "keys": 512}, 128, 2),
-        ({"batch": 8, "keys": 2048}, 256, 1),  # so many blocks that two CTAs an SM are better
+        ({"batch": 8, "keys": 1024}, 256, 1),  # so many blocks that two CTAs an SM are better
+        ({"batch": 1, "keys": 4096}, 256, 1),
         ({"batch": 16, "keys": 2048, "heads_k": 1}, 128, 8),
         ({"batch": 64}, 512, 1),  # a tile each
     ],

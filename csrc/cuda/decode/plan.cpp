@@ -106,14 +106,16 @@ int ctas_in_clusters(const DeviceInfo& device, int cluster) {
 
 /// A cluster for each of few tiles with few blocks, of as many CTAs; 1: none.
 int cluster_of_tiles(const ForwardParams& p, const Variant& variant, const DeviceInfo& device) {
-  constexpr int64_t kFewBytes = 256 << 10;  // of a CTA; of more the time of two CTAs an SM is less
   if (variant.head_dim_v > kMaxHeadDim) return 1;
+  // Of many rows parts take so long to be put together by one CTA that a CTA may have more to read, and some clusters
+  // may wait for others.
+  const bool many_rows = variant.block_m > 16;
+  const int64_t few_bytes = (many_rows ? 256 : 128) << 10;  // of a CTA; of more the time of two CTAs an SM is less
   const int64_t tiles = tiles_of(p, variant), blocks = ceil_div(p.seqlen_k, variant.block_n);
   for (int cluster = kMostOfCluster; cluster > 1; cluster /= 2) {
-    // Of many rows parts take so long to be put together by one CTA that some clusters may as well wait for others.
-    const int most = variant.block_m > 16 ? device.num_sms : ctas_in_clusters(device, cluster);
+    const int most = many_rows ? device.num_sms : ctas_in_clusters(device, cluster);
     if (tiles * cluster > most || blocks < cluster) continue;
-    return ceil_div(blocks, cluster) * variant.stage_bytes <= kFewBytes ? cluster : 1;
+    return ceil_div(blocks, cluster) * variant.stage_bytes <= few_bytes ? cluster : 1;
   }
   return 1;
 }
