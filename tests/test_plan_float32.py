@@ -57,6 +57,18 @@ class TestPlan:
         for choice in plan(batch=16, head_dim=head_dim, seqlen_q=256, seqlen_k=300, dtype="float32").values():
             assert choice["decisions"]["products"] == PAIRS
 
+    @pytest.mark.parametrize("ending", ["", " extended"])
+    def test_large_blocks_on_hopper_where_a_row_sees_many_keys(self, ending: str) -> None:
+        if "90" not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        softcap = 3.0 if ending else 0.0
+        tile = "128x64" if ending else "192x64"
+        for sizes, large in (({}, True), ({"seqlen_q": 512}, False), ({"seqlen_q": 1024, "causal": 1}, False)):
+            chosen = plan(head_dim=64, dtype="float32", softcap=softcap, **sizes)["forward"]["kernel"]
+            assert chosen == f"wgmma fp32 d64 {tile if large else '64x64'}{ending}{' turns' if large else ''}"
+            chosen = plan(head_dim=128, dtype="float32", softcap=softcap, **sizes)["forward"]["kernel"]
+            assert chosen == f"wgmma fp32 d128 128x64{ending} turns"
+
     def test_numbers_are_rounded_only_where_that_is_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def products(head_dim: int, device: tuple[int, int, int, int] = H200) -> set[Any]:
             chosen = plan(head_dim=head_dim, dtype="float32", device=device)

@@ -18,18 +18,22 @@ template <typename Tile, int kRows, int kLoaded, int kThreads, typename Exists>
 SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread, bool all_exist, const Exists& exists) {
   constexpr int kColumns = 8 * Tile::kChunks, kChunks = kLoaded / 8;
   constexpr int kPower = kChunks & -kChunks;  // the largest power of 2 that divides a row's chunks
-  constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
+  constexpr int kWidest = kThreads > 64 ? kThreads / 8 : 8;
+  constexpr int kGroup = kPower < kWidest ? kPower : kWidest;
   constexpr int kStep = kThreads / kGroup;
-  static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+  static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && (kStep % 8 == 0 || kStep == 4));
   const int row = int(thread / kGroup), chunk = int(thread % kGroup);
-  const uint32_t to = tile + Tile::offset(row, chunk);
+  // Chunks change places from row to row, all eight rows alike.
+  const uint32_t even = tile + Tile::offset(row, chunk);
+  const uint32_t odd = kStep == 4 ? tile + Tile::offset(row + 4, chunk) - 4 * Tile::kRowBytes : even;
+  const auto place = [=](int step) { return (step / kStep % 2 == 0 ? even : odd) + step * Tile::kRowBytes; };
   const __half* const from = source + row * kColumns + 8 * chunk;
   if (all_exist) {
 #pragma unroll
     for (int step = 0; step < kRows; step += kStep) {
 #pragma unroll
       for (int group = 0; group < kChunks; group += kGroup) {
-        cp_async_16(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group), from + step * kColumns + 8 * group);
+        cp_async_16(place(step) + bytes_of_chunks(Tile(), group), from + step * kColumns + 8 * group);
       }
     }
     return;
@@ -37,9 +41,9 @@ SM80_DEVICE void load_rows(uint32_t tile, const __half* source, uint32_t thread,
 #pragma unroll 1
   for (int step = 0; step < kRows; step += kStep) {
     const bool inside = exists(row + step);
-#pragma unroll 1
+#pragma unroll(kStep == 4 ? kChunks / kGroup : 1)  // one warp alone has few registers
     for (int group = 0; group < kChunks; group += kGroup) {
-      cp_async_16_or_zeros(to + step * Tile::kRowBytes + bytes_of_chunks(Tile(), group),
+      cp_async_16_or_zeros(place(step) + bytes_of_chunks(Tile(), group),
                            inside ? from + step * kColumns + 8 * group : source, inside);
     }
   }

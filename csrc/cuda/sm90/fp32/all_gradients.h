@@ -28,35 +28,6 @@ struct GradientsConfig : Base {
                 Base::kHeadDim == 64 * kWarpgroups);
 };
 
-/// Of 64 keys: sum (64 columns of K, 8 kN queries) = K^T dS. `keys`: K's panel of these columns from the first of the
-/// keys on, of kRowsK rows, with its low halves kPanelsK panels further on; `ds`: panels of high and of low halves,
-/// whose rows are queries.
-template <bool kReduced, int kRowsK, int kPanelsK, int kN>
-SM80_DEVICE void issue_dq(FlatScores<kN>& sum, uint32_t keys, uint32_t ds) {
-  constexpr uint32_t kPanel = kRowsK * 8, kDsPanel = 8 * kN * 8;
-  const uint32_t high = uniform(keys >> 4 | kPanel << 16), low = high + kPanelsK * kPanel;
-  ds = uniform(ds >> 4);
-#pragma unroll
-  for (int k = 0; !kReduced && k < 4; ++k) {
-    const uint32_t along = k_step_along(k, 8 * kN), across = k_step_across(k);
-    if (k == 0) {
-      Instructions::ss<false, kRows, kColumns>(sum, low + across, ds + along);
-    } else {
-      Instructions::ss<true, kRows, kColumns>(sum, low + across, ds + along);
-    }
-    Instructions::ss<true, kRows, kColumns>(sum, high + across, ds + kDsPanel + along);
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const uint32_t along = k_step_along(k, 8 * kN), across = k_step_across(k);
-    if (kReduced && k == 0) {
-      Instructions::ss<false, kRows, kColumns>(sum, high + across, ds + along);
-    } else {
-      Instructions::ss<true, kRows, kColumns>(sum, high + across, ds + along);
-    }
-  }
-}
-
 template <typename Config>
 struct GradientsBlock : sm80::fp32::BackwardBlock<Config> {
   using Base = sm80::fp32::BackwardBlock<Config>;

@@ -4,15 +4,14 @@ namespace flash_attn::cuda::sm90::fp32 {
 namespace {
 
 const ForwardVariant k64[] = {
+    in_turns<false, 64, 12, 64, false>("wgmma fp32 d64 192x64 turns", kManyColumns),
     forward_variant<false, 64, 4, 64, 3, false>("wgmma fp32 d64 64x64"),
-    pipelined<false, 64, 4, 64, 2, false>("wgmma fp32 d64 64x64 pipelined"),
+    in_turns<false, 64, 8, 64, true>("wgmma fp32 d64 128x64 extended turns", kManyColumns),
     forward_variant<false, 64, 4, 64, 2, true>("wgmma fp32 d64 64x64 extended"),
 };
 const ForwardVariant k128[] = {
-    pipelined<false, 128, 8, 64, 1, false>("wgmma fp32 d128 128x64 pipelined"),
-    forward_variant<false, 128, 8, 64, 1, false>("wgmma fp32 d128 128x64"),
-    pipelined<false, 128, 8, 64, 1, true>("wgmma fp32 d128 128x64 extended pipelined"),
-    forward_variant<false, 128, 8, 64, 1, true>("wgmma fp32 d128 128x64 extended"),
+    in_turns<false, 128, 8, 64, false>("wgmma fp32 d128 128x64 turns"),
+    in_turns<false, 128, 8, 64, true>("wgmma fp32 d128 128x64 extended turns"),
 };
 const ForwardVariant k192[] = {
     forward_variant<false, 192, 8, 32, 1, false>("wgmma fp32 d192 128x32"),

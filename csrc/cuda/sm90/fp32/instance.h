@@ -4,7 +4,8 @@
 #include "../../sm80/fp32/backward/instance.h"
 #include "../../sm80/fp32/forward/instance.h"
 #include "all_gradients.h"
-#include "forward_block.h"
+#include "backward_turns.h"
+#include "forward_turns.h"
 #include "kernels.h"
 #include "products.h"
 
@@ -22,10 +23,14 @@ ForwardVariant forward_variant(const char* name) {
   using C = ForwardConfig<kReduced, kHeadDim, kWarps, kBlockN, kBlocksPerSm, kExtended>;
   return sm80::fp32::forward_variant_of<C, sm80::fp32::ForwardBlock<C>>(name);
 }
-template <bool kReduced, int kHeadDim, int kWarps, int kBlockN, int kBlocksPerSm, bool kExtended>
-ForwardVariant pipelined(const char* name) {
-  using C = ForwardConfig<kReduced, kHeadDim, kWarps, kBlockN, kBlocksPerSm, kExtended>;
-  return sm80::fp32::forward_variant_of<C, PipelinedBlock<C>>(name);
+/// From where on the larger blocks of head dim 64 are faster than those of 64 rows, which fill the GPU better.
+constexpr int kManyColumns = 1024;
+
+/// Of kWarps / 4 warpgroups that take turns, beside one that loads.
+template <bool kReduced, int kHeadDim, int kWarps, int kBlockN, bool kExtended>
+ForwardVariant in_turns(const char* name, int least_columns = 0) {
+  using C = TurnsConfig<ForwardConfig<kReduced, kHeadDim, kWarps, kBlockN, 1, kExtended>>;
+  return sm80::fp32::forward_variant_of<C>(name, C::kSlots, forward_turns_kernel<C>, least_columns);
 }
 
 template <bool kReduced, int kHeadDim, int kWarps, int kBlockN, int kBlocksPerSm, int kGradients, bool kExtended>
@@ -36,6 +41,13 @@ template <bool kReduced, int kHeadDim, int kWarps, int kBlockN, int kBlocksPerSm
 BackwardVariant backward_variant(const char* name) {
   using C = BackwardConfig<kReduced, kHeadDim, kWarps, kBlockN, kBlocksPerSm, kGradients, kExtended>;
   return sm80::fp32::backward_variant_of<C, sm80::fp32::BackwardBlock<C>>(name);
+}
+/// All gradients in one kernel, by warpgroups that take turns.
+template <bool kReduced, int kHeadDim, int kBlockN, bool kExtended>
+BackwardVariant all_in_turns(const char* name) {
+  using C = BackwardTurnsConfig<
+      BackwardConfig<kReduced, kHeadDim, 8, kBlockN, 1, sm80::fp32::kDk | sm80::fp32::kDv, kExtended>>;
+  return sm80::fp32::backward_variant_of<C>(name, kDq | kDk | kDv, backward_turns_kernel<C>);
 }
 /// All gradients in one kernel.
 template <bool kReduced, int kHeadDim, int kWarps, int kBlockN, int kBlocksPerSm, bool kExtended>

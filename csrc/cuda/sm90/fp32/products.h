@@ -48,36 +48,39 @@ SM80_DEVICE FlatScores<kN>& flat(float (&s)[1][kN][4]) {
   return reinterpret_cast<FlatScores<kN>&>(s);
 }
 
-/// s + later (64, 8 kN) = a b^T over the columns of both tiles, a half of them each; of the tiles a panel has kRowsA
-/// and kRowsB rows. `a`, `b`: where they lie, a from the warpgroup's first row on.
+/// sum (64, 8 kN) = a b^T over half `half` of the columns of both tiles; of the tiles a panel has kRowsA and kRowsB
+/// rows. `a`, `b`: where they lie, by uniform() of a sixteenth, a from the warpgroup's first row on.
 template <bool kReduced, int kHeadDim, int kRowsA, int kRowsB, int kN>
-SM80_DEVICE void start_rows(FlatScores<kN>& s, FlatScores<kN>& later, uint32_t a, uint32_t b) {
+SM80_DEVICE void issue_half(FlatScores<kN>& sum, uint32_t a, uint32_t b, int half) {
   constexpr int kSteps = kHeadDim / 16;
-  a = uniform(a >> 4), b = uniform(b >> 4);
+  const int first = half * (kSteps / 2);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    FlatScores<kN>& sum = half == 0 ? s : later;
-    const int first = half * (kSteps / 2);
-#pragma unroll
-    for (int d = first; !kReduced && d < first + kSteps / 2; ++d) {
-      const uint32_t a_low = a + k_step_along(d + kSteps, kRowsA), b_high = b + k_step_along(d, kRowsB);
-      if (d == first) {
-        Instructions::ss<false>(sum, a_low, b_high);
-      } else {
-        Instructions::ss<true>(sum, a_low, b_high);
-      }
-      Instructions::ss<true>(sum, a + k_step_along(d, kRowsA), b + k_step_along(d + kSteps, kRowsB));
+  for (int d = first; !kReduced && d < first + kSteps / 2; ++d) {
+    const uint32_t a_low = a + k_step_along(d + kSteps, kRowsA), b_high = b + k_step_along(d, kRowsB);
+    if (d == first) {
+      Instructions::ss<false>(sum, a_low, b_high);
+    } else {
+      Instructions::ss<true>(sum, a_low, b_high);
     }
+    Instructions::ss<true>(sum, a + k_step_along(d, kRowsA), b + k_step_along(d + kSteps, kRowsB));
+  }
 #pragma unroll
-    for (int d = first; d < first + kSteps / 2; ++d) {
-      const uint32_t a_high = a + k_step_along(d, kRowsA), b_high = b + k_step_along(d, kRowsB);
-      if (kReduced && d == first) {
-        Instructions::ss<false>(sum, a_high, b_high);
-      } else {
-        Instructions::ss<true>(sum, a_high, b_high);
-      }
+  for (int d = first; d < first + kSteps / 2; ++d) {
+    const uint32_t a_high = a + k_step_along(d, kRowsA), b_high = b + k_step_along(d, kRowsB);
+    if (kReduced && d == first) {
+      Instructions::ss<false>(sum, a_high, b_high);
+    } else {
+      Instructions::ss<true>(sum, a_high, b_high);
     }
   }
+}
+
+/// s + later (64, 8 kN) = a b^T over the columns of both tiles, a half of them each; see issue_half().
+template <bool kReduced, int kHeadDim, int kRowsA, int kRowsB, int kN>
+SM80_DEVICE void start_rows(FlatScores<kN>& s, FlatScores<kN>& later, uint32_t a, uint32_t b) {
+  a = uniform(a >> 4), b = uniform(b >> 4);
+  issue_half<kReduced, kHeadDim, kRowsA, kRowsB, kN>(s, a, b, 0);
+  issue_half<kReduced, kHeadDim, kRowsA, kRowsB, kN>(later, a, b, 1);
   wgmma_commit();
 }
 template <int kN>
@@ -88,12 +91,13 @@ SM80_DEVICE void finish_rows(float (&s)[1][kN][4], FlatScores<kN>& later) {
   for (int i = 0; i < 4 * kN; ++i) flat(s)[i] += later[i];
 }
 
-/// sum (64, 64) = a b, of which a (64, 16 kK) is in registers and b is panel `panel` of a tile of kColumns columns and
-/// 16 kK rows.
-template <bool kReduced, int kColumns, int kK>
-SM80_DEVICE void start_panel(float (&sum)[32], const PairFragment (&a)[kK][1], uint32_t b, int panel) {
+/// sum (64, 2 kSize) = a b, of which a (64, 16 kK) is in registers and b is columns from `first` on of a tile of
+/// kColumns columns and 16 kK rows.
+template <bool kReduced, int kColumns, int kSize, int kK>
+SM80_DEVICE void start_columns(float (&sum)[kSize], const PairFragment (&a)[kK][1], uint32_t b, int first) {
   constexpr int kPanels = kColumns / 64, kPanel = 16 * kK * 8;
-  const uint32_t high = uniform(b >> 4 | uint32_t(kPanel) << 16) + panel * kPanel, low = high + kPanels * kPanel;
+  const uint32_t high = uniform(b >> 4 | uint32_t(kPanel) << 16) + first / 64 * kPanel + first % 64 / 8;
+  const uint32_t low = high + kPanels * kPanel;
 #pragma unroll
   for (int k = 0; !kReduced && k < kK; ++k) {
     if (k == 0) {
@@ -113,15 +117,59 @@ SM80_DEVICE void start_panel(float (&sum)[32], const PairFragment (&a)[kK][1], u
   }
   wgmma_commit();
 }
-/// o += sum times `unit(0, half)` of the lane's rows, in the columns of the panel.
-template <int kDTiles, typename Unit>
-SM80_DEVICE void finish_panel(float (&o)[1][kDTiles][4], float (&sum)[32], int panel, const Unit& unit) {
+/// o += sum times `unit(0, half)` of the lane's rows, in columns from `first` on.
+template <int kDTiles, int kSize, typename Unit>
+SM80_DEVICE void finish_columns(float (&o)[1][kDTiles][4], float (&sum)[kSize], int first, const Unit& unit) {
   wgmma_results(sum);
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
-    float& x = o[0][8 * panel + j / 4][j % 4];
+  for (int j = 0; j < kSize; ++j) {
+    float& x = o[0][first / 8 + j / 4][j % 4];
     x = fmaf(sum[j], unit(0, j / 2 % 2), x);
   }
+}
+
+/// sum (64, 2 kSize) = a b over 16 kSteps terms, which are rows of a. `a` and `b` have their low halves `a_low` and
+/// `b_low` further on.
+template <bool kReduced, Major kMajorB, int kSteps, int kSize, typename StepOfB>
+SM80_DEVICE void issue_across(float (&sum)[kSize], uint32_t a, uint32_t b, uint32_t a_low, uint32_t b_low,
+                              const StepOfB& step_of_b) {
+#pragma unroll
+  for (int k = 0; !kReduced && k < kSteps; ++k) {
+    const uint32_t a_high = a + k_step_across(k), b_high = b + step_of_b(k);
+    if (k == 0) {
+      Instructions::ss<false, kRows, kMajorB>(sum, a_high + a_low, b_high);
+    } else {
+      Instructions::ss<true, kRows, kMajorB>(sum, a_high + a_low, b_high);
+    }
+    Instructions::ss<true, kRows, kMajorB>(sum, a_high, b_high + b_low);
+  }
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    if (kReduced && k == 0) {
+      Instructions::ss<false, kRows, kMajorB>(sum, a + k_step_across(k), b + step_of_b(k));
+    } else {
+      Instructions::ss<true, kRows, kMajorB>(sum, a + k_step_across(k), b + step_of_b(k));
+    }
+  }
+}
+
+/// Of 64 keys: sum (64 columns of K, 8 kN queries) = K^T dS. `keys`: K's panel of these columns from the first of the
+/// keys on, of kRowsK rows, with its low halves kPanelsK panels further on; `ds`: panels of high and of low halves,
+/// whose rows are queries.
+template <bool kReduced, int kRowsK, int kPanelsK, int kN>
+SM80_DEVICE void issue_dq(FlatScores<kN>& sum, uint32_t keys, uint32_t ds) {
+  constexpr uint32_t kPanel = kRowsK * 8;
+  issue_across<kReduced, kColumns, 4>(sum, uniform(keys >> 4 | kPanel << 16), uniform(ds >> 4), kPanelsK * kPanel,
+                                      8 * kN * 8, [](int k) { return k_step_along(k, 8 * kN); });
+}
+
+/// sum (64 keys, 64 columns of Q) = dS^T Q. `queries`: Q's panel of these columns, of 8 kN rows, with its low halves
+/// kPanelsQ panels further on; `ds` as above.
+template <bool kReduced, int kPanelsQ, int kN>
+SM80_DEVICE void issue_dk(float (&sum)[32], uint32_t ds, uint32_t queries) {
+  constexpr uint32_t kPanel = 8 * kN * 8;
+  issue_across<kReduced, kRows, kN / 2>(sum, uniform(ds >> 4 | kPanel << 16), uniform(queries >> 4 | kPanel << 16),
+                                        kPanel, kPanelsQ * kPanel, [](int k) { return k_step_across(k); });
 }
 
 /// See sm80::fp32::MmaProducts.
@@ -155,7 +203,7 @@ struct WarpgroupProducts {
       float sum[kAhead][32];
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) start_panel<kReduced, kHeadDim>(sum[i], a, b, first + i);
+      for (int i = 0; i < kAhead; ++i) start_columns<kReduced, kHeadDim>(sum[i], a, b, 64 * (first + i));
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (i + 1 < kAhead) {
@@ -163,7 +211,7 @@ struct WarpgroupProducts {
         } else {
           wgmma_wait<0>();
         }
-        finish_panel(o, sum[i], first + i, unit);
+        finish_columns(o, sum[i], 64 * (first + i), unit);
       }
     }
   }

@@ -1,10 +1,10 @@
-// BackwardBlock: P and dS where a score is more than scale * q.k, or dropout takes some away.
+// BackwardScores: P and dS where a score is more than scale * q.k, or dropout takes some away.
 #pragma once
 
 #include "../../../mask/transposed_bits.h"
 #include "../../backward/extended.h"
 #include "../rules.h"
-#include "block.h"
+#include "scores.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
 
@@ -41,7 +41,7 @@ struct ShownScores {
 };
 
 template <typename Config>
-SM80_DEVICE void BackwardBlock<Config>::find_shown(ShownScores<Config>& shown, bool biased, int at) const {
+SM80_DEVICE void BackwardScores<Config>::find_shown(ShownScores<Config>& shown, bool biased, int at) const {
   const int row = tile.own_begin + warp() * Config::kWarpRows, first = block * kBlockN;
   if (params.packed.seen != nullptr && !biased) {
     shown.load(params.packed, tile.batch, head, row, first, at);
@@ -65,7 +65,7 @@ SM80_DEVICE void BackwardBlock<Config>::find_shown(ShownScores<Config>& shown, b
 
 template <typename Config>
 template <bool kBias>
-SM80_DEVICE void BackwardBlock<Config>::find_extended(Scores& s, Scores& dp, float dp_unit, uint32_t statistics,
+SM80_DEVICE void BackwardScores<Config>::find_extended(Scores& s, Scores& dp, float dp_unit, uint32_t statistics,
                                                       int at) {
   const HeadRules<kOfKeys, kMTiles, kNTiles> rules(p, tile.sequence, tile.batch, head);
   const FragmentOrigin origin{tile.own_begin + own_row(0, 0), block * kBlockN + at % 4 * 2};
@@ -116,7 +116,7 @@ SM80_DEVICE void BackwardBlock<Config>::find_extended(Scores& s, Scores& dp, flo
 }
 
 template <typename Config>
-SM80_DEVICE void BackwardBlock<Config>::take_extended(Scores& s, Scores& dp, float s_unit, float dp_unit,
+SM80_DEVICE void BackwardScores<Config>::take_extended(Scores& s, Scores& dp, float s_unit, float dp_unit,
                                                       uint32_t statistics, int at) {
   HeadRules<kOfKeys, kMTiles, kNTiles>(p, tile.sequence, tile.batch, head).scale_scores(s, s_unit);
   const int own = tile.own_begin + warp() * Config::kWarpRows, other = block * kBlockN;
@@ -137,7 +137,7 @@ SM80_DEVICE void BackwardBlock<Config>::take_extended(Scores& s, Scores& dp, flo
 }
 
 template <typename Config>
-SM80_DEVICE void BackwardBlock<Config>::add_mask_gradient(const Scores& ds, int at) const {
+SM80_DEVICE void BackwardScores<Config>::add_mask_gradient(const Scores& ds, int at) const {
   const MaskView& mask = p.mask;
   const int64_t slice = (mask.batch_size == 1 ? 0 : tile.batch) * mask.head_size + (mask.head_size == 1 ? 0 : head);
   const int row = own_row(0, 0), column = block * kBlockN + at % 4 * 2;
@@ -156,7 +156,7 @@ SM80_DEVICE void BackwardBlock<Config>::add_mask_gradient(const Scores& ds, int 
 }
 
 template <typename Config>
-SM80_DEVICE void BackwardBlock<Config>::store_slope_sums() const {
+SM80_DEVICE void BackwardScores<Config>::store_slope_sums() const {
   if (params.rows.slope_sum == nullptr) return;
   const int64_t first = statistics_place(tile.head_begin) + tile.own_begin;
 #pragma unroll

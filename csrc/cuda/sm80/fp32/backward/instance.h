@@ -6,8 +6,8 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <typename Config, typename Block>
-BackwardVariant backward_variant_of(const char* name, int gradients = Config::kGradients) {
+template <typename Config>
+BackwardVariant backward_variant_of(const char* name, int gradients, void (*kernel)(const BackwardKernelParams)) {
   return {name,
           Config::kHeadDim,
           Config::kBlockM,
@@ -16,7 +16,12 @@ BackwardVariant backward_variant_of(const char* name, int gradients = Config::kG
           gradients,
           Config::kExtended,
           Config::kSharedBytes,
-          backward_kernel<Config, Block>};
+          kernel};
+}
+/// Block: BackwardBlock<Config>, or what is built on it.
+template <typename Config, typename Block>
+BackwardVariant backward_variant_of(const char* name, int gradients = Config::kGradients) {
+  return backward_variant_of<Config>(name, gradients, backward_kernel<Config, Block>);
 }
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kStages, int kBlocksPerSm,

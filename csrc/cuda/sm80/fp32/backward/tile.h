@@ -56,6 +56,14 @@ SM80_DEVICE OtherHead find_other_head(const BackwardKernelParams& params, const 
   return other;
 }
 
+/// A query row's number, of a head's, to shared memory; of a row that does not exist 0.
+SM80_DEVICE void load_statistic(uint32_t to, const float* of_head, int row, int rows) {
+  const bool exists = row < rows;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(of_head + (exists ? row : 0)),
+               "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 /// Of the heads that tiles under way belong to, in shared memory: one that is worked on, two that are loaded after it.
 struct OtherHeads {
   OtherHead of[4];

@@ -25,6 +25,22 @@ struct ForwardPlace : ForwardTile {
   }
 };
 
+/// The last tile up to `block` of which attn_mask shows something; one before block_begin: none.
+template <typename Config>
+SM80_DEVICE int visited_block(const ForwardKernelParams& params, const ForwardPlace& tile, int block) {
+  if constexpr (Config::kExtended) {
+    if (params.packed.seen == nullptr) return block;
+    for (; block >= tile.block_begin; --block) {
+      if ((params.packed.tile_classes<Config::kBlockM, Config::kBlockN>(tile.batch, tile.head, tile.m_begin,
+                                                                        block * Config::kBlockN) &
+           mask::kSeen) != 0) {
+        break;
+      }
+    }
+  }
+  return block;
+}
+
 template <typename Config>
 struct ForwardBlock {
   static constexpr int kMTiles = Config::kMTiles, kNTiles = Config::kNTiles, kDTiles = Config::kDTiles;
@@ -64,19 +80,7 @@ struct ForwardBlock {
   SM80_DEVICE bool is_packed_q() const { return p.cu_seqlens_q != nullptr; }
   SM80_DEVICE bool is_packed_k() const { return p.cu_seqlens_k != nullptr; }
 
-  /// The last tile up to `block` of which attn_mask shows something; one before block_begin: none.
-  SM80_DEVICE int visited_block(int block) const {
-    if constexpr (kExtended) {
-      if (params.packed.seen == nullptr) return block;
-      for (; block >= tile.block_begin; --block) {
-        if ((params.packed.tile_classes<kBlockM, kBlockN>(tile.batch, tile.head, tile.m_begin, block * kBlockN) &
-             mask::kSeen) != 0) {
-          break;
-        }
-      }
-    }
-    return block;
-  }
+  SM80_DEVICE int visited_block(int block) const { return fp32::visited_block<Config>(params, tile, block); }
 
   // -- shared memory
 

@@ -6,8 +6,9 @@
 
 namespace flash_attn::cuda::sm80::fp32 {
 
-template <typename Config, typename Block>
-ForwardVariant forward_variant_of(const char* name) {
+template <typename Config>
+ForwardVariant forward_variant_of(const char* name, int least_slots, void (*kernel)(const ForwardKernelParams),
+                                  int least_columns = 0) {
   constexpr int kAlignment = Config::Products::kAlignment;
   return {name,
           Config::kHeadDim,
@@ -18,8 +19,14 @@ ForwardVariant forward_variant_of(const char* name) {
           Config::kExtended,
           Config::kQueryBytes + (kAlignment > 128 ? kAlignment : 0),
           Config::kSlotBytes,
-          Block::kLeastSlots,
-          forward_kernel<Config, Block>};
+          least_slots,
+          least_columns,
+          kernel};
+}
+/// Block: ForwardBlock<Config>, or what is built on it.
+template <typename Config, typename Block>
+ForwardVariant forward_variant_of(const char* name) {
+  return forward_variant_of<Config>(name, Block::kLeastSlots, forward_kernel<Config, Block>);
 }
 
 template <int kHeadDim, int kWarps, int kMTiles, int kBlockN, int kSumSteps, int kBlocksPerSm, bool kExtended,

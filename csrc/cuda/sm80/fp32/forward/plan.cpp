@@ -75,6 +75,13 @@ bool pays(const ForwardParams& given) {
   return flops >= std::max(kLeastFlops, kFlopsPerByte * bytes);
 }
 
+/// That a query row sees on average.
+double mean_columns(const ForwardParams& given) {
+  constexpr int64_t kTile = 64;
+  const ForwardParams p = mean_problem(given);
+  return double(num_visible_tiles(p, kTile, kTile) * kTile) / double(std::max<int64_t>(1, ceil_div(p.seqlen_q, kTile)));
+}
+
 void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
   int64_t end = 0;
   const auto take = [&](int64_t bytes) {
@@ -134,6 +141,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device, const
   for (const ForwardVariant& variant : variants) {
     if (variant.extended != is_extended(p)) continue;
     if (forced != nullptr && std::string(forced) != variant.name) continue;
+    if (forced == nullptr && variant.least_columns > 0 && mean_columns(p) < variant.least_columns) continue;
     if (!fit(variant, device, plan)) continue;
     plan.variant = &variant;
     break;

@@ -13,6 +13,7 @@ struct ForwardVariant {
   bool extended;                // takes softcap, ALiBi, attn_mask, dropout, any softmax_scale
   int query_bytes, slot_bytes;  // of shared memory
   int least_slots;
+  int least_columns;  // chosen where a query row sees as many keys on average
   void (*kernel)(const ForwardKernelParams);
 };
 
