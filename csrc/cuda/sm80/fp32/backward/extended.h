@@ -66,7 +66,7 @@ SM80_DEVICE void BackwardScores<Config>::find_shown(ShownScores<Config>& shown, 
 template <typename Config>
 template <bool kBias>
 SM80_DEVICE void BackwardScores<Config>::find_extended(Scores& s, Scores& dp, float dp_unit, uint32_t statistics,
-                                                      int at) {
+                                                       int at) {
   const HeadRules<kOfKeys, kMTiles, kNTiles> rules(p, tile.sequence, tile.batch, head);
   const FragmentOrigin origin{tile.own_begin + own_row(0, 0), block * kBlockN + at % 4 * 2};
   const int64_t batch_head = tile.batch * p.num_heads + head;
@@ -117,7 +117,7 @@ SM80_DEVICE void BackwardScores<Config>::find_extended(Scores& s, Scores& dp, fl
 
 template <typename Config>
 SM80_DEVICE void BackwardScores<Config>::take_extended(Scores& s, Scores& dp, float s_unit, float dp_unit,
-                                                      uint32_t statistics, int at) {
+                                                       uint32_t statistics, int at) {
   HeadRules<kOfKeys, kMTiles, kNTiles>(p, tile.sequence, tile.batch, head).scale_scores(s, s_unit);
   const int own = tile.own_begin + warp() * Config::kWarpRows, other = block * kBlockN;
   bool biased = false;

@@ -8,15 +8,8 @@ namespace flash_attn::cuda::sm80::fp32 {
 
 template <typename Config>
 BackwardVariant backward_variant_of(const char* name, int gradients, void (*kernel)(const BackwardKernelParams)) {
-  return {name,
-          Config::kHeadDim,
-          Config::kBlockM,
-          Config::kBlockN,
-          Config::kThreads,
-          gradients,
-          Config::kExtended,
-          Config::kSharedBytes,
-          kernel};
+  return {name,      Config::kHeadDim,  Config::kBlockM,      Config::kBlockN, Config::kThreads,
+          gradients, Config::kExtended, Config::kSharedBytes, kernel};
 }
 /// Block: BackwardBlock<Config>, or what is built on it.
 template <typename Config, typename Block>
