@@ -18,6 +18,8 @@ from problems import MASK_KINDS, Problem, check_all, run
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
 GEFORCE = (89, 128, 101376, 72 << 20)
 TURING = (75, 68, 65536, 4 << 20)
+RNG_STATE = {"rng_state": (1 << 20, "int64", 0, [2], [1])}
+SLOPES = {"alibi_slopes": (1 << 20, "float32", 0, [16], [1])}
 
 on_gpu = [
     pytest.mark.gpu,
@@ -147,6 +149,19 @@ class TestPlans:
     def test_rows_of_whole_16_bytes_get_large_tiles(self, head_dim: int, softcap: float) -> None:
         for chosen in _universal(head_dim=head_dim, device=GEFORCE, causal=1, softcap=softcap):
             assert "8x8" in str(chosen["kernel"])
+
+    @pytest.mark.parametrize(
+        "options, columns",
+        [
+            (dict(softcap=3.0), (128, 64)),
+            (dict(dropout_p=0.1, tensors=RNG_STATE), (128, 64)),
+            (dict(tensors=SLOPES), (128, 128)),
+        ],
+        ids=["softcap", "dropout", "alibi"],
+    )
+    def test_how_many_columns_a_block_computes(self, options: dict[str, object], columns: tuple[int, int]) -> None:
+        for chosen, count in zip(_universal(head_dim=128, device=GEFORCE, **options), columns, strict=True):
+            assert chosen["kernel"] == f"simt fp32 d{count} 8x8 extended"
 
     @pytest.mark.parametrize(
         "arguments",

@@ -57,14 +57,15 @@ bool has_large_tiles(const Params&, const DeviceInfo&) {
 
 #endif
 
-/// The name of such a kernel, for heads of `columns`.
-const char* large_tiles(const ForwardParams& p, int64_t columns) {
-  return is_extended(p) ? "simt fp32 d64 8x8 extended" : columns <= 64 ? "simt fp32 d64 8x8" : "simt fp32 d128 8x8";
+/// The name of such a kernel, whose blocks compute `columns`.
+const char* large_tiles(const ForwardParams& p, int columns) {
+  if (is_extended(p)) return columns == 64 ? "simt fp32 d64 8x8 extended" : "simt fp32 d128 8x8 extended";
+  return columns == 64 ? "simt fp32 d64 8x8" : "simt fp32 d128 8x8";
 }
 
 Plan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   if (has_large_tiles(p, device)) {
-    return {large_tiles(p, p.head_dim_v), float32::kForwardTile.queries, float32::kForwardTile.keys,
+    return {large_tiles(p, float32::block_columns(p)), float32::kForwardTile.queries, float32::kForwardTile.keys,
             mask::unpacked_bytes(p.mask)};
   }
   return {variant(p.dtype, forward_bucket(p)), block_size(p.dtype), block_size(p.dtype), mask::unpacked_bytes(p.mask)};
@@ -77,7 +78,7 @@ Plan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const int64_t mask = mask::unpacked_bytes(p.mask);
   if (has_large_tiles(params, device)) {
-    Plan plan{large_tiles(p, std::max(p.head_dim, p.head_dim_v)), float32::kBackwardTile.queries,
+    Plan plan{large_tiles(p, float32::block_columns(params)), float32::kBackwardTile.queries,
               float32::kBackwardTile.keys, mask > 0 ? unpacked_mask_place(params) + mask : RowWorkspace::bytes(params)};
     const bool of_rows = p.deterministic || params.dslopes != nullptr;
     plan.decide("dq", of_rows ? variant(p.dtype, backward_bucket(p)) : "added to zeros");

@@ -21,10 +21,10 @@ void backward(const BackwardParams& params, const int* flags, cudaStream_t strea
   const bool of_rows = params.dslopes != nullptr || (params.dq.data != nullptr && p.deterministic);
   const bool add_dq = params.dq.data != nullptr && !of_rows;
   if (add_dq || params.dk.data != nullptr || params.dv.data != nullptr) {
-    const bool narrow = p.head_dim <= 64 && p.head_dim_v <= 64;
-    auto* const launch = is_extended(p) ? launch_backward_kernel<64, true>
-                         : narrow       ? launch_backward_kernel<64, false>
-                                        : launch_backward_kernel<128, false>;
+    const bool narrow = block_columns(params) == 64;
+    auto* const launch = is_extended(p)
+                             ? (narrow ? launch_backward_kernel<64, kAllRules> : launch_backward_kernel<128, kMasks>)
+                             : (narrow ? launch_backward_kernel<64, kNoRules> : launch_backward_kernel<128, kNoRules>);
     launch(params, add_dq, flags, stream);
   }
   if (!of_rows) return;

@@ -99,10 +99,15 @@ struct BackwardBlock {
   }
 };
 
-template <int kHeadDim_, bool kExtended_>
+/// What a kernel knows beside q k^T: nothing; ALiBi and attn_mask; softcap and dropout too, for which a thread keeps a
+/// number more of each score.
+enum Rules { kNoRules, kMasks, kAllRules };
+
+template <int kHeadDim_, Rules kRules_>
 struct BackwardConfig {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kExtended = kExtended_;  // softcap, ALiBi, attn_mask, dropout
+  static constexpr Rules kRules = kRules_;
+  static constexpr bool kExtended = kRules != kNoRules;
   static constexpr int kCols = kQueries / kGrid, kOutCols = kHeadDim / kGrid;
   static constexpr int kWidth = 32;                  // columns of slabs that scores are products of
   static constexpr int kSlabRows = 4096 / kHeadDim;  // of the others, which have all columns
@@ -118,7 +123,7 @@ struct BackwardConfig {
     Statistics statistics[2];                    // of tiles in turn
     Alive<kKeys> alive_keys[kExtended ? 2 : 1];  // likewise
     Alive<kQueries> alive_queries[kExtended ? 2 : 1];
-    Kept<kExtended ? kQueries : 1, kKeys> kept;
+    Kept<kRules == kAllRules ? kQueries : 1, kKeys> kept;
     alignas(BackwardBlock) unsigned char block[sizeof(BackwardBlock)];
   };
   static_assert(sizeof(Shared) <= 99 << 10);

@@ -56,9 +56,10 @@ FLASH_ATTN_DEVICE void store_sums(const TensorView& view, const BackwardBlock& b
   }
 }
 
-template <int kHeadDim, bool kExtended>
+template <int kHeadDim, Rules kRules>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments arguments) {
-  using C = BackwardConfig<kHeadDim, kExtended>;
+  using C = BackwardConfig<kHeadDim, kRules>;
+  constexpr bool kExtended = C::kExtended;
   const BackwardParams& params = arguments.params;
   const ForwardParams& p = params.forward;
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -90,8 +91,10 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
     if constexpr (kExtended) {
       if (threadIdx.x < kKeys / 32) alive_keys.words[threadIdx.x] = p.mask.data != nullptr ? 0 : ~0u;
       if (threadIdx.x < kQueries / 32) alive_queries.words[threadIdx.x] = p.mask.data != nullptr ? 0 : ~0u;
-      if (p.dropout_p > 0.0) {
-        shared.kept.draw(p, block.batch * p.num_heads + tile.head, m_begin, block.n_begin);
+      if constexpr (kRules == kAllRules) {
+        if (p.dropout_p > 0.0) {
+          shared.kept.draw(p, block.batch * p.num_heads + tile.head, m_begin, block.n_begin);
+        }
       }
     }
     const auto add_rows = [&](Phase phase, float (&s)[kRows][C::kCols]) {
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
     {
       float dp[kRows][C::kCols];
       add_rows(kOfProbabilities, dp);  // all are done with P, of which each changes what it has stored itself
-      if constexpr (kExtended) {
+      if constexpr (kRules == kAllRules) {
         store_extended_gradients<C>(shared.scores, dp, factors, ScoreRules(p, block.batch, tile.head), statistics,
                                     shared.kept);
       } else {
@@ -176,9 +179,9 @@ __global__ void __launch_bounds__(kThreads) clear_dq_kernel(const __grid_constan
   }
 }
 
-template <int kHeadDim, bool kExtended>
+template <int kHeadDim, Rules kRules>
 void launch_backward_kernel(const BackwardParams& params, bool add_dq, const int* flags, cudaStream_t stream) {
-  using C = BackwardConfig<kHeadDim, kExtended>;
+  using C = BackwardConfig<kHeadDim, kRules>;
   const ForwardParams& p = params.forward;
   const int64_t columns = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   BackwardArguments a{params,
@@ -194,7 +197,7 @@ void launch_backward_kernel(const BackwardParams& params, bool add_dq, const int
                         "universal float32 dq");
   }
   a.blocks = SequenceBlocks::of_keys(p, kKeys);
-  cuda::launch_blocks(backward_kernel<kHeadDim, kExtended>, a, a.blocks.count() * p.num_heads_k * a.num_parts, kThreads,
+  cuda::launch_blocks(backward_kernel<kHeadDim, kRules>, a, a.blocks.count() * p.num_heads_k * a.num_parts, kThreads,
                       int(sizeof(typename C::Shared)), stream, "universal float32 backward");
 }
 

@@ -70,10 +70,10 @@ FLASH_ATTN_DEVICE void add_mask_transposed(float (&s)[kRows][C::kCols], const Ma
 #pragma unroll
   for (int i = 0; i < C::kCols; ++i) {
     const FreshPlace at;
-    const Storage* const row = mask.row_of<Storage>(min(place_of(at.column, i), t.queries - 1));
+    const int row = min(place_of(at.column, i), t.queries - 1) * mask.row;
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      s[j][i] = MaskTile::add(s[j][i], __ldg(row + min(place_of(at.row, j), t.keys - 1) * mask.column));
+      s[j][i] = MaskTile::add(s[j][i], mask.load<Storage>(row + min(place_of(at.row, j), t.keys - 1) * mask.column));
     }
     __syncwarp();  // keeps the compiler from reading the mask of all rows at once
   }
@@ -82,12 +82,33 @@ FLASH_ATTN_DEVICE void add_mask_transposed(float (&s)[kRows][C::kCols], const Ma
 /// Of an extended tile, what is kept from P for dS: P times the softcap's derivative; -0 where there is no score.
 using Factors = float[kRows][4];
 
-/// From q k^T to P after dropout in shared memory and `factors`. Marks queries and keys that have a score.
-template <typename C>
-FLASH_ATTN_DEVICE void store_extended(float* to, float (&s)[kRows][C::kCols], Factors& factors, const ScoreRules& rules,
+/// value(i, j, kept) of the thread's queries i and keys j to shared memory, `kept` by dropout or not.
+template <typename C, typename Bits, typename Value>
+FLASH_ATTN_DEVICE void store_kept(float* to, const FreshPlace& at, const ScoreRules& rules, const Bits& kept,
+                                  const Value& value) {
+  const int query = place_of(at.column, 0);
+#pragma unroll
+  for (int i = 0; i < C::kCols; ++i) {
+#pragma unroll
+    for (int j = 0; j < kRows; j += 4) {
+      const int key = place_of(at.row, j);
+      const uint32_t bits = C::kRules == kAllRules && rules.dropout ? kept.four(query + i, key) : 15;
+      float x[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) x[u] = value(i, j + u, (bits >> u & 1) != 0);
+      *reinterpret_cast<float4*>(to + (query + i) * C::kLd + key) = float4{x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+/// From q k^T to P after dropout in shared memory and `factors`; of kMasks as store_probabilities(). Marks queries and
+/// keys that have a score.
+template <typename C, typename Bits>
+FLASH_ATTN_DEVICE void store_extended(float* to, float (&s)[kRows][C::kCols], Factors& factors, ScoreRules rules,
                                       const MaskTile& mask, const ScoreTile& t,
-                                      const typename C::Statistics& statistics, const Kept<kQueries, kKeys>& kept,
+                                      const typename C::Statistics& statistics, const Bits& kept,
                                       Alive<kKeys>& alive_keys, Alive<kQueries>& alive_queries) {
+  if constexpr (C::kRules == kMasks) rules.softcap = 0.f;  // which the compiler did not know
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
 #pragma unroll
@@ -107,29 +128,18 @@ FLASH_ATTN_DEVICE void store_extended(float* to, float (&s)[kRows][C::kCols], Fa
   load_four(statistics.lse + query, lse);
   load_four(statistics.lost + query, lost);
   uint32_t queries = 0, keys[2] = {};
-#pragma unroll
-  for (int i = 0; i < C::kCols; ++i) {
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      const int key = place_of(at.row, 4 * g);
-      const uint32_t bits = rules.dropout ? kept.four(query + i, key) : 15;
-      float p[4];
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int j = 4 * g + u;
-        const bool hidden = t.partial && !t.sees(query + i, key + u);
-        const float exponent = hidden ? -INFINITY : s[j][i] - lse[i] - lost[i];
-        const bool exists = exponent != -INFINITY;
-        // Above 0 by rounding alone, which of very large scores is enough for an infinity.
-        const float probability = natural_exp(-fabsf(exponent));
-        factors[j][i] = exists ? probability * factors[j][i] : -0.f;
-        p[u] = exists && (bits >> u & 1) != 0 ? probability * rules.dropout_scale : 0.f;
-        queries |= uint32_t{exists} << i;
-        keys[g] |= uint32_t{exists} << u;
-      }
-      *reinterpret_cast<float4*>(to + (query + i) * C::kLd + key) = float4{p[0], p[1], p[2], p[3]};
-    }
-  }
+  store_kept<C>(to, at, rules, kept, [&](int i, int j, bool is_kept) {
+    const bool hidden = t.partial && !t.sees(query + i, place_of(at.row, j));
+    const float exponent = hidden ? -INFINITY : s[j][i] - lse[i] - lost[i];
+    const bool exists = exponent != -INFINITY;
+    // Above 0 by rounding alone, which of very large scores is enough for an infinity.
+    const float probability = natural_exp(-fabsf(exponent));
+    queries |= uint32_t{exists} << i;
+    keys[j / 4] |= uint32_t{exists} << j % 4;
+    if constexpr (C::kRules == kMasks) return exists ? probability : -0.f;
+    factors[j][i] = exists ? probability * factors[j][i] : -0.f;
+    return exists && is_kept ? probability * rules.dropout_scale : 0.f;
+  });
   if (!rules.masked) return;
   alive_queries.mark(query, queries);
 #pragma unroll
@@ -142,25 +152,12 @@ FLASH_ATTN_DEVICE void store_extended_gradients(float* to, const float (&dp)[kRo
                                                 const ScoreRules& rules, const typename C::Statistics& statistics,
                                                 const Kept<kQueries, kKeys>& kept) {
   const FreshPlace at;
-  const int query = place_of(at.column, 0);
   float delta[4];
-  load_four(statistics.delta + query, delta);
-#pragma unroll
-  for (int i = 0; i < C::kCols; ++i) {
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      const int key = place_of(at.row, 4 * g);
-      const uint32_t bits = rules.dropout ? kept.four(query + i, key) : 15;
-      float ds[4];
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int j = 4 * g + u;
-        const float of_p = (bits >> u & 1) != 0 ? dp[j][i] * rules.dropout_scale : 0.f;
-        ds[u] = __float_as_uint(factors[j][i]) == 0x80000000u ? 0.f : factors[j][i] * (of_p - delta[i]);
-      }
-      *reinterpret_cast<float4*>(to + (query + i) * C::kLd + key) = float4{ds[0], ds[1], ds[2], ds[3]};
-    }
-  }
+  load_four(statistics.delta + place_of(at.column, 0), delta);
+  store_kept<C>(to, at, rules, kept, [&](int i, int j, bool is_kept) {
+    const float of_p = is_kept ? dp[j][i] * rules.dropout_scale : 0.f;
+    return __float_as_uint(factors[j][i]) == 0x80000000u ? 0.f : factors[j][i] * (of_p - delta[i]);
+  });
 }
 
 }  // namespace

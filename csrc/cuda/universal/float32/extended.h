@@ -66,19 +66,22 @@ struct ScoreRules {
   }
 };
 
-/// Whether the kernels read such a mask.
+/// Whether the kernels read such a mask: places in a tile are counted in 32 bits.
 inline bool reads_mask(const MaskView& mask) {
-  return mask.data == nullptr || mask.dtype == DType::kBool || mask.dtype == DType::kFloat32;
+  constexpr int64_t kMaxStride = 1 << 23;
+  const auto fits = [](int64_t stride) { return stride > -kMaxStride && stride < kMaxStride; };
+  return mask.data == nullptr ||
+         ((mask.dtype == DType::kBool || mask.dtype == DType::kFloat32) && fits(mask.row) && fits(mask.col));
 }
 
 /// attn_mask from the first query and key of a tile on.
 struct MaskTile {
   const void* data;
-  int64_t row, column;  // strides
+  int row, column;  // strides
   bool is_bool;
 
   FLASH_ATTN_DEVICE MaskTile(const MaskView& mask, int64_t b, int64_t h, const ScoreTile& t)
-      : row(mask.row), column(mask.col), is_bool(mask.dtype == DType::kBool) {
+      : row(int(mask.row)), column(int(mask.col)), is_bool(mask.dtype == DType::kBool) {
     const int64_t origin = b * mask.batch + h * mask.head + t.m_begin * mask.row + t.n_begin * mask.col;
     data = static_cast<const char*>(mask.data) + origin * (is_bool ? 1 : 4);
   }
@@ -86,14 +89,14 @@ struct MaskTile {
   FLASH_ATTN_DEVICE static float add(float s, float bias) { return bias == -INFINITY ? bias : s + bias; }
   FLASH_ATTN_DEVICE static float add(float s, uint8_t shown) { return shown != 0 ? s : -INFINITY; }
   template <typename Storage>
-  FLASH_ATTN_DEVICE const Storage* row_of(int i) const {
-    return static_cast<const Storage*>(data) + i * row;
+  FLASH_ATTN_DEVICE Storage load(int place) const {
+    return __ldg(static_cast<const Storage*>(data) + place);
   }
   /// What is added to a score, which has to exist.
   FLASH_ATTN_DEVICE float operator()(int i, int j) const {
-    const int64_t place = i * row + j * column;
-    if (is_bool) return __ldg(static_cast<const uint8_t*>(data) + place) != 0 ? 0.f : -INFINITY;
-    return __ldg(static_cast<const float*>(data) + place);
+    const int place = i * row + j * column;
+    if (is_bool) return load<uint8_t>(place) != 0 ? 0.f : -INFINITY;
+    return load<float>(place);
   }
 };
 

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "../../../kernel.h"
 
 namespace flash_attn::cuda::universal::float32 {
@@ -16,6 +18,14 @@ constexpr TileSize kForwardTile{128, 128}, kBackwardTile{64, 128};
 
 bool takes(const ForwardParams& params);
 bool takes(const BackwardParams& params);
+
+/// Columns of out, or of each gradient, that a block computes: 64 or 128.
+inline int block_columns(const ForwardParams& p) { return p.head_dim_v <= 64 ? 64 : 128; }
+inline int block_columns(const BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const bool all_rules = p.softcap > 0.0 || p.dropout_p > 0.0;  // of which 128 columns take too many registers
+  return all_rules || std::max(p.head_dim, p.head_dim_v) <= 64 ? 64 : 128;
+}
 
 /// By these kernels what they take, by the others what they don't. `flags` as in ../forward_launch.h.
 void forward(const ForwardParams& params, const int* flags, cudaStream_t stream);

@@ -14,9 +14,9 @@ bool takes(const ForwardParams& p) {
 
 void forward(const ForwardParams& p, const int* flags, cudaStream_t stream) {
   if (!takes(p)) return universal::launch_forward<float>(p, flags, stream);
-  auto* const launch = is_extended(p)       ? launch_forward_kernel<64, true>
-                       : p.head_dim_v <= 64 ? launch_forward_kernel<64, false>
-                                            : launch_forward_kernel<128, false>;
+  const bool narrow = block_columns(p) == 64;
+  auto* const launch = is_extended(p) ? (narrow ? launch_forward_kernel<64, true> : launch_forward_kernel<128, true>)
+                                      : (narrow ? launch_forward_kernel<64, false> : launch_forward_kernel<128, false>);
   launch(p, flags, stream);
 }
 

@@ -194,10 +194,10 @@ FLASH_ATTN_DEVICE void add_mask_as(float (&s)[kRows][C::kCols], const MaskTile& 
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const FreshPlace at;
-    const Storage* const row = mask.row_of<Storage>(min(place_of(at.row, i), t.queries - 1));
+    const int row = min(place_of(at.row, i), t.queries - 1) * mask.row;
 #pragma unroll
     for (int j = 0; j < C::kCols; ++j) {
-      const Storage value = __ldg(row + min(place_of(at.column, j), t.keys - 1) * mask.column);
+      const Storage value = mask.load<Storage>(row + min(place_of(at.column, j), t.keys - 1) * mask.column);
       s[i][j] = MaskTile::add(s[i][j], value);
     }
     __syncwarp();  // keeps the compiler from reading the mask of all rows at once
