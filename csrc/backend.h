@@ -17,7 +17,7 @@ struct Backend {
   /// Forward over float8 caches.
   std::vector<const Kernel<Float8Params>*> float8;
   void (*copy_rows)(const RowCopies&, void* stream);
-  /// Packs attn_mask into packed_bytes() at `data`, see packed_mask.h.
+  /// Packs attn_mask into stored_bytes() at `data`, see packed_mask.h and mask_band.h.
   void (*pack_mask)(const MaskView& mask, void* data, void* stream);
   DeviceInfo (*device_info)(int device_index);
   /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.

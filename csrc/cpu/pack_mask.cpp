@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../packed_mask.h"
+#include "../mask_band.h"
 #include "cpu.h"
 #include "parallel.h"
 
@@ -99,6 +99,7 @@ void pack_task(const void* context, int64_t index, void*) {
 void pack_mask(const MaskView& view, void* data, void*) {
   const Packing packing{view, mask::place_packed(view, data), mask::row_groups(view)};
   run_tasks(view.batch_size * view.head_size * packing.row_groups, 0, pack_task, &packing);
+  if (mask::MaskBand* const band = mask::place_band(view, data)) *band = {};
 }
 
 }  // namespace flash_attn::cpu

@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "common/copy_rows.h"
+#include "mask/band.h"
 #include "mask/packed_mask.h"
 #include "universal/universal.h"
 #ifdef FLASH_ATTN_WITH_DECODE
@@ -130,7 +131,11 @@ const Backend& cuda_backend() {
       },
       cuda::copy_rows,
       [](const MaskView& mask, void* data, void* stream) {
-        cuda::mask::pack(mask, data, static_cast<cudaStream_t>(stream));
+        const auto cuda_stream = static_cast<cudaStream_t>(stream);
+        const mask::PackedMask packed = cuda::mask::pack(mask, data, cuda_stream);
+        if (mask::MaskBand* const band = mask::place_band(mask, data)) {
+          cuda::mask::find_band(mask, packed, band, cuda_stream);
+        }
       },
       device_info,
       enter,

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../packed_mask.h"
+#include "../mask_band.h"
 #include "arguments/refuse.h"
 #include "run.h"
 
@@ -70,7 +70,7 @@ Tensor packed(const TensorInfo& mask) {
     refuse("mask must be bool, float64, float32, bfloat16 or float16, but is ", dtype_name(mask.dtype));
   }
   const MaskView view = mask_view(mask);
-  const int64_t words = mask::packed_bytes(view) / 8;
+  const int64_t words = mask::stored_bytes(view) / 8;
   NewTensor result = empty_contiguous(1, &words, DType::kInt64, mask, "the packed mask");
   if (words == 0) return std::move(result.tensor);
   const Backend& backend = backend_of(mask.device);

@@ -2,7 +2,7 @@
 
 A packed mask is one int64 tensor. Its parts, each from a multiple of 256 bytes on, hold cells of 16 rows x 64 columns:
 which columns some row sees; what is in a cell (SEEN, HIDDEN, BIASED), a byte a cell; a bit a score, in the order of
-accumulator fragments.
+accumulator fragments; and, of one mask for all that is not of a few rows, whether it is a band.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..torch_op.library import pack_mask_op, registrations, unchanged_mask_op
 
 CELL_ROWS, CELL_COLS, CLASS_ROWS = 16, 64, 128
 SEEN, HIDDEN, BIASED = 1, 2, 4
+LEAST_WITH_BAND, BAND_WORDS = 512, 32  # rows and columns; at the end
 
 Shape = Sequence[int]  # (batch | 1, heads | 1, rows | 1, columns | 1)
 
@@ -35,13 +36,19 @@ def _up(n: int, unit: int) -> int:
 
 
 def _layout(shape: Shape) -> tuple[list[int], list[int], int, int, int]:
-    """Shapes of cells and of words of classes; where the last two parts begin, and where they end, in words."""
+    """Shapes of cells and of words of classes; where classes and bits begin, and where all ends, in words."""
     b, h, rows, cols = shape
     cells = [b, h, _up(rows, CELL_ROWS), _up(cols, CELL_COLS)]
     words = [b, h, _up(rows, CLASS_ROWS), _up(cols, CELL_COLS)]
     classes = _up(b * h * cells[2] * cells[3], 32) * 32
     bits = classes + _up(b * h * words[2] * words[3], 32) * 32
-    return cells, words, classes, bits, bits + _up(16 * b * h * cells[2] * cells[3], 32) * 32
+    end = bits + _up(16 * b * h * cells[2] * cells[3], 32) * 32
+    return cells, words, classes, bits, end + (BAND_WORDS if _has_band(shape) else 0)
+
+
+def _has_band(shape: Shape) -> bool:
+    b, h, rows, cols = shape
+    return b == h == 1 and min(rows, cols) >= LEAST_WITH_BAND
 
 
 def num_words(shape: Shape) -> int:
@@ -57,6 +64,15 @@ def parts(packed: Tensor, shape: Shape) -> Parts:
         packed[classes : classes + words[0] * words[1] * words[2] * words[3]].view(words),
         packed[bits : bits + 16 * count].view(torch.int32).view([*cells, 32]),
     )
+
+
+def band(packed: Tensor, shape: Shape) -> tuple[int, int] | None:
+    """(left, right) if row r sees columns r + left to r + right and no others, as far as that was looked for. Waits for
+    the device."""
+    if not _has_band(shape):
+        return None
+    is_band, left, right = packed[-BAND_WORDS:].view(torch.int32)[:3].tolist()
+    return (left, right) if is_band else None
 
 
 def own(mask: Tensor) -> Tensor:
@@ -93,6 +109,8 @@ def pack_by_rows(
         for x, y, unit in zip(to, of, (CELL_ROWS, CLASS_ROWS, CELL_ROWS), strict=True):
             x[:, :, first // unit : first // unit + y.shape[2]] = y
         first = end
+    if _has_band(shape):
+        whole[-BAND_WORDS:] = 0  # nobody has looked
     return whole
 
 

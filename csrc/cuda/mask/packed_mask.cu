@@ -108,6 +108,24 @@ struct Packer {
     if (lane == 0) store_class(col_cell, (seen ? kSeen : 0) | (hidden ? kHidden : 0) | (biased ? kBiased : 0));
   }
 
+  /// Of booleans: a cell that is hidden, or seen, as a whole needs no bits to be made. False: it is neither.
+  __device__ bool store_uniform(int col_cell, const SixteenValues<Storage> (&values)[2]) const {
+    uint32_t any = values[0].any(), all = values[0].all();
+    if (__any_sync(~0u, any != 0 && all != 0x01010101u)) return false;  // here most others end
+    any |= values[1].any();
+    all &= values[1].all();
+    const bool hidden = __all_sync(~0u, any == 0);
+    if (!hidden && !__all_sync(~0u, all == 0x01010101u)) return false;
+    if ((row_cell + 1) * kCellRows > view.row_size && view.row_size != 1) return false;  // its last rows are not there
+    const int64_t cell = (slice * packed.row_cells + row_cell) * packed.col_cells + col_cell;
+    packed.bits[cell * 32 + lane] = hidden ? 0 : ~0u;
+    if (lane == 0) {
+      packed.seen[cell] = hidden ? 0 : ~uint64_t{0};
+      store_class(col_cell, hidden ? kHidden : kSeen);
+    }
+    return true;
+  }
+
   __device__ uint64_t* class_word(int col_cell) const {
     const int row_groups = (packed.row_cells + kWarps - 1) / kWarps;
     return packed.classes + (slice * row_groups + row_cell / kWarps) * packed.col_cells + col_cell;
@@ -142,6 +160,9 @@ struct Packer {
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
+          if constexpr (sizeof(Storage) == 1) {
+            if (store_uniform(c + i, values[i])) continue;
+          }
           RowBits bits[2] = {values[i][0].bits(), values[i][1].bits()};
           store(c + i, bits);
         }
@@ -158,7 +179,8 @@ struct Packer {
 };
 
 template <typename Storage>
-__global__ void __launch_bounds__(32 * kWarps) pack_kernel(const __grid_constant__ PackArguments arguments) {
+__global__ void __launch_bounds__(32 * kWarps, sizeof(Storage) == 1 ? 3 : 0)
+    pack_kernel(const __grid_constant__ PackArguments arguments) {
   const int warp = int(threadIdx.x) / 32;
   int rest = int(arguments.first_block + blockIdx.x), block_col, block_row;
   rest = arguments.block_cols.divide(rest, block_col);

@@ -43,6 +43,10 @@ struct SixteenValues {
     for (int i = 0; i < int(sizeof(Storage)); ++i) piece[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
   }
 
+  /// The or and the and of booleans, four at once.
+  __device__ __forceinline__ uint32_t any() const { return piece[0].x | piece[0].y | piece[0].z | piece[0].w; }
+  __device__ __forceinline__ uint32_t all() const { return piece[0].x & piece[0].y & piece[0].z & piece[0].w; }
+
   __device__ __forceinline__ RowBits bits() const {
     RowBits bits;
     if constexpr (sizeof(Storage) == 1) {

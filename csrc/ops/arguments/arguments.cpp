@@ -4,7 +4,7 @@
 #include <cmath>
 #include <string>
 
-#include "../../packed_mask.h"
+#include "../../mask_band.h"
 #include "checks.h"
 #include "refuse.h"
 
@@ -127,7 +127,7 @@ void fill_mask(const Arguments& a, ForwardParams& p) {
 void fill_packed_mask(const Arguments& a, ForwardParams& p) {
   if (!a.packed_mask) return;
   if (!a.attn_mask) refuse("attn_mask must be given with packed_mask, but is None");
-  check_vector("packed_mask", *a.packed_mask, DType::kInt64, mask::packed_bytes(p.mask) / 8,
+  check_vector("packed_mask", *a.packed_mask, DType::kInt64, mask::stored_bytes(p.mask) / 8,
                "words that pack_mask makes of attn_mask", a.q);
   p.mask.packed = a.packed_mask->data;
 }
