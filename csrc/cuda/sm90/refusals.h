@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../kernel.h"
+#include "../../mask_band.h"
 
 namespace flash_attn::cuda::sm90 {
 
@@ -20,6 +21,20 @@ inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceIn
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0) return "head_dim is not a multiple of 8";
   if (p.cache.exists()) return "k and v lie in a cache";
   return nullptr;
+}
+
+/// Whether attn_mask is all that hides something or changes a score, and may be causal order or a window.
+inline bool mask_may_be_band(const ForwardParams& p) {
+  const bool has_rules = p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0 || p.sinks != nullptr;
+  return p.has_bool_mask() && mask::has_band(p.mask) && p.is_dense() && !p.has_window() && !has_rules;
+}
+
+/// The problem for kernels that run if it is: planned as causal, and what rows see the device finds.
+inline ForwardParams band_problem(ForwardParams p) {
+  p.mask = MaskView{};
+  p.causal = Causal::kTopLeft;
+  p.window_right = 0;
+  return p;
 }
 
 }  // namespace flash_attn::cuda::sm90

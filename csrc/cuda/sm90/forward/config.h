@@ -1,6 +1,8 @@
 // What a forward kernel is compiled for, and the shared memory that follows from it.
 #pragma once
 
+#include <type_traits>
+
 #include "../../common/scores/softmax.h"
 #include "../hopper/budgets.h"
 #include "../hopper/ring.h"
@@ -20,13 +22,14 @@ struct Shape {
   static constexpr bool kLazyMax = false;
   // Write out through a buffer of its own, 4 KB a warp, instead of through Q's. A single Q stage needs it.
   static constexpr bool kOutBuffer = false;
+  static constexpr bool kBand = false;  // what rows see is found on the device: BandParams
 };
 
 template <typename Element_, typename Shape, bool kMasked_>
 struct KernelConfig : Shape {
   using Element = Element_;
   static constexpr bool kMasked = kMasked_;  // causal or a window: edge blocks anywhere, else only a sequence's last
-  using Params = KernelParams;
+  using Params = std::conditional_t<Shape::kBand, BandParams, KernelParams>;
   using TileType = Tile;
   using Softmax = OnlineSoftmax<Shape::kBlockN>;
 

@@ -37,32 +37,55 @@ const char* name_of(TileSchedule::Order order) {
   }
 }
 
+auto launch_of(const Plan& plan, const ForwardParams& p) {
+  return p.dtype == DType::kBFloat16 ? plan.variant->launch_bf16 : plan.variant->launch_fp16;
+}
+
+/// The plan, and one that comes before it if it has a variant.
+struct Plans {
+  Plan plan, of_band;
+  int64_t bytes;  // of workspace
+
+  Plans(const ForwardParams& p, const DeviceInfo& device, void* workspace)
+      : plan(choose_plan(p, device)), of_band(choose_band_plan(p, device)) {
+    plan.done_as_band = of_band.variant != nullptr;
+    bytes = place_workspace(plan, p, workspace);
+    if (!plan.done_as_band) return;
+    bytes += place_workspace(of_band, band_problem(p),
+                             workspace == nullptr ? nullptr : static_cast<char*>(workspace) + bytes);
+  }
+};
+
 flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
-  Plan chosen = choose_plan(p, device);
-  flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
-                        place_workspace(chosen, p, nullptr)};
+  const Plans plans(p, device, nullptr);
+  const Plan& chosen = plans.plan;
+  flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, plans.bytes};
   plan.decide("ctas", chosen.grid);
   plan.decide("order", name_of(chosen.schedule.order));
   plan.decide("counter", chosen.dynamic);
   plan.decide("key_splits", chosen.schedule.num_splits);
   if (p.mask.data != nullptr) {
     plan.decide("mask", p.mask.packed != nullptr ? "prepared" : chosen.packs_mask ? "packed first" : "read by tiles");
+    plan.decide("if_band", plans.of_band.variant != nullptr ? plans.of_band.variant->name : "none");
   }
   return plan;
 }
 
 void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
-  Plan chosen = choose_plan(p, device);
-  place_workspace(chosen, p, p.workspace);
+  Plans plans(p, device, p.workspace);
+  Plan& chosen = plans.plan;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (chosen.packs_mask) {
     chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, cuda_stream);
   } else if (p.mask.data != nullptr) {
     chosen.bad_rows = mask::find_bad_rows(p, chosen.mask_workspace, cuda_stream);
   }
-  const Variant& variant = *chosen.variant;
-  const auto launch_variant = p.dtype == DType::kBFloat16 ? variant.launch_bf16 : variant.launch_fp16;
-  launch_variant(p, chosen, cuda_stream);
+  if (chosen.done_as_band) {
+    chosen.band = plans.of_band.band =
+        mask::found_or_find_band(p.mask, chosen.packed, chosen.mask_workspace, cuda_stream);
+    launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
+  }
+  launch_of(chosen, p)(p, chosen, cuda_stream);
 }
 
 }  // namespace

@@ -51,7 +51,11 @@ FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<C
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    forward_kernel(const __grid_constant__ typename Config::Params params) {
+  if constexpr (Config::kBand) {
+    if (!params.band->is_band) return;
+  }
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);

@@ -74,6 +74,27 @@ constexpr Variant make_variant(const char* name, double efficiency, double tile_
           launch_kernel<KernelConfig<__half, Shape, kMasked>>};
 }
 
+template <typename Config>
+void launch_band_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
+  static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
+  const BandParams params{kernel_params<Config>(problem, plan), plan.band};
+  launch_forward<Config>(forward_kernel<Config>, sizeof(SharedStorage<Config>), params, plan, stream);
+}
+
+template <typename Shape>
+struct BandShape : Shape {
+  static constexpr bool kBand = true;
+};
+
+/// Of a shape of a kernel with bounds, and its constants.
+template <typename Shape>
+constexpr Variant make_band_variant(const char* name, double efficiency, double tile_clocks) {
+  Variant variant = make_variant<Shape, true>(name, efficiency, tile_clocks);
+  variant.launch_bf16 = launch_band_kernel<KernelConfig<__nv_bfloat16, BandShape<Shape>, true>>;
+  variant.launch_fp16 = launch_band_kernel<KernelConfig<__half, BandShape<Shape>, true>>;
+  return variant;
+}
+
 template <int kCount>
 constexpr Variants list_of(const Variant (&variants)[kCount]) {
   return {variants, kCount};

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "../../../mask_band.h"
 #include "../../common/tiles/schedule.h"
 #include "../hopper/tensor_map.h"
 
@@ -26,6 +27,11 @@ struct KernelParams {
   float to_natural, to_log2;
   int panels, panels_v;  // of 64 columns that q and k, and v and out have
   uint64_t launch_id;    // no other launch's, see open_counter()
+};
+
+/// Of a kernel that does what attn_mask says if it is a band, and nothing if it is not.
+struct BandParams : KernelParams {
+  const mask::MaskBand* band;  // of `problem`, which has no mask
 };
 
 }  // namespace flash_attn::cuda::sm90::forward

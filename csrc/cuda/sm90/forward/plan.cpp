@@ -31,6 +31,7 @@ constexpr double kCombineClocks = 9000;       // launching combine.h's kernel, a
 constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth, partial results written and read
 constexpr int kMaxSplits = 8;
 constexpr int kSampledTiles = 32;
+constexpr double kLeastBandClocks = 100'000;  // of choose_band_plan()
 
 /// Blocks a tile visits, over one head.
 struct TileLengths {
@@ -130,23 +131,32 @@ bool is_named(const Variant& variant, const std::string& name) {
 /// What changes scores or P beyond attn_mask.
 bool has_rules(const ForwardParams& p) { return p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0; }
 
-}  // namespace
-
-bool is_extended(const ForwardParams& p) { return p.mask.data != nullptr || p.sinks != nullptr || has_rules(p); }
-
-const Variants& variants_for(const ForwardParams& p) {
-  static const std::initializer_list<const Variants*> plain = {&kD64,  &kD96,      &kD128, &kD192V128,
-                                                               &kD192, &kD256V128, &kD256};
-  static const std::initializer_list<const Variants*> extended = {&kExtendedD64, &kExtendedD96, &kExtendedD128,
-                                                                  &kExtendedD192, &kExtendedD256};
-  for (const Variants* variants : is_extended(p) ? extended : plain) {
+/// The first of the lists, by rising head dims, that takes the problem's; else the last.
+const Variants& first_to_take(const ForwardParams& p, std::initializer_list<const Variants*> lists) {
+  for (const Variants* variants : lists) {
     const Variant& first = *variants->begin();
     if (p.head_dim > first.head_dim || p.head_dim_v > first.head_dim_v) continue;
     // Panels of Q beyond head_dim are zeroed once: out must not go through them.
     if (ceil_div(p.head_dim, 64) < ceil_div(first.head_dim, 64) && !first.out_buffer) continue;
     return *variants;
   }
-  return is_extended(p) ? kExtendedD256 : kD256;
+  return **(lists.end() - 1);
+}
+
+const char* forced_kernel() {
+  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
+  return forced != nullptr && *forced != '\0' ? forced : nullptr;
+}
+
+}  // namespace
+
+bool is_extended(const ForwardParams& p) { return p.mask.data != nullptr || p.sinks != nullptr || has_rules(p); }
+
+const Variants& variants_for(const ForwardParams& p) {
+  if (is_extended(p)) {
+    return first_to_take(p, {&kExtendedD64, &kExtendedD96, &kExtendedD128, &kExtendedD192, &kExtendedD256});
+  }
+  return first_to_take(p, {&kD64, &kD96, &kD128, &kD192V128, &kD192, &kD256V128, &kD256});
 }
 
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant) {
@@ -191,13 +201,13 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
 }
 
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
-  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
+  const char* const forced = forced_kernel();
   Plan best;
   for (const Variant& variant : variants_for(params)) {
     if (variant.masked != (params.has_window() || is_extended(params))) continue;
     if (variant.biased != params.has_bias() || (has_rules(params) && !variant.rules)) continue;
     if (variant.staged && !has_mask_map(params)) continue;
-    if (forced != nullptr && *forced != '\0' && !is_named(variant, forced)) continue;
+    if (forced != nullptr && !is_named(variant, forced)) continue;
     const Plan plan = choose_plan(params, device, variant);
     if (best.variant == nullptr || plan.clocks < best.clocks) best = plan;
   }
@@ -210,6 +220,15 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
                              " takes no problem of these head dimensions, whose kernels are: " + names);
   }
   return best;
+}
+
+Plan choose_band_plan(const ForwardParams& params, const DeviceInfo& device) {
+  if (!mask_may_be_band(params) || forced_kernel() != nullptr) return {};
+  const ForwardParams p = band_problem(params);
+  const Plan plan =
+      choose_plan(p, device, *first_to_take(p, {&kBandD64, &kBandD96, &kBandD128, &kBandD192, &kBandD256}).begin());
+  // A launch that comes to nothing takes 2 us.
+  return plan.is_split() || plan.clocks < kLeastBandClocks ? Plan{} : plan;
 }
 
 int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace) {
@@ -231,6 +250,7 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
   if (params.mask.data != nullptr) {
     if (workspace != nullptr) plan.mask_workspace = static_cast<char*>(workspace) + bytes;
     bytes += plan.packs_mask ? mask::packing_workspace(params.mask) : mask::bad_rows_bytes(params);
+    if (plan.done_as_band) bytes += mask::band_workspace(params.mask);
   }
   return bytes;
 }

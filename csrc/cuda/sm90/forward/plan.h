@@ -7,6 +7,7 @@
 #include "../../../kernel.h"
 #include "../../common/tiles/schedule.h"
 #include "../../mask/bad_rows.h"
+#include "../../mask/band.h"
 #include "../../mask/packed_mask.h"
 
 namespace flash_attn::cuda::sm90::forward {
@@ -39,6 +40,7 @@ struct Variants {
 // Each in its own .cu file, the smallest head dimensions first.
 extern const Variants kD64, kD96, kD128, kD192V128, kD192, kD256V128, kD256;
 extern const Variants kExtendedD64, kExtendedD96, kExtendedD128, kExtendedD192, kExtendedD256;
+extern const Variants kBandD64, kBandD96, kBandD128, kBandD192, kBandD256;  // one of each, see BandParams
 
 struct Plan {
   const Variant* variant = nullptr;
@@ -50,6 +52,8 @@ struct Plan {
   mask::PackedMask packed;         // then
   mask::BadRows bad_rows;          // of V, where an additive mask is not packed
   void* mask_workspace = nullptr;  // for one of the two; set by place_workspace() as well
+  mask::MaskBand* band = nullptr;  // of attn_mask
+  bool done_as_band = false;       // the plan of choose_band_plan() comes before, and does all if attn_mask is a band
 
   bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
   bool is_split() const { return schedule.num_splits > 1; }
@@ -63,6 +67,9 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device);
 /// The plan with this kernel.
 Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Variant& variant);
+/// The plan for a problem whose attn_mask is perhaps causal order or a window, to be launched before that of
+/// choose_plan(): it does nothing otherwise. Without a variant: there is none, or it is not worth a launch.
+Plan choose_band_plan(const ForwardParams& params, const DeviceInfo& device);
 /// Whether the problem has what only extended kernels know: attn_mask, a rule of scores beyond a scale, or dropout.
 bool is_extended(const ForwardParams& params);
 /// All kernels for the problem's head dimensions, extended ones if it needs them.

@@ -11,10 +11,20 @@ namespace flash_attn::cuda::sm90::forward {
 
 // ---- scheduler
 
+/// A tile of the problem, or of the band that is found in its mask.
+template <typename Config>
+FLASH_ATTN_DEVICE void make_next_tile(const typename Config::Params& params, int index,
+                                      typename Config::TileType& tile) {
+  const mask::MaskBand* found = nullptr;
+  if constexpr (Config::kBand) found = params.band;
+  make_tile<Config::kBlockM, Config::kBlockN>(params.schedule, params.problem, index, tile, found);
+}
+
 /// Works out tiles one ahead of the producer: with 64-bit lengths and divisions that takes as long as a block of
 /// columns. The first one may have been made before.
 template <typename Config>
-FLASH_ATTN_DEVICE void schedule_tiles(const KernelParams& params, SharedStorage<Config>& shared, bool first_is_made) {
+FLASH_ATTN_DEVICE void schedule_tiles(const typename Config::Params& params, SharedStorage<Config>& shared,
+                                      bool first_is_made) {
   const TileSchedule& schedule = params.schedule;
   const bool counted = schedule.next_tile != nullptr;
   if (schedule.order == TileSchedule::kPacked) grid_dependency_wait();  // for all that prepare.h writes
@@ -24,7 +34,7 @@ FLASH_ATTN_DEVICE void schedule_tiles(const KernelParams& params, SharedStorage<
   TileRing<Config> tiles;
   for (; index < num_items; ++tiles.count) {
     if (!first_is_made || tiles.count > 0) {
-      make_tile<Config::kBlockM, Config::kBlockN>(schedule, params.problem, index, shared.tiles[tiles.slot()]);
+      make_next_tile<Config>(params, index, shared.tiles[tiles.slot()]);
     }
     mbarrier_arrive(&shared.tile_ready);
     if (counted && tiles.count == 0) await_counter(schedule.next_tile, params.launch_id);
@@ -87,7 +97,7 @@ struct Producer {
 
   /// Makes the CTA's first tile and asks for its Q and K, while the other threads have not begun yet.
   FLASH_ATTN_DEVICE void begin() {
-    make_tile<Config::kBlockM, Config::kBlockN>(params.schedule, params.problem, blockIdx.x, shared.tiles[0]);
+    make_next_tile<Config>(params, blockIdx.x, shared.tiles[0]);
     load_q_and_k(shared.tiles[0], {}, {});
   }
 

@@ -2,6 +2,7 @@
 // tiles (common/tiles/order.h) into a Tile, and the others work on the Tile alone.
 #pragma once
 
+#include "../../../mask_band.h"
 #include "../../common/tiles/order.h"
 #include "../../common/tiles/visibility.h"
 
@@ -28,9 +29,11 @@ struct Tile {
   FLASH_ATTN_DEVICE Band band() const { return {right_bound, left_bound, num_cols, seqlen_q}; }
 };
 
-/// Writes field by field to shared memory: the scheduler has few registers. AnyTile is Tile or ExtendedTile.
+/// Writes field by field to shared memory: the scheduler has few registers. AnyTile is Tile or ExtendedTile. With
+/// `found` rows see the band that was found in attn_mask, not what the problem says.
 template <int kBlockM, int kBlockN, typename AnyTile>
-FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, AnyTile& tile) {
+FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, AnyTile& tile,
+                                 const mask::MaskBand* found = nullptr) {
   int split_tile = -1, part = 0;
   if (index >= s.split_begin) {
     split_tile = (index - s.split_begin) / s.num_splits;
@@ -61,7 +64,13 @@ FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, 
 
   int col_begin = 0, col_end = 0;
   if (m_begin < seqlen_q) {
-    const Range cols = visible_columns(p, info, m_begin, min(m_begin + kBlockM, seqlen_q));
+    const int rows_end = min(m_begin + kBlockM, seqlen_q);
+    Range cols;
+    if (found != nullptr) {
+      cols = {int64_t{m_begin} + found->left, int64_t{rows_end} + found->right};
+    } else {
+      cols = visible_columns(p, info, m_begin, rows_end);
+    }
     col_begin = static_cast<int>(clamp<int64_t>(cols.begin, 0, info.seqlen_k));
     col_end = static_cast<int>(clamp<int64_t>(cols.end, col_begin, info.seqlen_k));
   }
@@ -81,9 +90,14 @@ FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, 
   tile.num_blocks = max(1, (num_cols + kBlockN - 1) / kBlockN);
   tile.kv_x = static_cast<int>(p.seqlen_k) - num_cols;
   tile.kv_y = static_cast<int>(info.k_row) + col_end;
-  const int64_t shift = info.diagonal - col_begin;
-  tile.right_bound = right_bound(p.window_right, shift);
-  tile.left_bound = left_bound(p.window_left, shift);
+  if (found != nullptr) {
+    tile.right_bound = found->right - col_begin;
+    tile.left_bound = found->left - col_begin;
+  } else {
+    const int64_t shift = info.diagonal - col_begin;
+    tile.right_bound = right_bound(p.window_right, shift);
+    tile.left_bound = left_bound(p.window_left, shift);
+  }
   if constexpr (AnyTile::kExtended) {
     tile.col_begin = col_begin;
     tile.first_col = first_col - col_begin;

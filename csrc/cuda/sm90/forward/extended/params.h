@@ -17,6 +17,8 @@ struct ExtendedParams : KernelParams {
   bool has_dropout;
   bool mask_pairs;              // columns 2 j and 2 j + 1 of an additive mask are one aligned word
   float scale, softcap, inner;  // see ScoreRules
+  // Null, or where it is said that the kernel before has done all: attn_mask is a band.
+  const mask::MaskBand* done_as_band;
 };
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -26,8 +26,11 @@ constexpr Variant kVariants[] = {
     make_variant<TallWide, true>("wgmma d128 192x80 masked", 0.995, 6600),
 };
 
+constexpr Variant kBand[] = {make_band_variant<TallWide>("wgmma d128 192x80 band", 0.995, 6600)};
+
 }  // namespace
 
+const Variants kBandD128 = list_of(kBand);
 const Variants kD128 = list_of(kVariants);
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -14,8 +14,11 @@ constexpr Variant kVariants[] = {
     make_variant<Square, true>("wgmma d192 128x96 masked", 0.95, 7000),
 };
 
+constexpr Variant kBand[] = {make_band_variant<Square>("wgmma d192 128x96 band", 0.95, 7000)};
+
 }  // namespace
 
+const Variants kBandD192 = list_of(kBand);
 const Variants kD192 = list_of(kVariants);
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -14,8 +14,11 @@ constexpr Variant kVariants[] = {
     make_variant<Square, true>("wgmma d256 128x64 masked", 0.975, 8900),
 };
 
+constexpr Variant kBand[] = {make_band_variant<Square>("wgmma d256 128x64 band", 0.975, 8900)};
+
 }  // namespace
 
+const Variants kBandD256 = list_of(kBand);
 const Variants kD256 = list_of(kVariants);
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -28,8 +28,11 @@ constexpr Variant kVariants[] = {
     make_variant<Square, true>("wgmma d64 128x128 masked", 0.575, 3600),
 };
 
+constexpr Variant kBand[] = {make_band_variant<Wide>("wgmma d64 192x128 band", 0.725, 4400)};
+
 }  // namespace
 
+const Variants kBandD64 = list_of(kBand);
 const Variants kD64 = list_of(kVariants);
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -22,8 +22,11 @@ constexpr Variant kVariants[] = {
     make_variant<Square, true>("wgmma d96 128x128 masked", 0.76, 5400),
 };
 
+constexpr Variant kBand[] = {make_band_variant<Tall>("wgmma d96 192x80 band", 0.83, 6000)};
+
 }  // namespace
 
+const Variants kBandD96 = list_of(kBand);
 const Variants kD96 = list_of(kVariants);
 
 }  // namespace flash_attn::cuda::sm90::forward
