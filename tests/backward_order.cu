@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../csrc/cuda/mask/band.h"
 #include "../csrc/cuda/mask/packed_mask.h"
 #include "../csrc/cuda/sm80/sm80.h"
 #include "../csrc/cuda/sm90/backward/extended/classes.h"
@@ -46,9 +47,10 @@ constexpr Variant variant(const char* name, int head_dim, int head_dim_v, int bl
   return v;
 }
 
-constexpr Variant extended_variant(const char* name, int head_dim, int block_m, int cluster) {
+constexpr Variant extended_variant(const char* name, int head_dim, int block_m, int cluster, bool takes_bias = true) {
   Variant v = variant(name, head_dim, head_dim, block_m, cluster);
   v.extended = true;
+  v.takes_bias = takes_bias;
   v.many_registers = block_m == 64;
   return v;
 }
@@ -65,14 +67,22 @@ extern const Variant kD64 = variant("d64", 64, 64, 128, 1);
 extern const Variant kD64Fused = fused_variant();
 extern const Variant kD96 = variant("d96", 96, 96, 64, 1);
 extern const Variant kD128 = variant("d128", 128, 128, 64, 1);
-extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128, 1);
+extern const Variant kD64Extended = extended_variant("d64 extended", 64, 128, 1, false);
+extern const Variant kD64Biased = extended_variant("d64 biased", 64, 128, 1);
 extern const Variant kD96Extended = extended_variant("d96 extended", 96, 64, 1);
 extern const Variant kD128Extended = extended_variant("d128 extended", 128, 64, 1);
 extern const Variant kD192Extended = extended_variant("d192 extended", 192, 64, 2);
 extern const Variant kD256Extended = extended_variant("d256 extended", 256, 64, 2);
+extern const Variant kD192Dmask = extended_variant("d192 dmask", 192, 64, 2);
+extern const Variant kD256Dmask = extended_variant("d256 dmask", 256, 64, 2);
 extern const Variant kD192V128 = variant("d192-128", 192, 128, 64, 2);
 extern const Variant kD192 = variant("d192", 192, 192, 64, 2);
 extern const Variant kD256 = variant("d256", 256, 256, 64, 2);
+extern const Variant kD64Band = variant("d64 band", 64, 64, 128, 1);
+extern const Variant kD96Band = variant("d96 band", 96, 96, 64, 1);
+extern const Variant kD128Band = variant("d128 band", 128, 128, 64, 1);
+extern const Variant kD192Band = variant("d192 band", 192, 192, 64, 2);
+extern const Variant kD256Band = variant("d256 band", 256, 256, 64, 2);
 
 }  // namespace flash_attn::cuda::sm90::backward
 namespace flash_attn::cuda::sm90 {
@@ -89,6 +99,7 @@ namespace flash_attn::cuda {
 // What only problems with attn_mask and gradients of slopes and sinks call.
 namespace mask {
 PackedMask pack(const MaskView&, void*, cudaStream_t) { return {}; }
+void find_band(const MaskView&, const PackedMask&, MaskBand*, cudaStream_t) {}
 }  // namespace mask
 namespace sm80 {
 const BackwardKernel kBackward = {};
@@ -100,10 +111,11 @@ namespace flash_attn::cuda::sm90::backward {
 
 void launch_preprocess(const RowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
 void launch_convert_dq(const RowsParams&, cudaStream_t) {}
-void launch_add_parts(const PartsParams&, cudaStream_t) {}
+void launch_add_parts(const PartsParams&, const mask::BandCondition&, cudaStream_t) {}
 int64_t num_tile_classes(const MaskView&, int) { return 0; }
 TileClasses place_tile_classes(const MaskView&, int, uint8_t*, uint32_t*) { return {}; }
-void fill_tile_classes(const MaskView&, const mask::PackedMask&, int, const TileClasses&, cudaStream_t) {}
+void fill_tile_classes(const MaskView&, const mask::PackedMask&, int, const TileClasses&, const mask::BandCondition&,
+                       cudaStream_t) {}
 void reduce_slopes(const BackwardParams&, const SlopeSums&, cudaStream_t) {}
 void reduce_sinks(const RowsParams&, cudaStream_t) {}
 
@@ -144,6 +156,7 @@ BackwardParams random_problem(Random& random) {
   if (random.one_in(5)) p.batch = 1, p.num_heads_k = p.num_heads = random.between(1, 4);  // few tiles
   p.total_q = p.batch * p.seqlen_q;
   p.total_k = p.batch * p.seqlen_k;
+  if (random.one_in(4)) p.softcap = 1;  // a kernel of extended/
   p.window_left = p.window_right = -1;
   if (!random.one_in(3)) {
     p.window_right = 0;
@@ -301,9 +314,10 @@ extern "C" __attribute__((visibility("default"))) const char* check_backward_ord
       p.cu_seqlens_q = p.cu_seqlens_k = &lengths;
       if (random.one_in(2)) p.seqlen_q = p.seqlen_k, p.total_q = p.total_k;
     }
-    const auto plan = choose_plan(params, device);
+    const Plans plans = choose_plans(params, device);
+    const auto& plan = plans.plan;
     try {
-      launch_plan(plan, params, device, nullptr);
+      launch_plans(plans, params, device, nullptr);
       params.forward.is_varlen_k() ? check_packed(random, params, plan, counted) : check_dense(params, plan, counted);
     } catch (const std::exception& error) {
       wrong = std::string(error.what()) + ": " + describe(params, device);

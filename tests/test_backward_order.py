@@ -16,7 +16,8 @@ pytestmark = needs_nvcc
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    sources = [f"csrc/cuda/sm90/backward/{name}.cpp" for name in ("plan", "extended/plan", "forced", "launch")]
+    sources = [f"csrc/cuda/sm90/backward/{name}.cpp" for name in ("plan", "extended/plan", "launch")]
+    sources.append("csrc/cuda/common/forced_decisions.cpp")
     return compiled(tmp_path_factory.mktemp("order"), "tests/backward_order.cu", *sources)
 
 

@@ -86,9 +86,10 @@ const char* dmask_name(const ExtendedPlan& extended) {
 }
 
 flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
-  const Plan chosen = choose_plan(params, device);
+  const Plans plans = choose_plans(params, device);
+  const Plan& chosen = plans.plan;
   flash_attn::Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n,
-                        workspace_bytes(chosen, params)};
+                        workspace_bytes(plans, params)};
   plan.decide("ctas", chosen.grid);
   plan.decide("order", order_name(chosen));
   plan.decide("heads_per_group", chosen.order.heads_per_group);
@@ -98,12 +99,15 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   plan.decide("one_cta", chosen.variant->dq_path == DqPath::kOneCta);
   plan.decide("dq_writing", chosen.dq.writing.enabled);
   plan.decide("preparation", chosen.preparation.ahead > 0);
+  if (params.forward.mask.data != nullptr) {
+    plan.decide("if_band", plans.of_band.variant != nullptr ? plans.of_band.variant->name : "none");
+  }
   if (params.dmask != nullptr) plan.decide("dmask", dmask_name(chosen.extended));
   return plan;
 }
 
 void launch(const BackwardParams& params, const DeviceInfo& device, void* stream) {
-  launch_plan(choose_plan(params, device), params, device, static_cast<cudaStream_t>(stream));
+  launch_plans(choose_plans(params, device), params, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

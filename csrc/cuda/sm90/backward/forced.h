@@ -21,6 +21,8 @@ struct Forced {
                              {"one_cta", &one_cta, 0, 1},
                              {"dq_writing", &dq_writing, 0, 1},
                              {"preparation", &preparation, 0, 1}}};
+
+  bool any() const { return head_parts >= 0 || row_parts >= 0 || one_cta >= 0 || dq_writing >= 0 || preparation >= 0; }
 };
 
 }  // namespace flash_attn::cuda::sm90::backward

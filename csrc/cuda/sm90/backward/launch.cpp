@@ -5,9 +5,11 @@
 
 #include "../../../philox.h"
 #include "../../common/check.h"
+#include "../../mask/band.h"
 #include "../../mask/packed_mask.h"
 #include "../../sm80/sm80.h"
 #include "../hopper/tensor_map.h"
+#include "../refusals.h"
 #include "extended/classes.h"
 #include "extended/reductions.h"
 #include "params.h"
@@ -55,7 +57,8 @@ struct Workspace {
     place(dq_flags, plan.dq.writing.enabled ? plan.order.num_tiles : 0);
     place(prepared, plan.preparation.ahead > 0 ? p.batch * p.num_heads : 0);
     place(slope_sums, params.dslopes != nullptr && variant.extended ? p.batch * p.num_heads * slope_numbers(plan) : 0);
-    const int64_t dmask_blocks = p.mask.batch_size * p.mask.head_size * plan.order.num_n_blocks * plan.num_m_blocks;
+    const int64_t dmask_blocks =
+        p.mask.batch_size * p.mask.head_size * plan.order.num_n_blocks * variant.cluster * plan.num_m_blocks;
     place(dmask_counters, plan.extended.adds_dmask ? dmask_blocks : 0);
     cleared_bytes += bytes;
     const int64_t part_rows = plan.split.parts() > 1 ? p.total_k * p.num_heads_k * plan.split.stored() : 0;
@@ -171,7 +174,7 @@ ExtendedParams extended_params(const Plan& plan, const BackwardParams& params, c
 }
 
 KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
-                           const KeyGradients& gradients) {
+                           const KeyGradients& gradients, const mask::BandCondition& condition) {
   const ForwardParams& p = params.forward;
   KernelParams kernel{};
   kernel.problem = p;
@@ -215,11 +218,13 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
   kernel.wants_dk = params.dk.data != nullptr;
   kernel.wants_dv = params.dv.data != nullptr;
   kernel.extended = extended_params(plan, params, workspace);
+  kernel.condition = condition;
   set_tensor_maps(kernel, plan, params, gradients);
   return kernel;
 }
 
-RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace) {
+RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
+                       const mask::BandCondition& condition) {
   const ForwardParams& p = params.forward;
   const Variant& variant = *plan.variant;
   const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
@@ -232,7 +237,8 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   rows.num_m_blocks = plan.num_m_blocks;
   rows.dq_accum = workspace.dq_accum;
   rows.dq_scale = static_cast<float>(p.softmax_scale) / accum_factor;
-  rows.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed || variant.extended;
+  rows.zeroes_dq = plan.dq.protocol == DqProtocol::kZeroed || (variant.extended && variant.dq_path != DqPath::kWarp);
+  if (variant.extended && !rows.zeroes_dq) rows.dq_counters = workspace.dq_counters;
   rows.statistics = workspace.statistics;
   rows.extended = variant.extended;
   rows.blind = workspace.blind;
@@ -241,14 +247,11 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   rows.cleared = reinterpret_cast<uint4*>(workspace.next_tile);
   rows.num_cleared = workspace.cleared_bytes / static_cast<int64_t>(sizeof(uint4));
   rows.packed_blocks = packed_blocks_params(plan, p, workspace);
+  rows.condition = condition;
   return rows;
 }
 
 }  // namespace
-
-int64_t workspace_bytes(const Plan& plan, const BackwardParams& params) {
-  return Workspace(plan, params, nullptr).bytes;
-}
 
 BackwardParams of_dmask_alone(const BackwardParams& params) {
   BackwardParams alone = params;
@@ -264,7 +267,7 @@ void prepare_mask(const Plan& plan, const BackwardParams& params, const KernelPa
   const MaskView& mask = params.forward.mask;
   if (plan.extended.packs_mask) {
     const mask::PackedMask packed = cuda::mask::packed_or_pack(mask, workspace.packed_mask, stream);
-    fill_tile_classes(mask, packed, plan.variant->block_m, kernel.extended.classes, stream);
+    fill_tile_classes(mask, packed, plan.variant->block_m, kernel.extended.classes, kernel.condition, stream);
   }
   const ForwardParams& p = params.forward;
   const bool stores_all = p.is_dense() && !p.has_window() && !plan.extended.packs_mask;
@@ -281,27 +284,79 @@ void launch_dmask(const BackwardParams& params, const DeviceInfo& device, const 
   sm80::kBackward.launch(alone, device, stream);
 }
 
-}  // namespace
-
-void launch_plan(const Plan& plan, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
+/// All launches of one plan, which do nothing if the condition excludes them.
+void launch_plan(const Plan& plan, const BackwardParams& params, const mask::BandCondition& condition,
+                 const DeviceInfo& device, cudaStream_t stream) {
   const Variant& variant = *plan.variant;
   const Workspace workspace(plan, params, params.forward.workspace);
   const KeyGradients gradients(plan, params, workspace);
-  const KernelParams kernel = kernel_params(plan, params, workspace, gradients);
-  const RowsParams rows = rows_params(plan, params, workspace);
+  const KernelParams kernel = kernel_params(plan, params, workspace, gradients, condition);
+  const RowsParams rows = rows_params(plan, params, workspace, condition);
   if (variant.extended) prepare_mask(plan, params, kernel, workspace, stream);
   launch_preprocess(rows, stream);
   const Launch& launch = plan.split.row_parts > 1 ? variant.launch_row_parts : variant.launch;
   (params.forward.dtype == DType::kBFloat16 ? launch.bf16 : launch.fp16)(kernel, plan.grid, stream);
   if (params.dq.data != nullptr && variant.dq_path != DqPath::kOneCta && !plan.dq.writing.enabled)
     launch_convert_dq(rows, stream);
-  if (plan.split.parts() > 1) launch_add_parts({params, gradients.dk, gradients.dv, plan.split.stored()}, stream);
+  if (plan.split.parts() > 1) {
+    launch_add_parts({params, gradients.dk, gradients.dv, plan.split.stored()}, condition, stream);
+  }
   if (!variant.extended) return;
   if (params.dslopes != nullptr) {
     reduce_slopes(params, {workspace.slope_sums, Workspace::slope_numbers(plan)}, stream);
   }
   if (params.dsinks != nullptr) reduce_sinks(rows, stream);
   if (plan.extended.computes_dmask) launch_dmask(params, device, workspace, stream);
+}
+
+/// Of attn_mask with its band, before what plans need; none if it was packed before.
+int64_t mask_bytes(const MaskView& mask) {
+  return mask.packed != nullptr ? 0 : ceil_div(mask::stored_bytes(mask), 256) * 256;
+}
+
+/// The problem with attn_mask packed, at the beginning of its workspace.
+BackwardParams pack_mask(const BackwardParams& params, cudaStream_t stream) {
+  BackwardParams packed = params;
+  MaskView& mask = packed.forward.mask;
+  if (mask.packed != nullptr) return packed;
+  const int64_t bytes = mask_bytes(mask);
+  void* const data = params.forward.workspace;
+  cuda::mask::find_band(mask, cuda::mask::pack(mask, data, stream), mask::place_band(mask, data), stream);
+  mask.packed = data;
+  packed.forward.workspace = static_cast<char*>(data) + bytes;
+  return packed;
+}
+
+/// As it is for the plans: packed, wherever.
+BackwardParams with_packed_mask(BackwardParams params) {
+  if (params.forward.mask.packed == nullptr) params.forward.mask.packed = params.forward.mask.data;
+  return params;
+}
+
+BackwardParams backward_of_band(const BackwardParams& params) {
+  BackwardParams banded = params;
+  banded.forward = sm90::band_problem(params.forward);
+  return banded;
+}
+
+}  // namespace
+
+Plans choose_plans(const BackwardParams& params, const DeviceInfo& device) {
+  return {choose_plan(params, device), choose_band_plan(params, device)};
+}
+
+int64_t workspace_bytes(const Plans& plans, const BackwardParams& params) {
+  if (plans.of_band.variant == nullptr) return Workspace(plans.plan, params, nullptr).bytes;
+  return mask_bytes(params.forward.mask) + std::max(Workspace(plans.of_band, backward_of_band(params), nullptr).bytes,
+                                                    Workspace(plans.plan, with_packed_mask(params), nullptr).bytes);
+}
+
+void launch_plans(const Plans& plans, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
+  if (plans.of_band.variant == nullptr) return launch_plan(plans.plan, params, {}, device, stream);
+  const BackwardParams packed = pack_mask(params, stream);
+  const mask::MaskBand* const band = mask::place_band(packed.forward.mask, packed.forward.mask.packed);
+  launch_plan(plans.of_band, backward_of_band(packed), {band, true}, device, stream);
+  launch_plan(plans.plan, packed, {band, false}, device, stream);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

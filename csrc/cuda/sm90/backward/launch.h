@@ -5,10 +5,18 @@
 
 namespace flash_attn::cuda::sm90::backward {
 
-/// Of scratch memory that launch_plan() uses.
-int64_t workspace_bytes(const Plan& plan, const BackwardParams& params);
-/// All launches of the pass: before, of and after the main kernel.
-void launch_plan(const Plan& plan, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream);
+/// What is launched for a problem: one plan, or two of which the device takes one, when it has found out whether
+/// attn_mask is a band.
+struct Plans {
+  Plan plan;
+  Plan of_band;  // without a variant: there is one plan
+};
+Plans choose_plans(const BackwardParams& params, const DeviceInfo& device);
+
+/// Of scratch memory that launch_plans() uses.
+int64_t workspace_bytes(const Plans& plans, const BackwardParams& params);
+/// All launches of the pass: before, of and after the main kernels.
+void launch_plans(const Plans& plans, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream);
 
 /// The problem of which the gradient of a broadcast attn_mask is all that is wanted: the sm80 family's kernel adds it
 /// up.

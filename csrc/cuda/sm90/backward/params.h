@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <vector_types.h>
 
+#include "../../../mask_band.h"
 #include "../../../sequence.h"
 #include "../../common/division.h"
 #include "../../common/tiles/sequence_blocks.h"
@@ -94,7 +95,8 @@ struct KernelParams {
   Divisor n_blocks, group_tiles, heads_per_group;
   float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
-  ExtendedParams extended;  // of the kernels of extended/ alone
+  ExtendedParams extended;        // of the kernels of extended/ alone
+  mask::BandCondition condition;  // of these, and of those with Config::kBand, whose rows see its band
 
   FLASH_ATTN_HOST_DEVICE bool is_ordered() const { return dq_protocol == DqProtocol::kOrdered; }
   FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_counters != nullptr; }

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../common/tiles/visibility.h"
+#include "../refusals.h"
 #include "forced.h"
 #include "params.h"
 
@@ -255,14 +257,33 @@ void plan_preparation(Plan& plan, const ForwardParams& p, const Forced& forced) 
   }
 }
 
+/// The first, by rising head dims, that takes the problem's; else the last.
+const Variant& first_to_take(const ForwardParams& p, std::initializer_list<const Variant*> variants) {
+  for (const Variant* variant : variants) {
+    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return *variant;
+  }
+  return **(variants.end() - 1);
+}
+
+// Of choose_band_plan(): launches that come to nothing take about 10 us.
+constexpr int kLeastBandRounds = 2;
+
 }  // namespace
 
 const Variant& variant_for(const ForwardParams& p) {
-  const Variant* const all[] = {&kD64, &kD96, &kD128, &kD192V128, &kD192, &kD256};
-  for (const Variant* variant : all) {
-    if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return *variant;
-  }
-  return kD256;
+  return first_to_take(p, {&kD64, &kD96, &kD128, &kD192V128, &kD192, &kD256});
+}
+
+Plan choose_band_plan(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  const Forced forced;
+  if (!mask_may_be_band(p) || forced.any()) return {};
+  BackwardParams banded = params;
+  banded.forward = band_problem(p);
+  Plan plan =
+      choose_plan(banded, device, first_to_take(p, {&kD64Band, &kD96Band, &kD128Band, &kD192Band, &kD256Band}), forced);
+  const bool worth = plan.split.parts() == 1 && plan.order.num_tiles >= kLeastBandRounds * plan.order.tiles_at_once;
+  return worth ? plan : Plan{};
 }
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {
@@ -314,8 +335,9 @@ Plan choose_plan(const BackwardParams& params, const DeviceInfo& device, const V
   plan_order(plan, p, device);
   if (!plan.dq.is_ordered()) {
     // Head dim 64, whose consumers add dQ from registers, with zeros before: benchmarks/experiments/043.
-    const bool claims_pay = variant.dq_path == DqPath::kWarp || variant.cluster > 1 || plan.order.falling;
-    plan.dq.protocol = claims_pay && !variant.extended ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
+    const bool beyond_warps = !variant.extended && (variant.cluster > 1 || plan.order.falling);
+    const bool claims_pay = variant.dq_path == DqPath::kWarp || beyond_warps;
+    plan.dq.protocol = claims_pay ? DqProtocol::kFirstStores : DqProtocol::kZeroed;
   }
   const bool meet = plan.dq.protocol == DqProtocol::kFirstStores || (variant.extended && !plan.dq.is_ordered());
   plan.dq.spread_starts = meet && !p.has_window();

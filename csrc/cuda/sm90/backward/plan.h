@@ -30,13 +30,16 @@ struct Variant {
   DqPath dq_path;
   bool descends;                    // see KernelConfig
   bool extended;                    // takes every rule for scores
-  bool many_registers;              // of those: see ExtendedConfig::kManyRegisters
+  bool takes_bias;                  // of those: also an additive attn_mask
+  bool many_registers;              // see ExtendedConfig::kManyRegisters
   Launch launch, launch_row_parts;  // without and with Config::kRowParts
 };
 
 // Each in its own .cu file, see choose_plan() for the choice.
 extern const Variant kD64, kD64Fused, kD96, kD128, kD192V128, kD192, kD256;
 extern const Variant kD64Extended, kD96Extended, kD128Extended, kD192Extended, kD256Extended;
+extern const Variant kD64Biased, kD192Dmask, kD256Dmask;  // extended too
+extern const Variant kD64Band, kD96Band, kD128Band, kD192Band, kD256Band;
 
 /// How the work on a key head is split, see HeadSplit.
 struct SplitPlan {
@@ -108,6 +111,9 @@ ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const
 const char* refuses_bias(const ForwardParams& params);
 /// The kernel for the problem's head dimensions that takes every problem with is_extended() false.
 const Variant& variant_for(const ForwardParams& params);
+/// The plan for a problem whose attn_mask is perhaps causal order or a window, by a kernel that does nothing otherwise.
+/// Without a variant: there is none, or it is not worth its launches.
+Plan choose_band_plan(const BackwardParams& params, const DeviceInfo& device);
 /// The plan; what FLASH_ATTN_BACKWARD_PLAN asks for, or std::runtime_error if the problem does not take it.
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device);
 /// With this kernel.

@@ -12,7 +12,10 @@ struct ClassesArguments {
   mask::PackedMask packed;
   TileClasses classes;
   int heads, key_blocks, query_blocks;  // sizes
+  int64_t num_blocks;
+  int blocks_of_cta;
   int64_t first_block;
+  mask::BandCondition condition;
 };
 
 /// Sixteen keys of 64 queries as a lane's word of ScoreBits.
@@ -28,10 +31,8 @@ __device__ uint32_t transposed_word(const mask::PackedMask& packed, int64_t batc
   return word;
 }
 
-/// A CTA for each block, of as many warps as the consumers have.
 template <int kBlockM>
-__global__ void __launch_bounds__(32 * kWarps) classes_kernel(const __grid_constant__ ClassesArguments arguments) {
-  const int64_t number = arguments.first_block + blockIdx.x;
+__device__ void fill_block(const ClassesArguments& arguments, int64_t number) {
   const int query_block = static_cast<int>(number % arguments.query_blocks);
   const int64_t others = number / arguments.query_blocks, slice = others / arguments.key_blocks;
   const int key_block = static_cast<int>(others % arguments.key_blocks);
@@ -48,6 +49,16 @@ __global__ void __launch_bounds__(32 * kWarps) classes_kernel(const __grid_const
     to[w * 32] =
         transposed_word(packed, batch, head, key_block * kClassKeys + 16 * warp, query_block * kBlockM + 64 * w, lane);
   }
+}
+
+/// A CTA for a few blocks, of as many warps as the consumers have.
+template <int kBlockM>
+__global__ void __launch_bounds__(32 * kWarps) classes_kernel(const __grid_constant__ ClassesArguments arguments) {
+  if (arguments.condition.excludes()) return;
+  const int64_t first = (arguments.first_block + blockIdx.x) * arguments.blocks_of_cta;
+  const int64_t end = min(first + arguments.blocks_of_cta, arguments.num_blocks);
+#pragma unroll 1
+  for (int64_t number = first; number < end; ++number) fill_block<kBlockM>(arguments, number);
 }
 
 struct Sizes {
@@ -78,15 +89,21 @@ TileClasses place_tile_classes(const MaskView& mask, int block_m, uint8_t* data,
 }
 
 void fill_tile_classes(const MaskView& mask, const mask::PackedMask& packed, int block_m, const TileClasses& classes,
-                       cudaStream_t stream) {
+                       const mask::BandCondition& condition, cudaStream_t stream) {
+  // Of many blocks most are skipped, or all, which takes as long as starting CTAs for them.
+  constexpr int64_t kManyBlocks = 4096;
   const Sizes sizes(mask, block_m);
+  const int64_t num_blocks = num_tile_classes(mask, block_m), of_cta = clamp<int64_t>(num_blocks / kManyBlocks, 1, 8);
   const ClassesArguments arguments{packed,
                                    classes,
                                    static_cast<int>(mask.head_size),
                                    static_cast<int>(sizes.key_blocks),
                                    static_cast<int>(sizes.query_blocks),
-                                   0};
-  launch_blocks(block_m == 64 ? classes_kernel<64> : classes_kernel<128>, arguments, num_tile_classes(mask, block_m),
+                                   num_blocks,
+                                   static_cast<int>(of_cta),
+                                   0,
+                                   condition};
+  launch_blocks(block_m == 64 ? classes_kernel<64> : classes_kernel<128>, arguments, ceil_div(num_blocks, of_cta),
                 32 * kWarps, 0, stream, "sm90 classes of tiles");
 }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../../../../mask_band.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm90::backward {
@@ -16,6 +17,6 @@ int64_t num_tile_classes(const MaskView& mask, int block_m);
 FLASH_ATTN_HOST_DEVICE constexpr int bits_of_block(int block_m) { return block_m / 64 * kClassKeys / 16 * 32; }
 TileClasses place_tile_classes(const MaskView& mask, int block_m, uint8_t* data, uint32_t* bits);
 void fill_tile_classes(const MaskView& mask, const mask::PackedMask& packed, int block_m, const TileClasses& classes,
-                       cudaStream_t stream);
+                       const mask::BandCondition& condition, cudaStream_t stream);
 
 }  // namespace flash_attn::cuda::sm90::backward

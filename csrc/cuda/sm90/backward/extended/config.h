@@ -6,12 +6,13 @@
 
 namespace flash_attn::cuda::sm90::backward::extended {
 
-template <typename Element, typename Shape>
+/// kTakesBias: an additive attn_mask. Without, its buffer may hold the next tile's K and V.
+template <typename Element, typename Shape, bool kTakesBias_>
 struct ExtendedConfig : single::KernelConfig<Element, Shape> {
   using Base = single::KernelConfig<Element, Shape>;
-  static constexpr bool kExtended = true;
+  static constexpr bool kExtended = true, kTakesBias = kTakesBias_;
   static constexpr int kBytesStatistics = Shape::kBlockM * 16;  // see RowsParams::extended
-  static constexpr int kBytesBias = Base::kConsumers * Base::kPanelBytesQ;
+  static constexpr int kBytesBias = kTakesBias ? Base::kConsumers * Base::kPanelBytesQ : 0;
   static constexpr int kBytesBits = 4 * Base::kConsumers * (Shape::kBlockM / 64) * 128;
   // With half as many scores a thread as at head dim 64 there are registers to draw dropout's bits for the next step
   // while the products of one end, to load a bias that the copy engine does not reach, to store dmask, and to keep P of

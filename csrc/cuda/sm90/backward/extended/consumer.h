@@ -67,7 +67,7 @@ struct Consumer : single::Consumer<Config> {
     const int rules = (params.extended.rules & (at.rules & kBiased ? ~0 : ~kLoadsBias)) | at.rules;
     Scores scores{
         params,  tile,       rules, lane, batch, head, tile.n_begin + 64 * warpgroup + 16 * warp, at.m_block * kBlockM,
-        partial, statistics, 0.f,   true, kept};
+        partial, statistics, 0.f,   kept};
     if (const ForwardParams& problem = params.problem; problem.alibi_slopes != nullptr) {
       scores.slope = static_cast<const float*>(
           problem.alibi_slopes)[batch * problem.alibi_batch_stride + int64_t{head} * problem.alibi_head_stride];
@@ -129,21 +129,12 @@ struct Consumer : single::Consumer<Config> {
     return shared_address(shared.bias) + warpgroup * Config::kPanelBytesQ + ds_store_offset(warp, lane_id());
   }
   FLASH_ATTN_DEVICE void await_bias() {
-    if (params.extended.bias_by_tma) mbarrier_wait(&shared.bias_full, step % 2);
+    if (Config::kTakesBias && params.extended.bias_by_tma) mbarrier_wait(&shared.bias_full, step % 2);
   }
   FLASH_ATTN_DEVICE void release_bias() {
-    if (!params.extended.bias_by_tma) return;
+    if (!Config::kTakesBias || !params.extended.bias_by_tma) return;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.bias_empty);
-  }
-
-  FLASH_ATTN_DEVICE void begin_dmask(Scores& scores) {
-    if (params.extended.dmask_counters == nullptr) return;
-    mbarrier_wait(&shared.dmask_turns.begun[step % 2], step / 2 % 2);
-    scores.stores_dmask = shared.dmask_turns.first[step % 2] != 0;
-  }
-  FLASH_ATTN_DEVICE void end_dmask() {
-    if (params.extended.dmask_counters != nullptr) mbarrier_arrive(&shared.dmask_turns.added[step % 2]);
   }
 
   /// From both products to P and dS, packed. Rule by rule: a branch for each piece and rule takes as long as the
@@ -172,10 +163,10 @@ struct Consumer : single::Consumer<Config> {
     }
     if constexpr ((kRules & kDmask) != 0) {
       this->pack_fragment(p, s);
-      begin_dmask(scores);
+      const bool stores = begin_dmask(params, shared.dmask_turns, step);
 #pragma unroll
-      for (int k = 0; k < kPieces; ++k) scores.store_dmask(dp + 8 * k, k);
-      end_dmask();
+      for (int k = 0; k < kPieces; ++k) scores.store_dmask(dp + 8 * k, k, stores, 1.f);
+      end_dmask(params, shared.dmask_turns, step);
       this->pack_fragment(ds, dp);
     }
   }
@@ -212,8 +203,10 @@ struct Consumer : single::Consumer<Config> {
       case kNone: return compute_scores<kNone>(scores);
       case kHidden: return compute_scores<kHidden>(scores);
       case kAlibi: return compute_scores<kAlibi>(scores);
-      case kBiased: return compute_scores<kBiased>(scores);
       default: break;
+    }
+    if constexpr (Config::kTakesBias) {
+      if (scores.rules == kBiased) return compute_scores<kBiased>(scores);
     }
     if constexpr (Config::kManyRegisters) {
       switch (scores.rules) {

@@ -6,8 +6,7 @@
 //   consumers   lse and delta from shared memory, where they lie as floats: a bias or softcap comes between the product
 //               and lse. Bits of attn_mask and dropout's while S and dP are being computed (scores.h)
 //
-// dq_accum is 0 at first, so that no tile has to be the first of a block; another launch prepares all rows and turns
-// dq_accum to dq.
+// Another launch prepares all rows and turns dq_accum to dq. Where consumers add dQ themselves, dq_accum is 0 at first.
 #pragma once
 
 #include "../../../common/dependent_launch.h"
@@ -47,6 +46,7 @@ FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<C
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ KernelParams params) {
+  if (params.condition.excludes()) return;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);

@@ -11,13 +11,14 @@ template <typename Config>
 constexpr auto kLaunchKernel =
     launch_kernel<backward_kernel<Config>, Config::kThreads, int{sizeof(SharedStorage<Config>)}>;
 
-template <typename Shape>
+template <typename Shape, bool kTakesBias = true>
 constexpr Variant make_variant(const char* name) {
-  using Config = ExtendedConfig<__nv_bfloat16, Shape>;
+  using Config = ExtendedConfig<__nv_bfloat16, Shape, kTakesBias>;
   Variant variant = single::variant_of<Config>(name);
   variant.extended = true;
+  variant.takes_bias = kTakesBias;
   variant.many_registers = Config::kManyRegisters;
-  variant.launch = {kLaunchKernel<ExtendedConfig<__nv_bfloat16, Shape>>, kLaunchKernel<ExtendedConfig<__half, Shape>>};
+  variant.launch = {kLaunchKernel<Config>, kLaunchKernel<ExtendedConfig<__half, Shape, kTakesBias>>};
   return variant;
 }
 

@@ -19,20 +19,28 @@ int64_t scores_of_number(const ForwardParams& p) {
   return (mask.batch_size == 1 ? p.batch : 1) * (mask.head_size == 1 ? p.num_heads : 1);
 }
 
-/// How the gradient of attn_mask comes together, see extended/dmask.h; if not there, the sm80 family's kernel adds it
-/// up.
-void plan_dmask(ExtendedPlan& extended, const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
-  if (params.dmask == nullptr) return;
+/// Whether attn_mask is packed first. Tiles add up the gradient of what they have not read ahead.
+bool packs_mask_first(const BackwardParams& params) {
+  return mask::is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
+}
+
+/// Whether the tiles can store or add attn_mask's gradient, see extended/dmask.h; `has_follower`: a thread is free to
+/// see to their turns.
+bool tiles_store_dmask(const BackwardParams& params, bool has_follower) {
   const ForwardParams& p = params.forward;
   const bool whole = p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
-  const bool has_follower = !(plan.dq.is_ordered() && plan.variant->dq_path == DqPath::kWarp);
-  const bool by_tiles = plan.variant->cluster == 1;
   const bool in_turns = p.is_dense() && scores_of_number(p) <= kMaxDmaskTurns && has_follower;
-  const bool bias_alone = extended.bias_by_tma && !extended.packs_mask && p.softcap == 0.0 && p.dropout_p == 0.0 &&
+  const bool bias_alone = has_mask_map(p) && !packs_mask_first(params) && p.softcap == 0.0 && p.dropout_p == 0.0 &&
                           p.alibi_slopes == nullptr;
   const bool in_32_bits = p.mask.row_size * p.mask.col_size < INT32_MAX;
-  extended.stores_dmask = by_tiles && whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
-  extended.adds_dmask = extended.stores_dmask && scores_of_number(p) > 1;
+  return params.dmask != nullptr && whole && in_32_bits && bias_alone && (scores_of_number(p) == 1 || in_turns);
+}
+
+/// How it comes together; if not there, the sm80 family's kernel adds it up.
+void plan_dmask(ExtendedPlan& extended, const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
+  if (params.dmask == nullptr) return;
+  extended.stores_dmask = tiles_store_dmask(params, !(plan.dq.is_ordered() && plan.variant->dq_path == DqPath::kWarp));
+  extended.adds_dmask = extended.stores_dmask && scores_of_number(params.forward) > 1;
   extended.computes_dmask = !extended.stores_dmask;
   if (extended.computes_dmask) {
     extended.dmask_bytes = sm80::kBackward.plan(of_dmask_alone(params), device).workspace_bytes;
@@ -61,19 +69,20 @@ const char* refuses_bias(const ForwardParams& p) {
 const Variant& extended_variant_for(const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const bool needs_registers = p.has_bias() && (params.dmask != nullptr || !has_mask_map(p));
-  const Variant* const all[] = {&kD64Extended, &kD96Extended, &kD128Extended, &kD192Extended};
+  const bool dmask = tiles_store_dmask(params, true);
+  const Variant* const all[] = {&kD64Extended, &kD64Biased, &kD96Extended, &kD128Extended,
+                                dmask ? &kD192Dmask : &kD192Extended};
   for (const Variant* variant : all) {
+    if (p.has_bias() && !variant->takes_bias) continue;
     if (needs_registers && !variant->many_registers) continue;
     if (p.head_dim <= variant->head_dim && p.head_dim_v <= variant->head_dim_v) return *variant;
   }
-  return kD256Extended;
+  return dmask ? kD256Dmask : kD256Extended;
 }
 
 ExtendedPlan plan_extended(const Plan& plan, const BackwardParams& params, const DeviceInfo& device) {
   ExtendedPlan extended;
-  // Tiles add up the gradient of what they have not read ahead.
-  extended.packs_mask =
-      mask::is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
+  extended.packs_mask = packs_mask_first(params);
   extended.bias_by_tma = has_mask_map(params.forward);
   plan_dmask(extended, plan, params, device);
   return extended;

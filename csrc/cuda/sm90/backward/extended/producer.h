@@ -74,7 +74,7 @@ struct Producer : single::Producer<Config> {
       if (!begun) load_keys(true);
       begun = true;
       load_q(tile, step);
-      if (params.extended.bias_by_tma) load_bias(tile, step);
+      if (Config::kTakesBias && params.extended.bias_by_tma) load_bias(tile, step);
       load_dout(tile, step);
       q.advance();
       ++number;

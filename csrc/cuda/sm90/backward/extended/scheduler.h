@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../single/scheduler.h"
-#include "steps.h"
+#include "dmask.h"
 
 namespace flash_attn::cuda::sm90::backward::extended {
 
@@ -16,7 +16,7 @@ struct Scheduler : single::Scheduler<Config> {
   FLASH_ATTN_DEVICE void run() {
     if (lane_id() == 0) extended.list.tile = single::take_tile<Config>(params.schedule);
     for (;; ++tiles.count) {
-      const bool found = lane_id() == 0 && Base::publish_tile(extended.list.tile);
+      const bool found = lane_id() == 0 && Base::publish_tile(tile_in_order(params, extended.list.tile));
       if (!__any_sync(~0u, found)) break;
       StepLister<Config>{params, extended}.list(extended.tiles[tiles.slot()]);
       if (lane_id() == 0) {

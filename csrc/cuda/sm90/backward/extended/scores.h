@@ -116,7 +116,6 @@ struct StepScores {
   const bool partial;                // some scores do not exist by causal, window or lengths
   const uint32_t statistics;         // of accumulator 0's query, in shared memory
   float slope;                       // ALiBi's
-  bool stores_dmask;                 // its sum begins
   const ScoreBits<kWords>& kept;     // by dropout
   ScoreBits<kWords> seen;            // by attn_mask's bits
   uint32_t seen_from;                // without kManyRegisters in their place: where the lane's lie in shared memory
@@ -124,7 +123,8 @@ struct StepScores {
   /// Whether a rule applies, where some are compiled in.
   template <int kRules>
   FLASH_ATTN_DEVICE bool has(int rule) const {
-    return ((kRules & kAtRunTime ? rules : kRules) & rule) != 0;
+    constexpr int kPossible = Config::kTakesBias ? ~0 : ~(kBiased | kLoadsBias | kDmask);
+    return ((kRules & kAtRunTime ? rules : kRules) & kPossible & rule) != 0;
   }
 
   // Of accumulator 0. Worked out where they are used: not worth registers.
@@ -298,8 +298,8 @@ struct StepScores {
     return sum;
   }
 
-  /// Numbers within a slice of the mask have 32 bits (plan.cpp).
-  FLASH_ATTN_DEVICE void store_dmask(const float* ds, int k) const {
+  /// dS times a factor, stored or added. Numbers within a slice of the mask have 32 bits (plan.cpp).
+  FLASH_ATTN_DEVICE void store_dmask(const float* ds, int k, bool stores, float factor) const {
     const MaskView& mask = params.problem.mask;
     const int rows = static_cast<int>(mask.row_size), columns = static_cast<int>(mask.col_size);
     float* const slice = params.extended.dmask + mask_slice(mask, batch, head) * mask.row_size * mask.col_size;
@@ -310,7 +310,7 @@ struct StepScores {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (row + j % 2 < rows && column + j / 2 * 8 < columns) {
-          store_or_add(stores_dmask, to + j % 2 * columns + j / 2 * 8, ds[4 * n + j]);
+          store_or_add(stores, to + j % 2 * columns + j / 2 * 8, ds[4 * n + j] * factor);
         }
       }
     }

@@ -1,11 +1,13 @@
 // A consumer of extended_pair/kernel.h: as pair/consumer.h, of the steps that a tile visits, and with every rule for
 // scores.
 //
-// All rules but one are the scores warpgroup's. What it passes on is by what dP less delta is to be multiplied: P,
-// times softcap's derivative; with the sign set where dropout drops the score, whose dP is 0 then.
+// All rules but dropout's sign and attn_mask's gradient are the scores warpgroup's. What it passes on is by what dP
+// less delta is to be multiplied: P, times softcap's derivative; with the sign set where dropout drops the score, whose
+// dP is 0 then.
 #pragma once
 
 #include "../extended/classes.h"
+#include "../extended/dmask.h"
 #include "../extended/scores.h"
 #include "../pair/consumer.h"
 #include "config.h"
@@ -90,7 +92,6 @@ struct Consumer : pair::Consumer<Config, kRole> {
                   partial,
                   shared_address(shared.statistics[step % 2]),
                   0.f,
-                  false,
                   kept,
                   seen};
     if (const ForwardParams& problem = params.problem; kScores && problem.alibi_slopes != nullptr) {
@@ -171,7 +172,7 @@ struct Consumer : pair::Consumer<Config, kRole> {
   /// What is common has code of its own, in which nothing is looked up.
   FLASH_ATTN_DEVICE void apply_rules(Scores& scores) {
     using namespace extended;
-    switch (scores.rules) {
+    switch (Config::kStoresDmask ? scores.rules & ~kDmask : scores.rules) {  // that is the other's
       case kNone: return compute_scores<kNone>(scores);
       case kHidden: return compute_scores<kHidden>(scores);
       case kBiased: return compute_scores<kBiased>(scores);
@@ -251,6 +252,13 @@ struct Consumer : pair::Consumer<Config, kRole> {
     if ((scores.rules & extended::kDslopes) != 0) {
 #pragma unroll
       for (int k = 0; k < kPieces; ++k) slope_sum += scores.sum_distances(s + 8 * k, k);
+    }
+    if constexpr (Config::kStoresDmask) {
+      DqTurns& turns = shared.dmask_turns[0];
+      const bool stores = extended::begin_dmask(params, turns, step);
+#pragma unroll
+      for (int k = 0; k < kPieces; ++k) scores.store_dmask(s + 8 * k, k, stores, 1.f / Config::kProbabilityFactor);
+      extended::end_dmask(params, turns, step);
     }
     Base::pack_operand();
     Base::send_ds(stage, phase);

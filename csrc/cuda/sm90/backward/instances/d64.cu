@@ -16,5 +16,6 @@ struct D64Fused : D64 {
 
 const Variant kD64 = single::make_variant<D64>("wgmma d64 128x128");
 const Variant kD64Fused = single::make_variant<D64Fused>("wgmma d64 128x128 fused dq");
+const Variant kD64Band = single::make_band_variant<D64>("wgmma d64 128x128 band");
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -10,5 +10,6 @@ struct D96 : single::Shape {
 }  // namespace
 
 const Variant kD96 = single::make_variant<D96>("wgmma d96 64x128");
+const Variant kD96Band = single::make_band_variant<D96>("wgmma d96 64x128 band");
 
 }  // namespace flash_attn::cuda::sm90::backward

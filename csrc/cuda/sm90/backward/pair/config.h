@@ -15,6 +15,7 @@ struct KernelConfig {
   using Element = Element_;
   static constexpr bool kRowParts = kRowParts_;                       // as in single/config.h
   static constexpr bool kExtended = false;                            // extended_pair/
+  static constexpr bool kBand = false;                                // as in single/config.h
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // smaller ones are filled up with zeros
   static constexpr int kCtas = 2;
   static constexpr bool kDescends = true;  // as in single/config.h
@@ -40,6 +41,11 @@ struct KernelConfig {
   static constexpr int kBytesP = (kPassesFloats ? 2 : 1) * kPanelBytes;
 
   static_assert(kPanels == 3 || kPanels == 4, "the pair shares out three or four panels of dQ");
+};
+
+template <typename Element, int kHeadDim, int kHeadDimV>
+struct BandConfig : KernelConfig<Element, kHeadDim, kHeadDimV> {
+  static constexpr bool kBand = true;
 };
 
 /// The small things come first, as in SharedStorage.

@@ -23,4 +23,12 @@ constexpr Variant make_variant(const char* name) {
   return variant;
 }
 
+template <int kHeadDim, int kHeadDimV>
+constexpr Variant make_band_variant(const char* name) {
+  Variant variant = variant_of<KernelConfig<__nv_bfloat16, kHeadDim, kHeadDimV>>(name);
+  variant.launch = {kLaunchKernel<BandConfig<__nv_bfloat16, kHeadDim, kHeadDimV>>,
+                    kLaunchKernel<BandConfig<__half, kHeadDim, kHeadDimV>>};
+  return variant;
+}
+
 }  // namespace flash_attn::cuda::sm90::backward::pair

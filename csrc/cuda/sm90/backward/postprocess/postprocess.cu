@@ -11,8 +11,12 @@ namespace {
 constexpr int kThreads = 256;
 
 /// One CTA: two 64 x 64 tiles of dq_accum (params.h), by way of shared memory to whole rows.
-template <typename Element>
+/// kMasked: under attn_mask or rules of scores, or perhaps not at all.
+template <typename Element, bool kMasked>
 __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const __grid_constant__ RowsParams params) {
+  if constexpr (kMasked) {
+    if (params.condition.excludes()) return;
+  }
   constexpr int kPadded = 64 + 8;  // 16-bit elements; rows then start in different banks
   __shared__ __align__(16) uint16_t tiles[2][64][kPadded];
   const ForwardParams& p = params.problem.forward;
@@ -35,7 +39,10 @@ __global__ void __launch_bounds__(kThreads) convert_dq_kernel(const __grid_const
   // Where no tile has stored anything, because no row sees a key, dq_accum is undefined.
   const int64_t block_end = block_row + params.block_m < info.seqlen_q ? block_row + params.block_m : info.seqlen_q;
   const Range seen = visible_columns(p, info, block_row, block_end);
-  const bool defined = block_row < block_end && seen.begin < seen.end;
+  bool defined = block_row < block_end && seen.begin < seen.end;
+  if constexpr (kMasked) {
+    if (params.dq_counters != nullptr) defined = defined && params.dq_counters[block].claim != 0;
+  }
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float4 x = defined ? __ldcs(accum + j * 32 + lane) : float4{0.f, 0.f, 0.f, 0.f};
@@ -87,10 +94,14 @@ constexpr int kKeyRows = 16;  // of a CTA, of one head's dk or dv
 struct AddPartsParams {
   PartsParams parts;
   SequenceBlocks groups;  // of kKeyRows keys
+  mask::BandCondition condition;
 };
 
-template <typename Element>
+template <typename Element, bool kConditional>
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_constant__ AddPartsParams arguments) {
+  if constexpr (kConditional) {
+    if (arguments.condition.excludes()) return;
+  }
   const PartsParams& params = arguments.parts;
   const ForwardParams& p = params.problem.forward;
   const uint32_t heads = p.num_heads_k, number = blockIdx.x / heads, head = blockIdx.x - number * heads;
@@ -108,11 +119,14 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
 
 }  // namespace
 
-void launch_add_parts(const PartsParams& params, cudaStream_t stream) {
+void launch_add_parts(const PartsParams& params, const mask::BandCondition& condition, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
-  const AddPartsParams arguments{params, SequenceBlocks::of_keys(p, kKeyRows)};
+  const AddPartsParams arguments{params, SequenceBlocks::of_keys(p, kKeyRows), condition};
   const int64_t ctas = arguments.groups.count() * p.num_heads_k;
-  const auto kernel = p.dtype == DType::kBFloat16 ? add_parts_kernel<__nv_bfloat16> : add_parts_kernel<__half>;
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  const auto kernel = condition.band == nullptr
+                          ? (bf16 ? add_parts_kernel<__nv_bfloat16, false> : add_parts_kernel<__half, false>)
+                          : (bf16 ? add_parts_kernel<__nv_bfloat16, true> : add_parts_kernel<__half, true>);
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, arguments, "sm90 backward dk dv");
 }
 
@@ -120,7 +134,10 @@ void launch_convert_dq(const RowsParams& params, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const int64_t pairs = int64_t{params.block_m} * params.dq_columns / (2 * kDqTile);
   const int64_t ctas = params.m_blocks.count() * p.num_heads * pairs;
-  const auto kernel = p.dtype == DType::kBFloat16 ? convert_dq_kernel<__nv_bfloat16> : convert_dq_kernel<__half>;
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  const auto kernel = params.condition.band == nullptr && !params.extended
+                          ? (bf16 ? convert_dq_kernel<__nv_bfloat16, false> : convert_dq_kernel<__half, false>)
+                          : (bf16 ? convert_dq_kernel<__nv_bfloat16, true> : convert_dq_kernel<__half, true>);
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, stream, params, "sm90 backward dq");
 }
 

@@ -76,11 +76,19 @@ __device__ void clear(const RowsParams& params) {
   }
 }
 
+/// For kernels of extended/, and of those the ones under an additive attn_mask, whose lse may have lost something: what
+/// counts such rows again takes registers.
+enum class Statistics { kPlain, kExtended, kCounted };
+
 /// One CTA: kRows query rows of a head; kDqColumns / 8 lanes a row.
-template <typename Element, int kDqColumns, bool kExtended>
+template <typename Element, int kDqColumns, Statistics kStatistics, bool kConditional>
 __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_constant__ RowsParams params) {
   constexpr int kLanes = kDqColumns / 8, kRowsAtOnce = kThreads / kLanes, kPasses = kRows / kRowsAtOnce;
-  constexpr int kInFlight = kPasses < 4 ? kPasses : 4;  // so that registers allow three CTAs an SM
+  constexpr int kMost = kStatistics == Statistics::kPlain || kDqColumns != 128 ? 4 : 2;
+  constexpr int kInFlight = kPasses < kMost ? kPasses : kMost;  // so that registers allow three CTAs an SM
+  if constexpr (kConditional) {
+    if (params.condition.excludes()) return;
+  }
   grid_launch_dependents();
   clear(params);
   const ForwardParams& p = params.problem.forward;
@@ -136,11 +144,12 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
       if (lane == first + i) delta = sum;
     }
   }
-  if constexpr (kExtended) {
-    const float lost = p.mask.data != nullptr && p.mask.dtype != DType::kBool
-                           ? RowCounter<Element, float>{p, info, b, at.head, true}.lost_of(
-                                 at.row + own_row, lse, [&](int64_t place) { return bias_value(p.mask, place); })
-                           : 0.f;
+  if constexpr (kStatistics != Statistics::kPlain) {
+    float lost = 0.f;
+    if constexpr (kStatistics == Statistics::kCounted) {
+      lost = RowCounter<Element, float>{p, info, b, at.head, true}.lost_of(
+          at.row + own_row, lse, [&](int64_t place) { return bias_value(p.mask, place); });
+    }
     const bool blind = lane < kPasses && at.row + own_row < info.seqlen_q && lse == -INFINITY;
     const int any_blind = __syncthreads_or(blind);
     if (threadIdx.x == 0) params.blind[accum_row / kRows] = any_blind;
@@ -209,11 +218,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Element, bool kExtended>
+template <typename Element, Statistics kStatistics, bool kConditional>
 auto preprocess_for(int dq_columns) {
-  return dq_columns == 64    ? preprocess_kernel<Element, 64, kExtended>
-         : dq_columns == 128 ? preprocess_kernel<Element, 128, kExtended>
-                             : preprocess_kernel<Element, 256, kExtended>;
+  return dq_columns == 64    ? preprocess_kernel<Element, 64, kStatistics, kConditional>
+         : dq_columns == 128 ? preprocess_kernel<Element, 128, kStatistics, kConditional>
+                             : preprocess_kernel<Element, 256, kStatistics, kConditional>;
+}
+
+template <typename Element>
+auto preprocess_for(const RowsParams& params) {
+  const int columns = params.dq_columns;
+  if (!params.extended) {
+    return params.condition.band == nullptr ? preprocess_for<Element, Statistics::kPlain, false>(columns)
+                                            : preprocess_for<Element, Statistics::kPlain, true>(columns);
+  }
+  return params.problem.forward.has_bias() ? preprocess_for<Element, Statistics::kCounted, false>(columns)
+                                           : preprocess_for<Element, Statistics::kExtended, true>(columns);
 }
 
 template <typename Element>
@@ -225,9 +245,7 @@ void launch_prepare(const RowsParams& params, cudaStream_t stream) {
       params.prepared_tiles > 0 ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
       : params.m_blocks.starts != nullptr ? params.m_blocks.count() * p.num_heads * groups_of_block
                                           : params.prepared_heads * params.num_m_blocks * groups_of_block;
-  const auto kernel = params.extended ? preprocess_for<Element, true>(params.dq_columns)
-                                      : preprocess_for<Element, false>(params.dq_columns);
-  kernel<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(params);
+  preprocess_for<Element>(params)<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(params);
   check(cudaGetLastError(), "sm90 backward statistics");
 }
 

@@ -3,12 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../../../../mask_band.h"
 #include "../../../../params.h"
 #include "../../../common/tiles/sequence_blocks.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
 struct PackedBlock;
+union BlockCounters;
 
 struct PackedBlocksParams {
   PackedBlock* blocks;  // (num_blocks + 1), see Schedule; null without cu_seqlens_k
@@ -37,6 +39,8 @@ struct RowsParams {
   uint4* cleared;  // (num_cleared), counters of the main kernel
   int64_t num_cleared;
   PackedBlocksParams packed_blocks;
+  mask::BandCondition condition;
+  const BlockCounters* dq_counters;  // of extended/: 0 where no tile has stored anything; null: dq_accum was 0 at first
 };
 
 /// Of the first heads or tiles, writes statistics (preprocess/statistics.h) from out, dout, lse and dlse and, with

@@ -15,7 +15,8 @@ struct Shape {
   static constexpr int kStages = 2;     // of Q and dO
   static constexpr int kStagesKV = 1;   // 2: the next tile's K and V are there when a tile ends
   static constexpr DqPath kDqPath =
-      DqPath::kWarp;  // kOneCta: dense problems alone in which every row sees the first key
+      DqPath::kWarp;                    // kOneCta: dense problems alone in which every row sees the first key
+  static constexpr bool kBand = false;  // rows see the band of KernelParams::condition
 };
 
 /// kRowParts: a tile has a part of a head's query rows, and stores of its part of dk and dv also what rounding to 16

@@ -27,6 +27,9 @@ namespace flash_attn::cuda::sm90::backward::single {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_kernel(const __grid_constant__ KernelParams params) {
+  if constexpr (Config::kBand) {
+    if (params.condition.excludes()) return;
+  }
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);

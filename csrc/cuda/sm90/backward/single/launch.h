@@ -24,4 +24,16 @@ constexpr Variant make_variant(const char* name) {
   return variant;
 }
 
+template <typename Shape>
+struct BandShape : Shape {
+  static constexpr bool kBand = true;
+};
+
+template <typename Shape>
+constexpr Variant make_band_variant(const char* name) {
+  Variant variant = variant_of<KernelConfig<__nv_bfloat16, Shape>>(name);
+  variant.launch = kLaunch<BandShape<Shape>, false>;
+  return variant;
+}
+
 }  // namespace flash_attn::cuda::sm90::backward::single
