@@ -33,38 +33,31 @@ SM80_DEVICE void ForwardBlock<Config>::add_bias() {
   __syncwarp();        // the warp's biases are there
   const float scale = float(p.softmax_scale);
   const uint32_t biases = address_by_rows<BiasTile>(q_tile() + Config::kBiases, warp_row(), lane);
-  uint32_t least = 0;
+  /// visit(score, bias) of all; returns the least of pairs.
+  const auto visit_biases = [&](const auto& visit) {
+    uint32_t least = 0;
 #pragma unroll
-  for (int n = 0; n < kNTiles; n += 2) {
+    for (int n = 0; n < kNTiles; n += 2) {
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-      uint32_t x[4];
-      ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
+      for (int m = 0; m < kMTiles; ++m) {
+        uint32_t x[4];
+        ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float b = i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element());
-        float& score = s[m][n + i / 4][i % 4];
-        score = fmaf(score, scale, b);
+        for (int i = 0; i < 8; ++i) {
+          visit(s[m][n + i / 4][i % 4], i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element()));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) least = least_halves(least, x[i], Element());
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) least = least_halves(least, x[i], Element());
     }
-  }
+    return least;
+  };
+  const uint32_t least = visit_biases([scale](float& score, float bias) { score = fmaf(score, scale, bias); });
   if (!__any_sync(~0u, has_lowest(least, Element()))) return;
   // A hidden score becomes -inf whatever it was, for a NaN that is masked out must go.
-#pragma unroll
-  for (int n = 0; n < kNTiles; n += 2) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-      uint32_t x[4];
-      ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float b = i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element());
-        if (b == -INFINITY) s[m][n + i / 4][i % 4] = b;
-      }
-    }
-  }
+  visit_biases([](float& score, float bias) {
+    if (bias == -INFINITY) score = bias;
+  });
 }
 
 }  // namespace flash_attn::cuda::sm80
