@@ -127,6 +127,9 @@ struct ForwardBlock {
   SM80_DEVICE void load_next(uint32_t slot);
   template <bool kOfK>
   SM80_DEVICE void load_part(uint32_t slot) const;
+  /// Of load_block: keys that some row sees, and zeros for the others; `columns` of them, and zeros. `from`, `step`: of
+  /// this thread's first piece, and from one of its rows to the next.
+  SM80_DEVICE void copy_part(uint32_t slot, const char* from, int64_t step, int columns) const;
 
   static constexpr int kSlots = Config::kSlots;
   static constexpr bool kSameAhead = kSlots % 2 == 1;  // what comes kSlots - 1 tiles after a V is a V, or a K
@@ -185,7 +188,8 @@ struct ForwardBlock {
     }
   }
 
-  /// O += P V.
+  /// O += P V. Exponentials of 16 keys beside the products of the 16 before: each keeps a warp for eight clocks in
+  /// which nothing but another one has to wait.
   SM80_DEVICE void multiply_own_p(uint32_t v_slot) {
     const uint32_t v = address_by_rows<Tile>(v_slot, 0, lane);
 #pragma unroll
@@ -194,6 +198,10 @@ struct ForwardBlock {
       if constexpr (Config::kPacks) {
         multiply_step<Element, Config::kHeadDim, 1>(o, packed[k], v_rows);
       } else {
+        if constexpr (Config::kBeside) {
+#pragma unroll
+          for (int f = 0; f < 2 * kMTiles; ++f) softmax.exponentials(s, f / 2, 2 * k + f % 2);
+        }
         uint32_t a[kMTiles][4];
         pack_probabilities(k, a);
         multiply_step<Element, Config::kHeadDim, 1>(o, a, v_rows);
@@ -294,7 +302,7 @@ struct ForwardBlock {
       if (may_have_unseen_v(block)) tell_seen_columns(columns_of_scores());
     }
     rescale();
-    take_exponentials();
+    if constexpr (!Config::kBeside) take_exponentials();
     if constexpr (Config::kPacks) {
 #pragma unroll
       for (int k = 0; k < kNTiles / 2; ++k) pack_probabilities(k, packed[k]);
@@ -329,26 +337,15 @@ struct ForwardBlock {
       draw_kept(block * kBlockN + warp_key());
       wait_tile();  // Q and the first K
       load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
-      if constexpr (Config::kTwice) {
+      for (;;) {
+        if constexpr (kMask) {
+          if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN);
+        }
         multiply_qk();
-        for (int next = visited_block(block - 1); next >= block_begin(); next = visited_block(block - 1)) {
-          finish_tile(block);
-          block = next;
-          begin_tile(block);
-          multiply_qk();
-        }
         finish_tile(block);
-      } else {
-        for (;;) {
-          if constexpr (kMask) {
-            if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN);
-          }
-          multiply_qk();
-          finish_tile(block);
-          block = visited_block(block - 1);
-          if (block < block_begin()) break;
-          begin_tile(block);
-        }
+        block = visited_block(block - 1);
+        if (block < block_begin()) break;
+        begin_tile(block);
       }
     }
     cp_async_commit();  // of Q, if no tile was visited

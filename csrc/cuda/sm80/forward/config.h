@@ -36,18 +36,17 @@ struct ForwardConfig {
   // What a block asks for in every tile is kept in registers where O and S leave some, else read again.
   static constexpr bool kFewRegisters =
       (kRules != Rules::kPlain && (kDTiles >= 32 || kMTiles > 1)) || kNTiles >= 16 || kBlocksPerSm > 2;
-  // Where O and S fill the registers (a thread has 255, or 168 with three blocks): the loop's last round stands in the
-  // code once more, but not of kernels with bits or biases of scores; and P is packed before V is waited for, which
-  // frees S's registers there. Elsewhere it is packed between the products, which costs less.
-  static constexpr int kAccumulators = 4 * kMTiles * (kDTiles + kNTiles);
-  static constexpr bool kTwice = kRules == Rules::kPlain && kBlocksPerSm <= 2 && kAccumulators >= 192;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
-  static constexpr bool kFull = kAccumulators >= 192;
+  // Where ptxas would spill registers (a thread has 255, or 168 with three blocks), P is packed before V is waited for,
+  // which frees S's there. Elsewhere exponentials are taken and packed beside the products, unless dropout draws for
+  // all of a tile or P goes through shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr bool kTight = kMTiles > 1 && (kDTiles + kNTiles >= 24 || kBlocksPerSm > 2);
 #else
-  static constexpr bool kFull = kNTiles >= 16;
+  static constexpr bool kTight = false;
 #endif
-  static constexpr bool kPacks =
-      kWarpsD == 1 && !kExtended && (kRules != Rules::kPlain || kFull || (kBlocksPerSm > 2 && kMTiles > 1));
+  static constexpr bool kPacks = kWarpsD == 1 && !kExtended &&
+                                 (kTight || (kDTiles >= 16 && (kRules == Rules::kDropout || kRules == Rules::kBias)));
+  static constexpr bool kBeside = kWarpsD == 1 && !kExtended && !kPacks;
   // Shared memory, in bytes from its start: Q, the ring; where rows are shared, P and a number a row and warp; biases.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kSlotsEnd = kQueryBytes + kSlots * kSlotBytes;

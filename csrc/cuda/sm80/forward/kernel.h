@@ -2,11 +2,11 @@
 // head and walks over the tiles of keys that they see, the last ones first. Tiles of K and V come by cp.async through a
 // ring of slots in shared memory: K, V of the first tile, K, V of the second, ...
 //
-//   S = Q K^T        rescale by S, P = exp(S)        wait for V        O += P V        wait for the next K
+//   S = Q K^T        rescale by S        wait for V        P = exp(S), O += P V        wait for the next K
 //
-// S of a whole tile is in registers; what overlaps are the warps of an SM. Where registers do not hold O of 32 rows,
-// warps have rows in common (kWarpsD): each has S of other keys and O of other columns, maxima and P go through shared
-// memory:
+// S of a whole tile is in registers; what overlaps are the warps of an SM, and exponentials with products (kBeside).
+// Where registers do not hold O of 32 rows, warps have rows in common (kWarpsD): each has S of other keys and O of
+// other columns, maxima and P go through shared memory:
 //
 //   maxima of all keys        P = exp(S) to shared memory   wait for V     O += P V, own columns
 //

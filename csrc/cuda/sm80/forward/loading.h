@@ -25,6 +25,20 @@ SM80_DEVICE void ForwardBlock<Config>::begin_loads() {
 }
 
 template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::copy_part(uint32_t slot, const char* from, int64_t step, int columns) const {
+  const uint32_t thread = fresh_thread(load_block), to = slot + KvCopy::offset(thread);
+  const int key = load_block * kBlockN + KvCopy::row(thread), left = columns - 8 * KvCopy::chunk(thread);
+#pragma unroll 4
+  for (int row = 0; row < kBlockN; row += KvCopy::kStep, from += step) {
+    const bool exists = key + row >= tile.col_begin && key + row < tile.col_end;
+#pragma unroll
+    for (int group = 0; group < Tile::kChunks; group += KvCopy::kGroup) {
+      cp_async_16_or_zeros(to + row * Tile::kRowBytes + group * 16, from + group * 16, exists && 8 * group < left);
+    }
+  }
+}
+
+template <typename Config>
 template <bool kOfK>
 SM80_DEVICE void ForwardBlock<Config>::load_next(uint32_t slot) {
   if (load_block >= block_begin()) {
@@ -32,13 +46,14 @@ SM80_DEVICE void ForwardBlock<Config>::load_next(uint32_t slot) {
       load_part<kOfK>(slot);
     } else {
       const char*& from = kOfK ? k_from : v_from;
-      const bool whole = uint32_t(load_block - tile.whole_begin) < uint32_t(tile.whole_count) &&
-                         (kOfK ? p.head_dim : p.head_dim_v) == Config::kHeadDim;
-      if (whole) {
+      const bool whole = uint32_t(load_block - tile.whole_begin) < uint32_t(tile.whole_count);
+      const int columns = int(kOfK ? p.head_dim : p.head_dim_v);
+      const int64_t step = kOfK ? params.k_copy_step : params.v_copy_step;
+      if (whole && columns == Config::kHeadDim) {
         const uint32_t thread = Config::kFewRegisters ? fresh_thread(load_block) : threadIdx.x;
-        KvCopy::copy(slot + KvCopy::offset(thread), from, kOfK ? params.k_copy_step : params.v_copy_step);
+        KvCopy::copy(slot + KvCopy::offset(thread), from, step);
       } else {
-        load_part<kOfK>(slot);
+        copy_part(slot, from, step, columns);
       }
       from -= kOfK ? params.k_tile_step : params.v_tile_step;
     }
