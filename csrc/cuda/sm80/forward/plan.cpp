@@ -74,7 +74,7 @@ TileLengths tile_lengths(const ForwardParams& p, int64_t block_m, int64_t block_
   return lengths;
 }
 
-// Clocks of an SM: benchmarks/experiments/088.
+// Clocks of an SM: benchmarks/experiments/088 and 143.
 constexpr double kAlone = 0.7;  // a block that is alone takes longer than its share by this times those that fit
 constexpr double kCombineClocks = 9000;       // launching combine's kernel, and its latency
 constexpr double kCombineBytesPerClock = 16;  // an SM's share of L2's bandwidth, partial results written and read
