@@ -10,7 +10,7 @@
 #include <string>
 
 #include "common/check.h"
-#include "common/copy_rows.h"
+#include "copy_rows.h"
 #include "mask/band.h"
 #include "mask/packed_mask.h"
 #include "universal/universal.h"

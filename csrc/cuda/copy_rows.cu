@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/launch.h"
 #include "copy_rows.h"
-#include "launch.h"
 
 namespace flash_attn::cuda {
 namespace {

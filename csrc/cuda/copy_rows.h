@@ -1,7 +1,7 @@
 // Rows into a cache, and rotary embeddings.
 #pragma once
 
-#include "../../row_copies.h"
+#include "../row_copies.h"
 
 namespace flash_attn::cuda {
 
