@@ -11,6 +11,7 @@
 
 #include "../../sm80/fp32/backward/kernel.h"
 #include "../hopper/stmatrix.h"
+#include "exponent.h"
 #include "products.h"
 
 namespace flash_attn::cuda::sm90::fp32 {
@@ -38,23 +39,6 @@ struct GradientsBlock : sm80::fp32::BackwardBlock<Config> {
   using DqSums = FlatScores<kNTiles>[kWarpgroups];  // of the keys of each warpgroup
 
   SM80_DEVICE int warpgroup() const { return warp() / 4; }
-
-  /// For all threads of a warpgroup: a power of two that brings the largest of its dS to at least 2^14, if that is no
-  /// larger than 2^100. Ends in a barrier of the warpgroup.
-  SM80_DEVICE int find_exponent(const Scores& ds) const {
-    __shared__ __align__(16) uint32_t maxima[Config::kWarps];
-    uint32_t largest = 0;
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(ds[0][n][i]) & 0x7fffffffu);
-    largest = __reduce_max_sync(~0u, largest);
-    if (lane() == 0) maxima[warp()] = largest;
-    named_barrier_sync(1 + warpgroup(), 128);
-    const uint4 all = *reinterpret_cast<const uint4*>(maxima + warpgroup() * 4);
-    largest = max(max(all.x, all.y), max(all.z, all.w));
-    return min(14 + 127 - int(largest >> 23), 100);
-  }
 
   SM80_DEVICE uint32_t ds_of(int of_warpgroup) const {
     const uint32_t first = Config::kOwnPlace ? shared + Config::kDs : this->stage(step) + Config::kTileBytes;
@@ -147,7 +131,8 @@ struct GradientsBlock : sm80::fp32::BackwardBlock<Config> {
       this->multiply(dp, Config::kY, y);
       this->find_gradients(dp, s, y_unit * dout_unit, statistics, at);
     }
-    const int exponent = find_exponent(dp);  // all of the warpgroup are done with dO
+    // All of the warpgroup are done with dO then.
+    const int exponent = find_exponent<Config::kWarps>(*this, dp[0], [this] { return warpgroup(); }, 1);
     Pairs ds;
     split_fragments(dp, ds, [&](int, int) { return Base::power_of_2(exponent); });
     const float unit = Base::power_of_2(-exponent);

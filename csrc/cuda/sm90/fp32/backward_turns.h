@@ -11,6 +11,7 @@
 
 #include "../../sm80/fp32/backward/extended.h"
 #include "../hopper/stmatrix.h"
+#include "exponent.h"
 #include "turns.h"
 
 namespace flash_attn::cuda::sm90::fp32 {
@@ -125,23 +126,6 @@ struct BackwardTurnsBlock : sm80::fp32::BackwardScores<Config> {
 
   // -- dS
 
-  /// For all threads of the warpgroup: a power of two that brings the largest of its dS to at least 2^14, if that is no
-  /// larger than 2^100. Ends in a barrier of the warpgroup.
-  SM80_DEVICE int find_exponent(const Scores& ds) const {
-    __shared__ __align__(16) uint32_t maxima[Config::kWarps];
-    uint32_t largest = 0;
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(ds[0][n][i]) & 0x7fffffffu);
-    largest = __reduce_max_sync(~0u, largest);
-    if (lane() == 0) maxima[warp()] = largest;
-    named_barrier_sync(Order::kOwn + warpgroup, 128);
-    const uint4 all = *reinterpret_cast<const uint4*>(maxima + warpgroup * 4);
-    largest = max(max(all.x, all.y), max(all.z, all.w));
-    return min(14 + 127 - int(largest >> 23), 100);
-  }
-
   SM80_DEVICE uint32_t own_ds() const { return shared + Config::kDs + warpgroup * Config::kDsBytes; }
 
   /// Rows become queries, columns the warpgroup's keys.
@@ -249,7 +233,7 @@ struct BackwardTurnsBlock : sm80::fp32::BackwardScores<Config> {
       this->find_gradients(dp, s, y_unit * extras.dout_unit, statistics, at);
     }
     split_fragments(s, probabilities, [](int, int) { return sm80::fp32::kPScale; });
-    const int exponent = find_exponent(dp);
+    const int exponent = find_exponent<Config::kWarps>(*this, dp[0], [this] { return warpgroup; }, Order::kOwn);
     split_fragments(dp, ds, [&](int, int) { return Base::power_of_2(exponent); });
     store_ds(ds, at);
     const float unit = Base::power_of_2(-exponent);
