@@ -15,12 +15,13 @@ from flash_attn.torch_op.arguments import Options
 from flash_attn.torch_op.library import backward_op
 
 _PROGRAM = """
+    import resource
     import torch
     from flash_attn import scaled_dot_product_attention
 
     def resident():
         with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * 4096
+            return int(f.read().split()[1]) * resource.getpagesize()
 
     def peak():
         with open("/proc/self/status") as f:

@@ -40,23 +40,8 @@ def test_the_size_follows_the_device_and_what_is_given_goes_before(
 def test_both_kinds_of_attention_train_alike(
     example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = [
-        "--steps",
-        "3",
-        "--batch",
-        "2",
-        "--context",
-        "16",
-        "--layers",
-        "1",
-        "--width",
-        "16",
-        "--heads",
-        "2",
-        "--sample",
-        "4",
-    ]
-    given = ["--device", "cpu", "--dtype", "fp64", "--steps", "3", "--sample", "4", "--compare", *sizes]
+    sizes = {"steps": 3, "batch": 2, "context": 16, "layers": 1, "width": 16, "heads": 2, "sample": 4}
+    given = ["--device", "cpu", "--dtype", "fp64", "--compare", *(f"--{name}={size}" for name, size in sizes.items())]
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *given, "--out", str(tmp_path)])
     example.main()
     rows = (tmp_path / "loss.csv").read_text().split()
