@@ -3,7 +3,7 @@
 // same share of its rows: each cluster leaves its sums of them in the workspace, and the last CTA puts those together.
 #pragma once
 
-#include "../../sm90/hopper/peers.h"
+#include "../../sm90/hopper/cluster.h"
 #include "../stages/stages.h"
 #include "output.h"
 
