@@ -29,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
+LIBRARIES = ("libflash_attn.so", "small_calls.so")  # in flash_attn/lib
 OLDEST = ".".join(map(str, OLDEST_TORCH))
 # Machine code of a major version runs on its later minor versions: 8.0 serves 8.6 and 8.9, 10.0 serves 10.3, 12.0
 # serves 12.1. PTX serves the rest: 7.5 for Turing, 12.0 for what comes.
@@ -221,13 +222,13 @@ class CMakeBuild(build_ext):
             return []
         package = Path(self.build_lib) / "flash_attn"
         module = Path(self.get_ext_fullpath("flash_attn._C")).name
-        return [str(package / module), str(package / "lib" / "libflash_attn.so")]
+        return [str(package / module), *(str(package / "lib" / name) for name in LIBRARIES)]
 
 
 def remove_inplace_build() -> None:
     """Built files in the source tree would hide those that an editable install brings."""
     package = SOURCE / "flash_attn"
-    for path in [package / "lib" / "libflash_attn.so", *package.glob("_C.*.so")]:
+    for path in [*(package / "lib" / name for name in LIBRARIES), *package.glob("_C.*.so")]:
         if path.exists():
             print(f"flash_attn: removing {path}, which would hide what is installed", flush=True)
             path.unlink()

@@ -61,6 +61,15 @@ def kernel_of(able: list[Contender], train: bool) -> dict[str, str]:
     return {"ours_kernel": f"{choice.family}: {choice.kernel}"}
 
 
+def products_in_float32(device: torch.device) -> set[str]:
+    """Dtypes that kernels multiply in float32 there. Torch's own product of such matrices runs at a thousandth of the
+    rate."""
+    if device.type != "cpu":
+        return set()
+    has_bf16 = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return {"fp16"} if has_bf16 else {"fp16", "bf16"}
+
+
 class Peaks:
     """What torch's matrix products reach in each dtype, and at which clock, and how fast memory is read; measured when
     first asked for."""
@@ -71,8 +80,8 @@ class Peaks:
         self.read: float | None = None
 
     def of(self, dtype: str) -> report.Peak:
-        if dtype == "fp16" and self.device.type == "cpu":
-            dtype = "fp32"  # CPUs compute in it, and torch's product of fp16 matrices runs at a thousandth of the rate
+        if dtype in products_in_float32(self.device):
+            dtype = "fp32"
         if dtype not in self.found:
             self.clock.mark()
             tflops = timing.matmul_tflops(self.device, DTYPES[dtype])

@@ -144,6 +144,21 @@ def test_visible_pairs_are_those_of_the_mask(module: Callable[[str], ModuleType]
         assert p.visible_pairs == pytest.approx(seen, rel=0.01), case
 
 
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_a_cpus_peak_is_that_of_the_dtype_it_multiplies(
+    capability: str, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = module("bench")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    measured = []
+    monkeypatch.setattr(bench.timing, "matmul_tflops", lambda device, dtype: measured.append(dtype) or 1.0)
+    with bench.timing.ClockLog(enabled=False) as clock:
+        peaks = bench.Peaks(torch.device("cpu"), clock)
+        for dtype in ("fp32", "fp16", "bf16"):
+            peaks.of(dtype)
+    assert measured == [torch.float32, torch.bfloat16][: 1 + (capability == "AVX512")]
+
+
 def test_what_a_suite_has_is_said_when_nothing_is_chosen(module: Callable[[str], ModuleType]) -> None:
     shapes = module("shapes")
     selection = shapes.Selection(on_cuda=True, seqlens=[96], cases=["dropout"])

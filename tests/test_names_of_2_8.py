@@ -99,6 +99,7 @@ CALLS += [
     (PADDING, "index_put_first_axis", lambda: (_x(2, D), torch.tensor([3, 1]), B * S), [(B * S, D)]),
     (PADDING, "index_first_axis_residual", lambda: (_x(B * S, D), torch.tensor([3, 1])), [(2, D), (B * S, D)]),
     (ROTARY, "apply_rotary_emb", lambda: (_x(B, S, H, D), *TABLES, True, False, 0, None, None), [(B, S, H, D)]),
+    (ROTARY, "apply_rotary_emb_func", lambda: (_x(B, S, H, D), *TABLES, True, False, 0, None, None), [(B, S, H, D)]),
     (ROTARY, "apply_rotary_emb_torch", lambda: (_x(B, S, H, D), *TABLES, True), [(B, S, H, D)]),
     (
         ROTARY,

@@ -15,6 +15,7 @@ from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
 from ..torch_op import checks, plain
 from ..torch_op.arguments import plain_options
+from ..torch_op.private import is_traced
 
 Window = Sequence[int | None] | Tensor
 Outputs = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, None]
@@ -77,6 +78,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             slopes is sink is mask is None
             and not (with_lse or with_probs)
             and lengths is ONE_LENGTH
+            and not is_traced()
             and _is_plain(options, left, right)
             and type(q) is type(k) is type(v) is Tensor
             and not has_torch_function_variadic(q)

@@ -95,6 +95,9 @@ def apply_rotary_emb(
     return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
 
+apply_rotary_emb_func = apply_rotary_emb  # its older name, which models on the hub import
+
+
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """`apply_rotary` of (batch, seqlen, heads, head_dim) from position 0 on."""
     return apply_rotary(x, cos, sin, interleaved=interleaved)

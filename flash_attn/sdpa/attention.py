@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from .. import tensor_subclasses
@@ -16,14 +15,13 @@ from ..autocast import autocast
 from ..masks.prepared import PreparedMask, to_op
 from ..torch_op import attention as ops
 from ..torch_op import checks, plain
-from ..torch_op.arguments import PLAIN_IF_THEY_FIT, PLAIN_SHARED_HEADS, plain_options
-from ..torch_op.private import torch_sdpa
+from ..torch_op.arguments import plain_options
+from ..torch_op.private import is_traced, torch_sdpa
 from . import context_parallel, shapes
 from .arguments import Arguments, any_nested, check_dtypes_and_devices, is_nested_call, with_types_checked
 from .causal_bias import is_causal_bias, is_top_left, to_mask
 
 _PLAIN = [plain_options(causal, True, False) for causal in (ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT)]
-_FULL, _CAUSAL = (_PLAIN[causal] | PLAIN_IF_THEY_FIT for causal in (ops.NONE, ops.TOP_LEFT))
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -73,45 +71,35 @@ def scaled_dot_product_attention(
     """
     if F.scaled_dot_product_attention is not torch_sdpa:
         context_parallel.refuse("scaled_dot_product_attention")
+    if not is_traced():
+        out = plain.try_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
+    given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if has_torch_function_variadic(query, key, value, attn_mask):
-        given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return overridden(scaled_dot_product_attention, given)
-    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return attend(given)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | PreparedMask | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """The same, once nobody overrides torch functions and torch's `context_parallel` is known not to be active."""
+def attend(given: Arguments) -> Tensor:
+    """The same, once `plain.try_sdpa` has not served, nobody overrides torch functions, and torch's `context_parallel`
+    is known not to be active."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
     if (
-        type(query) is type(key) is type(value) is Tensor
+        attn_mask is None
+        and type(query) is type(key) is type(value) is Tensor
         and type(is_causal) is type(enable_gqa) is bool
         and (scale is None or type(scale) is float)
         and (type(dropout_p) is float or type(dropout_p) is int)
+        and dropout_p != 0
+        and _is_common(query, key, value)
     ):
-        out: Tensor | None = None
-        if dropout_p == 0:
-            if query.dim() == 4:
-                options = _CAUSAL if is_causal else _FULL  # no list: Dynamo of torch 2.11 takes no bool for an index
-                if enable_gqa:
-                    options |= PLAIN_SHARED_HEADS
-                if attn_mask is None or type(attn_mask) is Tensor or type(attn_mask) is Parameter:
-                    out = plain.try_attend(query, key, value, attn_mask, scale, options)
-        elif attn_mask is None and _is_common(query, key, value):
-            causal = ops.TOP_LEFT if is_causal else ops.NONE
-            out, _ = ops.attention(
-                query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
-            )
-        if out is not None:
-            return out
-    return _attend(Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+        causal = ops.TOP_LEFT if is_causal else ops.NONE
+        out, _ = ops.attention(
+            query, key, value, softmax_scale=scale, causal=causal, dropout_p=dropout_p, heads_first=True
+        )
+        return out
+    return _attend(given)
 
 
 def _is_common(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -227,6 +215,7 @@ def _attention(given: Arguments, causal: int) -> Tensor:
     if (
         packed is None
         and given.dropout_p == 0.0
+        and not is_traced()
         and type(q) is type(k) is type(v) is Tensor
         and (mask is None or type(mask) is Tensor)
         and not has_torch_function_variadic(q)

@@ -17,9 +17,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import open_blocks
 from ..open_blocks import any_is_open
+from ..torch_op import plain
 from ..torch_op.private import (
     constant_when_traced,
     flash_sdp_enabled,
+    is_traced,
     jit_is_tracing,
     register_as_builtin,
     sdp_priority,
@@ -75,13 +77,18 @@ def _standing_over(before: Callable[..., Tensor], layer: _Layer | None = None) -
     ) -> Tensor:
         runs = _choose(always)
         if runs == _OURS:
+            standing = F.scaled_dot_product_attention is scaled_dot_product_attention
+            if standing and not is_traced():
+                out = plain.try_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                if out is not None:
+                    return out
+            given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if has_torch_function((query, key, value, attn_mask)):
-                given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 # Who looks out for torch's function compares with what stands in its place, not with ours.
                 return sdpa.overridden(scaled_dot_product_attention, given)
-            if F.scaled_dot_product_attention is not scaled_dot_product_attention:
+            if not standing:
                 context_parallel.refuse("scaled_dot_product_attention")
-            return sdpa.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return sdpa.attend(given)
         given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if runs == _TORCHS:
             return sdpa.call_torch(given)

@@ -1,7 +1,9 @@
-"""Loads the op library and registers what torch needs to trace its two ops: fake kernels."""
+"""Loads the op library with what is built beside it, and registers what torch needs to trace its two ops: fake
+kernels."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,19 +20,27 @@ _PLACES = [Path(folder) / "lib" / "libflash_attn.so" for folder in FOLDERS]
 LIBRARY = next((place for place in _PLACES if place.exists()), _PLACES[0])
 
 
-def _load() -> None:
-    if not LIBRARY.exists():
+def _load() -> Any:
+    """The module small_calls."""
+    beside = LIBRARY.with_name("small_calls.so")
+    if missing := [file for file in (LIBRARY, beside) if not file.exists()]:
         raise ImportError(
-            f"flash_attn: there is no op library at {LIBRARY}. This is the source folder, not the installed package: "
+            f"flash_attn: there is no library at {missing[0]}. This is the source folder, not the installed package: "
             "run `pip install .` and start Python from another folder, or `pip install -e .` to work in this one."
         )
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < (2, 11):
         raise ImportError(f"flash_attn needs torch >= 2.11, but torch {torch.__version__} is installed")
     torch.ops.load_library(LIBRARY)
+    # By its place: the package may lie in another folder than what is built for it.
+    spec = importlib.util.spec_from_file_location("small_calls", beside)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-_load()
+small_calls = _load()
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default

@@ -1,5 +1,6 @@
 """The short way of eager calls of q, k, v and perhaps a mask. Small calls are mostly these, and cost what their
 arguments cost, so they go to ops of five and eight arguments in place of 22 and 28, or to torch's op for extensions.
+csrc/small_calls.cpp decides, and calls: what it asks takes as long as a small kernel, and twice that in Python.
 
 Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, subclasses) sees `flash_attn::forward` and
 `flash_attn::backward` alone: callers ask before.
@@ -7,74 +8,46 @@ Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.nn import Parameter
+from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from . import extension, private
-from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, PLAIN_DETERMINISTIC, PLAIN_WITHOUT_LSE, from_plain
-from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations
+from .arguments import (
+    NUM_DIFFERENTIABLE,
+    NUM_TENSORS,
+    PLAIN_DETERMINISTIC,
+    PLAIN_IF_THEY_FIT,
+    PLAIN_SHARED_HEADS,
+    PLAIN_WITHOUT_LSE,
+    from_plain,
+    plain_options,
+)
+from .attention import NONE, TOP_LEFT
+from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations, small_calls
 from .registered.autograd import call_backward, raise_out_of_memory
 
-_is_traced, _is_grad_enabled, _is_deterministic = private.is_traced, torch.is_grad_enabled, private.is_deterministic
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
-_ops_are_watched, _any_autocast = private.ops_are_watched, private.any_autocast
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
+try_attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, int], Tensor | None] = small_calls.try_attend
+"""`try_attend(q, k, v, attn_mask, softmax_scale, options)`: the first result of
+:func:`flash_attn.torch_op.attention.attention`, if an op takes these tensors as they are, here and now. They are of no
+subclass, no torch function mode is active, Dynamo does not trace (:data:`flash_attn.torch_op.private.is_traced`), and
+`options` are those of `plain_options`; gradients are repeatable where these or torch say so. The mask may have fewer
+than four dimensions.
 
-def try_attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, softmax_scale: float | None, options: int
-) -> Tensor | None:
-    """The first result of :func:`flash_attn.torch_op.attention.attention`, if an op takes these tensors as they are,
-    here and now. They are of no subclass, no torch function mode is active, and `options` are those of
-    `plain_options`; gradients are repeatable where these or torch say so. The mask may have fewer than four dimensions.
+Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long way,
+which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit."""
 
-    Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long
-    way, which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit.
-    """
-    if (
-        _is_traced()
-        or not (q.is_cuda or q.is_cpu)
-        or _ops_are_watched()
-        or (_any_autocast() and _autocast_changes(q, k, v))
-    ):
-        return None
-    differentiable = extension.forward
-    if attn_mask is not None and (
-        differentiable is None
-        or not (attn_mask.dtype is torch.bool or attn_mask.dtype is q.dtype)  # autocast might change it
-    ):
-        return None
-    out: Tensor | None
-    try:
-        if not _is_grad_enabled() or not (
-            q.requires_grad or k.requires_grad or v.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-        ):
-            options |= PLAIN_WITHOUT_LSE
-            if attn_mask is None:
-                out, _ = _forward(q, k, v, softmax_scale, options)
-                return out
-        else:
-            if _is_deterministic():
-                options |= PLAIN_DETERMINISTIC
-            if differentiable is None or q.numel() > extension.LARGEST:
-                out = None if attn_mask is not None else _apply(q, k, v, (softmax_scale, options))
-                return out
-        assert differentiable is not None
-        if softmax_scale is None:
-            results = differentiable(q, k, v, attn_mask, -1.0 - options)
-        else:
-            results = differentiable(q, k, v, attn_mask, -1.0 - options, scale=softmax_scale)
-        if results[4] == extension.MARK:
-            out = results[0]
-            return out
-        extension.forward = None
-    except RuntimeError as error:
-        raise_out_of_memory(error)
-    return None
+try_sdpa: Callable[[Tensor, Tensor, Tensor, Any, float, bool, float | None, bool], Tensor | None] = small_calls.try_sdpa
+"""`try_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)`: the same of the arguments of
+:func:`flash_attn.scaled_dot_product_attention`, whatever they are."""
 
 
 def _autocast_changes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -117,6 +90,28 @@ class PlainAttention(torch.autograd.Function):
 
 
 _apply = private.apply_of(PlainAttention)
+
+_FULL, _CAUSAL = (plain_options(causal, True, False) | PLAIN_IF_THEY_FIT for causal in (NONE, TOP_LEFT))
+small_calls.configure(
+    Tensor,
+    Parameter,
+    torch.bool,
+    *private.watchers,
+    has_torch_function_variadic,
+    private.any_autocast,
+    _autocast_changes,
+    torch.is_grad_enabled,
+    private.is_deterministic,
+    globals(),
+    vars(extension),
+    extension.MARK,
+    raise_out_of_memory,
+    _FULL,
+    _CAUSAL,
+    PLAIN_SHARED_HEADS,
+    PLAIN_WITHOUT_LSE,
+    PLAIN_DETERMINISTIC,
+)
 
 
 def _of_backward(

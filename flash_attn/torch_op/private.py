@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,32 +100,43 @@ jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.
 """Whether torch.jit.trace runs. The public name takes twice as long to say so."""
 
 
-def _ops_are_watched() -> Callable[[], bool]:
+class Watchers(NamedTuple):
+    """What may look at which ops a call makes. It does where a function says so, or where an attribute has another
+    value, (attributes of its object, name, value)."""
+
+    functions: tuple[Callable[[], object], ...]
+    at_rest: tuple[tuple[dict[str, Any], str, object], ...]
+
+
+def _watchers() -> Watchers:
     modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
     functorch: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
     included: Callable[[Any], bool] | None = getattr(torch._C, "_dispatch_tls_is_dispatch_key_included", None)
     if modes is None or functorch is None or included is None or not hasattr(forward_ad, "_current_level"):
-        return lambda: True
+        return Watchers((lambda: True,), ())
+    functions = modes, functorch, jit_is_tracing
+    tangents = vars(forward_ad), "_current_level", -1
     # make_fx(pre_dispatch=True) is no dispatch mode. Its modes, of all threads, are known in less time than the key.
     state: Any = getattr(torch._ops, "_mode_stack_state_for_pre_dispatch", None)
-    before: Any = getattr(state, "_ModeStackStateForPreDispatch__infra_modes", None)
+    name = "_ModeStackStateForPreDispatch__infra_modes"
+    before: Any = getattr(state, name, None)
     if isinstance(before, list) and hasattr(state, "_schema_check_mode"):
         none = [None] * len(before)
-        return lambda: (
-            modes() > 0
-            or functorch()
-            or before != none
-            or state._schema_check_mode is not None
-            or forward_ad._current_level >= 0
-            or jit_is_tracing()
-        )
+        return Watchers(functions, ((vars(state), name, none), (vars(state), "_schema_check_mode", None), tangents))
     key = torch._C.DispatchKey.PreDispatch
-    return lambda: modes() > 0 or functorch() or included(key) or forward_ad._current_level >= 0 or jit_is_tracing()
+    return Watchers((*functions, lambda: included(key)), (tangents,))
 
 
-ops_are_watched = _ops_are_watched()
-"""Whether anything may look at which ops a call makes: a TorchDispatchMode, a transform, torch.jit.trace, make_fx. The
-compiler is asked for by its public name. True where torch does not say."""
+watchers = _watchers()
+"""A TorchDispatchMode, a transform, torch.jit.trace, make_fx. The compiler is asked for by its public name. Always true
+where torch does not say."""
+
+
+def ops_are_watched() -> bool:
+    """Whether anything may look at which ops a call makes."""
+    return any(is_watching() for is_watching in watchers.functions) or any(
+        attributes[name] != value for attributes, name, value in watchers.at_rest
+    )
 
 
 def _any_autocast() -> Callable[[], bool]:
