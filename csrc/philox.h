@@ -15,10 +15,10 @@ struct Philox4 {
 
 constexpr int kPhiloxRounds = 7;
 
-/// Counters in, random words out; the rounds of one hide the latency of the others'. kRolled: on a GPU the rounds stay
-/// a loop, for kernels that have no registers left.
-template <bool kRolled = false, int kCount>
-FLASH_ATTN_HOST_DEVICE void philox4x32(Philox4 (&blocks)[kCount], uint32_t k0, uint32_t k1) {
+/// Counters in, random words out, of two blocks: the rounds of one hide the latency of the other's. kRolled: on a GPU
+/// the rounds stay a loop, for kernels that have no registers left.
+template <bool kRolled = false>
+FLASH_ATTN_HOST_DEVICE void philox4x32(Philox4 (&blocks)[2], uint32_t k0, uint32_t k1) {
   int rounds = kPhiloxRounds;
 #ifdef __CUDA_ARCH__
   if constexpr (kRolled) asm volatile("" : "+r"(rounds));
@@ -70,12 +70,6 @@ struct Dropout {
     const uint32_t x = kept >> bit_of(row, col);
     return (x & 1) | (x >> 15 & 2) | (x >> 2 & 4) | (x >> 17 & 8);
   }
-  /// The counters of the group of (row, col); the second block's first is one more.
-  FLASH_ATTN_HOST_DEVICE Philox4 counter(int64_t batch_head, int64_t row, int64_t col) const {
-    return {{uint32_t(4 * (col / kBlock) + 2 * (col / 4 % 2)), uint32_t(4 * (row / kBlock) + row / 2 % 4),
-             uint32_t(batch_head), offset}};
-  }
-
   /// Bit `from_last` of the threshold, as the complement of a word.
   FLASH_ATTN_HOST_DEVICE uint32_t unless_digit(int from_last) const {
     const int bit = from_last / 4 * 8 + 4 + from_last % 4;
@@ -88,40 +82,30 @@ struct Dropout {
 #endif
   }
 
-  /// Which scores of groups are kept. Word: a group's, or a vector of several groups'.
-  template <typename Word, int kCount>
-  FLASH_ATTN_HOST_DEVICE void compare(const Word (&words)[kCount][kDrawn], Word (&kept)[kCount]) const {
-    for (int n = 0; n < kCount; ++n) kept[n] = ~Word{};
+  /// Which scores of a group are kept, by the digits drawn for them. Word: a group's, or a vector of several groups'.
+  template <typename Word>
+  FLASH_ATTN_HOST_DEVICE Word compare(const Word (&words)[kDrawn]) const {
+    Word kept = ~Word{};
     for (int i = 0; i < kDigits - kDrawn; ++i) {
-      const uint32_t unless = unless_digit(i);
-      for (int n = 0; n < kCount; ++n) {
-        const Word& x = words[n][kDigits - kDrawn - 1 - i];
-        kept[n] = decide(x ^ rotate<kApart>(x), kept[n], unless);
-      }
+      const Word& x = words[kDigits - kDrawn - 1 - i];
+      kept = decide(x ^ rotate<kApart>(x), kept, unless_digit(i));
     }
-    for (int n = 0; n < kCount; ++n) kept[n] = rotate<kOther>(kept[n]);
-    for (int i = 0; i < kDrawn; ++i) {
-      const uint32_t unless = unless_digit(kDigits - kDrawn + i);
-      for (int n = 0; n < kCount; ++n) kept[n] = decide(words[n][kDrawn - 1 - i], kept[n], unless);
-    }
-    const uint32_t some = (digits & kKeepsNone) != 0 ? 0u : ~0u;
-    for (int n = 0; n < kCount; ++n) kept[n] = kept[n] & some;
+    kept = rotate<kOther>(kept);
+    for (int i = 0; i < kDrawn; ++i) kept = decide(words[kDrawn - 1 - i], kept, unless_digit(kDigits - kDrawn + i));
+    return kept & ((digits & kKeepsNone) != 0 ? 0u : ~0u);
   }
 
-  /// The same of groups whose counters these are.
-  template <bool kRolled = false, int kCount>
-  FLASH_ATTN_HOST_DEVICE void draw(const Philox4 (&counters)[kCount], uint32_t (&kept)[kCount]) const {
-    Philox4 blocks[2 * kCount];
-    for (int n = 0; n < kCount; ++n) {
-      blocks[2 * n] = blocks[2 * n + 1] = counters[n];
-      ++blocks[2 * n + 1].word[0];
-    }
+  /// The same of the group of (row, col).
+  template <bool kRolled = false>
+  FLASH_ATTN_HOST_DEVICE uint32_t draw(int64_t batch_head, int64_t row, int64_t col) const {
+    const uint32_t across = uint32_t(4 * (col / kBlock) + 2 * (col / 4 % 2));
+    const uint32_t down = uint32_t(4 * (row / kBlock) + row / 2 % 4);
+    Philox4 blocks[2] = {{{across, down, uint32_t(batch_head), offset}},
+                         {{across + 1, down, uint32_t(batch_head), offset}}};
     philox4x32<kRolled>(blocks, seed_low, seed_high);
-    uint32_t words[kCount][kDrawn];
-    for (int n = 0; n < kCount; ++n) {
-      for (int d = 0; d < kDrawn; ++d) words[n][d] = blocks[2 * n + d / 4].word[d % 4];
-    }
-    compare(words, kept);
+    uint32_t words[kDrawn];
+    for (int d = 0; d < kDrawn; ++d) words[d] = blocks[d / 4].word[d % 4];
+    return compare(words);
   }
 
  private:

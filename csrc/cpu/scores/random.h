@@ -50,16 +50,16 @@ FLASH_ATTN_INLINE void draw_groups(const Dropout& dropout, int64_t batch_head, i
   for (int i = 0; i < kLanes<uint32_t>; ++i) numbers[i] = uint32_t(i);
   for (int n = 0; n < 2 * Dropout::kGroups; n += kLanes<uint32_t>) {
     const Words group = numbers + uint32_t(n);
-    Words words[1][Dropout::kDrawn], found[1];
+    Words words[Dropout::kDrawn];
     for (uint32_t half = 0; half < 2; ++half) {
       Words random[4] = {(group / 8u + uint32_t(col_block)) * 4u + group % 2u * 2u + half,
                          group / 2u % 4u + uint32_t(4 * row_block), Words{} + uint32_t(batch_head),
                          Words{} + dropout.offset};
       philox4x32(random, dropout.seed_low, dropout.seed_high);
-      for (int i = 0; i < 4; ++i) words[0][4 * half + i] = random[i];
+      for (int i = 0; i < 4; ++i) words[4 * half + i] = random[i];
     }
-    dropout.compare(words, found);
-    std::memcpy(kept + n, &found[0], sizeof(Words));
+    const Words found = dropout.compare(words);
+    std::memcpy(kept + n, &found, sizeof(Words));
   }
 }
 

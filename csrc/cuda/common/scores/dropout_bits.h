@@ -45,28 +45,18 @@ struct KeptScores {
     for (int w = 0; w < kWords; ++w) bits[w] = ~0u;
   }
 
-  /// (row, col): of the warp's first score, as query and key, multiples of 16. kAtOnce words are drawn side by side.
-  template <int kAtOnce = 1>
+  /// (row, col): of the warp's first score, as query and key, multiples of 16.
   FLASH_ATTN_DEVICE void draw_own(const Dropout& dropout, int64_t batch_head, int row, int col, int lane) {
     const int g = lane / 4, t = lane % 4;
     const int low = kKeysAreRows ? g / 2 % 2 : t % 2, high = g % 2;  // of the number of the block that the lane draws
     row += kKeysAreRows ? 2 * t : g;
     col += kKeysAreRows ? g : 2 * t;
-    static_assert(kWords % kAtOnce == 0);
 #pragma unroll
-    for (int w = 0; w < kWords; w += kAtOnce) {
-      Philox4 counters[kAtOnce];
-      uint32_t drawn[kAtOnce];
+    for (int w = 0; w < kWords; ++w) {
+      const int block = min(4 * w + 2 * high + low, kBlocks - 1), m = block / kTileCols, n = block % kTileCols;
       Dropout own = dropout;
       asm volatile("" : "+r"(own.digits));  // its masks are worked out where they are used: not worth sixteen registers
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int block = min(4 * (w + i) + 2 * high + low, kBlocks - 1), m = block / kTileCols, n = block % kTileCols;
-        counters[i] = own.counter(batch_head, row + 16 * (kKeysAreRows ? n : m), col + 16 * (kKeysAreRows ? m : n));
-      }
-      own.draw(counters, drawn);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) bits[w + i] = drawn[i];
+      bits[w] = own.draw(batch_head, row + 16 * (kKeysAreRows ? n : m), col + 16 * (kKeysAreRows ? m : n));
     }
   }
   /// What the lanes have drawn goes to those that have the scores.
@@ -78,9 +68,8 @@ struct KeptScores {
                              : exchange_bits<0, 2>(exchange_bits<2, 3>(bits[w], lane), lane);
     }
   }
-  template <int kAtOnce = 1>
   FLASH_ATTN_DEVICE void draw(const Dropout& dropout, int64_t batch_head, int row, int col, int lane) {
-    draw_own<kAtOnce>(dropout, batch_head, row, col, lane);
+    draw_own(dropout, batch_head, row, col, lane);
     exchange(lane);
   }
 

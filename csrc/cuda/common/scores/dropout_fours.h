@@ -16,13 +16,11 @@ __device__ __forceinline__ void draw_fours(const Dropout& dropout, int64_t batch
   for (int n = int(threadIdx.x); n < kRows / kBlock * 4 * kAcross; n += kThreads) {
     const int down = n / kAcross, across = n % kAcross;
     const int m = down / 4 * kBlock + down % 4 * 2, at = across / 2 * kBlock + across % 2 * 4;  // its first score
-    const Philox4 counters[1] = {dropout.counter(batch_head, row + m, col + at)};
-    uint32_t kept[1];
-    dropout.draw<true>(counters, kept);
+    const uint32_t kept = dropout.draw<true>(batch_head, row + m, col + at);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int r = i % 2 + i / 2 % 2 * 8, c = i / 4 * 8;
-      keep[(m + r) * (kCols / 4) + (at + c) / 4] = uint8_t(Dropout::four_of(kept[0], r, c));
+      keep[(m + r) * (kCols / 4) + (at + c) / 4] = uint8_t(Dropout::four_of(kept, r, c));
     }
   }
 }
