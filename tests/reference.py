@@ -50,19 +50,28 @@ def dropout_factor(rng_state: Tensor, p: float, batch: int, heads: int, b: int, 
     """(heads, rows, cols) float64: 0 where sequence b's scores are dropped, else one over the share that is kept."""
     seed, offset = (int(x) & 0xFFFFFFFFFFFFFFFF for x in rng_state.tolist())
     threshold = int(p * 65536 + 0.5)
-    blocks = (cols + 7) // 8
-    head = torch.arange(heads).view(-1, 1, 1) + b * heads
-    shape = (heads, rows, blocks)
+    down, across = (rows + 15) // 16 * 4, (cols + 15) // 16 * 2
+    shape = (heads, down, across, 2)
     counter = [
-        torch.arange(blocks).view(1, 1, -1).expand(shape),
-        torch.arange(rows).view(1, -1, 1).expand(shape),
-        head.expand(shape),
+        torch.arange(2 * across).view(1, 1, across, 2).expand(shape),
+        torch.arange(down).view(1, -1, 1, 1).expand(shape),
+        (torch.arange(heads) + b * heads).view(-1, 1, 1, 1).expand(shape),
         torch.full(shape, offset & 0xFFFFFFFF),
     ]
-    words = torch.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=-1)
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(2)[..., :cols]
+    words = torch.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=-1).flatten(3)
+    drawn = words.unsqueeze(-1) >> torch.arange(32) & 1  # (heads, down, across, 8 digits, 32 scores)
+    digits = dropout_digits(drawn)
+    numbers = (digits << torch.arange(15, -1, -1).view(-1, 1)).sum(-2)
+    row, col = torch.arange(rows).view(-1, 1), torch.arange(cols)
+    bit = 16 * (col % 2) + 8 * (row % 2) + 4 * (col // 2 % 2) + 2 * (col // 8 % 2) + row // 8 % 2
+    number = numbers[:, row // 16 * 4 + row // 2 % 4, col // 16 * 2 + col // 4 % 2, bit]
     scale = 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-    return (bits >= threshold).double() * scale
+    return (number >= threshold).double() * scale
+
+
+def dropout_digits(drawn: Tensor) -> Tensor:
+    """(..., 16, 32) binary digits of the scores of a group, of (..., 8, 32) that were drawn."""
+    return torch.cat((drawn, drawn.roll(11, -1) ^ drawn.roll(18, -1)), -2)
 
 
 def _sequences(

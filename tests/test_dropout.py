@@ -49,6 +49,32 @@ def test_the_mask_is_the_references_bit_for_bit(p: float, dtype: torch.dtype, de
     assert torch.equal(_mask(rng_state, p, device, dtype), expected)
 
 
+def test_digits_of_any_two_scores_are_independent() -> None:
+    """A digit is a sum modulo 2 of drawn ones: the 32 of two scores are linearly independent."""
+    drawn = torch.eye(256, dtype=torch.int64).view(256, 8, 32)  # each drawn digit by itself
+    terms = reference.dropout_digits(drawn).permute(2, 1, 0)  # (score, digit, drawn digit)
+    masks = [[sum(1 << int(i) for i in digit.nonzero()) for digit in score] for score in terms]
+    for first in range(32):
+        for second in range(first):
+            basis: list[int] = []
+            for row in masks[first] + masks[second]:
+                for known in basis:
+                    row = min(row, row ^ known)
+                assert row != 0, (first, second)
+                basis.append(row)
+
+
+def test_a_small_share() -> None:
+    """Less than the first eight digits can say, and what the first eight leave open."""
+    for p in (0.001, 0.25 + 1 / 512):
+        dropped = reference.dropout_factor(torch.tensor([6, 1]), p, 1, 8, 0, 512, 512) == 0
+        expected, count = round(p * 65536) / 65536, dropped.numel()
+        assert abs(float(dropped.sum()) - count * expected) < 5 * (count * expected * (1 - expected)) ** 0.5
+        pairs = dropped[:, :-1] & dropped[:, 1:]  # neighbouring rows: half of the pairs are of one group
+        both = pairs.numel() * expected**2
+        assert abs(float(pairs.sum()) - both) < 5 * both**0.5 + 1
+
+
 def test_the_share_that_is_dropped() -> None:
     rng_state = torch.tensor([5, 0])
     for p in (0.1, 0.5, 0.9):

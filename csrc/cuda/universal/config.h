@@ -63,7 +63,7 @@ struct SharedStorage {
   alignas(16) Acc scores[kScores];                        // an operand of the scores, then attn_mask, then P or dS
   alignas(16) Acc streamed[kTile];                        // rows that pass by
   Acc lse[C::kBlock], lost[C::kBlock], delta[C::kBlock];  // backward: of the tile's queries
-  uint8_t keep[C::kBlock * C::kBlock / 8];                // dropout: (query, key / 8), a bit each key
+  uint8_t keep[C::kBlock * C::kBlock / 4];                // dropout: (query, key / 4), a bit each key
   uint8_t alive[2][C::kBlock];  // attn_mask: streamed rows that some row of the block sees, either half
   int64_t places[2][C::kCached ? C::kBlock : 1];  // pages: where the tile's rows of k and v lie
 };

@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "../../philox.h"
 #include "../../sequence.h"
+#include "../common/scores/dropout_fours.h"
 #include "tile.h"
 
 namespace flash_attn::cuda::universal {
@@ -188,28 +188,19 @@ __device__ __forceinline__ void load_mask(const MaskView& mask, int64_t b, int64
   __syncthreads();  // the marks are there
 }
 
-/// keep (query, key / 8): which scores dropout keeps. All threads call it; a barrier stands before and after.
+/// keep (query, key / 4): which scores dropout keeps. All threads call it; a barrier stands before and after.
 template <int kBlock>
 __device__ __forceinline__ void draw_dropout(const ForwardParams& p, int64_t batch_head, const ScoreTile& t,
                                              uint8_t* keep) {
-  constexpr int kGroups = kBlock / Dropout::kColumns;
   const Dropout dropout = make_dropout(p.rng_state, p.dropout_p);
   __syncthreads();  // the last readers of keep are done
-#pragma unroll 1
-  for (int n = int(threadIdx.x); n < kBlock * kGroups; n += kThreads) {
-    const Philox4 random =
-        dropout.block<true>(batch_head, t.m_begin + n / kGroups, t.n_begin + n % kGroups * Dropout::kColumns);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < Dropout::kColumns; ++i) bits |= uint32_t(dropout.keep(random, i)) << i;
-    keep[n] = uint8_t(bits);
-  }
+  draw_fours<kBlock, kBlock, kThreads>(dropout, batch_head, t.m_begin, t.n_begin, keep);
   __syncthreads();  // the bits are there
 }
 
 template <typename C>
 __device__ __forceinline__ bool is_kept(const SharedStorage<C>& shared, int i, int j) {
-  return ((shared.keep[i * (C::kBlock / 8) + j / 8] >> (j % 8)) & 1) != 0;
+  return ((shared.keep[i * (C::kBlock / 4) + j / 4] >> (j % 4)) & 1) != 0;
 }
 
 }  // namespace

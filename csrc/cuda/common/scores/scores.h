@@ -1,11 +1,10 @@
-// From q.k to scores, on one warp's accumulator fragments: scale, softcap, ALiBi, attn_mask, causal, window, lengths,
-// dropout. A fragment's element (m, n, i) of lane 4 g + t stands at row 16 m + g + 8 (i / 2), column 8 n + 2 t + i % 2.
+// From q.k to scores, on one warp's accumulator fragments: scale, softcap, ALiBi, attn_mask, causal, window, lengths.
+// A fragment's element (m, n, i) of lane 4 g + t stands at row 16 m + g + 8 (i / 2), column 8 n + 2 t + i % 2.
 #pragma once
 
 #include <cmath>
 
 #include "../../../params.h"
-#include "../../../philox.h"
 #include "../../../sequence.h"
 #include "../../mask/packed_mask.h"
 #include "../ptx.h"
@@ -151,51 +150,5 @@ struct MaskFragments {
     }
   }
 };
-
-/// Word lane % 4 of each of four blocks that the quad's lanes hold one each: word[i] of lane j goes to lane i's [j].
-FLASH_ATTN_DEVICE void transpose_quad(uint32_t (&word)[4]) {
-  const int lane = int(threadIdx.x);
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = (lane & step) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & step) != 0) continue;
-      const uint32_t give = upper ? word[i] : word[i | step];
-      const uint32_t got = __shfl_xor_sync(~0u, give, step);
-      if (upper) {
-        word[i] = got;
-      } else {
-        word[i | step] = got;
-      }
-    }
-  }
-}
-
-/// P of what dropout takes away becomes 0. A Philox block serves the eight columns of one row of a fragment, which are
-/// a quad's; each lane draws every fourth block, and the quad exchanges words.
-template <int kMTiles, int kNTiles>
-FLASH_ATTN_DEVICE void apply_dropout(float (&p)[kMTiles][kNTiles][4], const Dropout& dropout, int64_t batch_head,
-                                     const FragmentPlace& at) {
-  static_assert(kNTiles % 4 == 0);
-  const int t = int(threadIdx.x) % 4;
-  const int col = at.col - 2 * t;
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int n = 0; n < kNTiles; n += 4) {
-        Philox4 random = dropout.block(batch_head, at.row + 16 * m + 8 * r, col + 8 * (n + t));
-        transpose_quad(random.word);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if ((random.word[i] & 0xffffu) < dropout.threshold) p[m][n + i][2 * r] = 0.f;
-          if (random.word[i] >> 16 < dropout.threshold) p[m][n + i][2 * r + 1] = 0.f;
-        }
-      }
-    }
-  }
-}
 
 }  // namespace flash_attn::cuda

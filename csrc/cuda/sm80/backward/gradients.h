@@ -73,11 +73,12 @@ struct GradientRules {
   }
 
   using Bits = ScoreBits<kKeyTiles, kQueryTiles>;
+  using Kept = KeptScores<true, kKeyTiles, kQueryTiles / 2>;
 
   /// `shown`, `kept`: of the kernel's rules, if they have them. kPartial: other bounds hide something as well.
   template <bool kPartial>
   SM80_DEVICE void apply_to(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta,
-                            const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                            const WarpPlace& at, const Bits& shown, const Kept& kept, Fragments& p_t,
                             Fragments& ds_t) const {
     constexpr bool kMasks = Config::kMasks, kDrops = Config::kDrops;
     SeenQueries seen[kKeyTiles][2];
@@ -118,14 +119,14 @@ struct GradientRules {
 
   /// Draws for one head's scores; all bits where nothing is dropped. Kernels of Rules::kDropout have yet to exchange()
   /// them.
-  SM80_DEVICE void draw_kept(Bits& kept, int head, const WarpPlace& at) const {
+  SM80_DEVICE void draw_kept(Kept& kept, int head, const WarpPlace& at) const {
     const ForwardParams& p = params.problem.forward;
     if (p.dropout_p > 0.0) {
       const int64_t batch_head = int64_t{tile.batch} * p.num_heads + head;
       if constexpr (Config::kExtended) {
-        draw(kept, tile.dropout, batch_head, at.row, tile.n_begin + at.key, at.lane);
+        kept.draw(tile.dropout, batch_head, at.row, tile.n_begin + at.key, int(at.lane));
       } else {
-        draw_own(kept, tile.dropout, batch_head, at.row, tile.n_begin + at.key, at.lane);
+        kept.draw_own(tile.dropout, batch_head, at.row, tile.n_begin + at.key, int(at.lane));
       }
     } else {
       kept.set_all();
@@ -190,7 +191,7 @@ struct GradientRules {
   /// dS)` sees the gradients of scores.
   template <typename Visit>
   SM80_DEVICE float apply_extended(Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta, int head,
-                                   const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                                   const WarpPlace& at, const Bits& shown, const Kept& kept, Fragments& p_t,
                                    Fragments& ds_t, const Visit& visit) const {
     scale_scores(s);
     const MaskView& mask = params.problem.forward.mask;
@@ -224,7 +225,7 @@ struct GradientRules {
 
   template <bool kBias, typename Visit>
   SM80_DEVICE float apply_rules(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta, int head,
-                                const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                                const WarpPlace& at, const Bits& shown, const Kept& kept, Fragments& p_t,
                                 Fragments& ds_t, const Visit& visit) const {
     const ForwardParams& p = params.problem.forward;
     const int key = at.key + int(at.lane / 4), row = at.row + int(at.lane % 4 * 2);
@@ -291,7 +292,7 @@ struct GradientRules {
   }
 
   SM80_DEVICE void apply(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t minus_delta,
-                         const WarpPlace& at, const Bits& shown, const Bits& kept, Fragments& p_t,
+                         const WarpPlace& at, const Bits& shown, const Kept& kept, Fragments& p_t,
                          Fragments& ds_t) const {
     if (!Config::kMasks && is_partial(at)) {
       apply_to<true>(s, dp, minus_lse, minus_delta, at, shown, kept, p_t, ds_t);

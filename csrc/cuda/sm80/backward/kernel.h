@@ -65,7 +65,8 @@ struct BackwardBlock : BackwardLoader<Config> {
   SM80_DEVICE void compute_scores(int stage) {
     const WarpPlace place = warp_place();
     const int key = place.key, query = place.row - m_block * kBlockM, at = int(place.lane);
-    [[maybe_unused]] typename GradientRules<Config>::Bits shown, kept;
+    [[maybe_unused]] typename GradientRules<Config>::Bits shown;
+    [[maybe_unused]] typename GradientRules<Config>::Kept kept;
     [[maybe_unused]] typename GradientRules<Config>::MaskWords words;
     if constexpr (Config::kExtended) rules.find_shown(shown, head, place);
     if constexpr (Config::kRules == Rules::kMask) rules.load_words(words, head, place);
@@ -98,7 +99,7 @@ struct BackwardBlock : BackwardLoader<Config> {
       multiply_dp();
       multiply_s();
     }
-    if constexpr (Config::kRules == Rules::kDropout) exchange(kept, uint32_t(at));
+    if constexpr (Config::kRules == Rules::kDropout) kept.exchange(int(at));
     const uint32_t statistics = shared + stage * Config::kStatisticBytes + 4 * query;
     if constexpr (Config::kExtended) {
       add_slope_sum(rules.apply_extended(s, dp, statistics + Config::kLse, statistics + Config::kDelta, head, place,

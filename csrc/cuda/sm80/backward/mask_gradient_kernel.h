@@ -81,7 +81,8 @@ struct MaskGradientBlock {
     const Gradients rules(params, tile);
     const int key = warp_key(), query = warp_query(), at = lane();
     const WarpPlace place{m_begin + query, key, uint32_t(at)};
-    typename Gradients::Bits shown, kept;
+    typename Gradients::Bits shown;
+    typename Gradients::Kept kept;
     rules.find_shown(shown, head, place);
     rules.draw_kept(kept, head, place);
     Scores s, dp;

@@ -1,13 +1,13 @@
 // A block of the forward kernel: what it holds, and the loop over tiles of keys. See kernel.h.
 #pragma once
 
+#include "../../common/scores/dropout_bits.h"
 #include "../../common/scores/scores.h"
 #include "../products.h"
 #include "../softmax.h"
 #include "config.h"
 #include "schedule/tile.h"
 #include "scores/bias_fragments.h"
-#include "scores/kept_pairs.h"
 
 namespace flash_attn::cuda::sm80 {
 
@@ -44,7 +44,7 @@ struct ForwardBlock {
   MaskFragments<kMTiles, kNTiles> mask_bits;  // of the tile whose S is computed next, as are `bias` and which of them
   bool is_biased;
   BiasFragments<Element, kMTiles, kNTiles> bias;
-  KeptPairs<kDropout ? kNTiles : 8> kept[kMTiles];  // of Rules::kDropout: what it keeps of that tile
+  KeptFragments<kMTiles, kDropout ? kNTiles : 8> kept;  // of Rules::kDropout: what it keeps of that tile
   using Softmax = OnlineSoftmax<kMTiles, kNTiles, Config::kNatural>;
   Softmax softmax;
 
@@ -183,7 +183,7 @@ struct ForwardBlock {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         a[m][i] = pack<Element>(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
-        if constexpr (kDropout) a[m][i] &= kept[m].mask(4 * k + i);
+        if constexpr (kDropout) a[m][i] &= kept.mask(m, 4 * k + i);
       }
     }
   }

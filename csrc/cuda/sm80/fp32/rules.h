@@ -5,6 +5,7 @@
 // 8 n + 2 t + i % 2. kOfKeys: rows are keys and columns queries; else the other way round.
 #pragma once
 
+#include "../../common/scores/dropout_bits.h"
 #include "../../common/scores/scores.h"
 #include "../mma.h"
 

@@ -3,6 +3,7 @@
 // marks of those that are alive, and rows of the others become 0 behind their arrival.
 #pragma once
 
+#include "../../common/scores/dropout_fours.h"
 #include "../scores.h"
 #include "slabs.h"
 
@@ -146,27 +147,18 @@ struct Alive {
   }
 };
 
-/// Which scores dropout keeps: a bit each, of 8 keys a byte.
+/// Which scores dropout keeps: a bit each, of four keys a byte.
 template <int kQueries, int kKeys>
 struct Kept {
-  static constexpr int kBytes = kKeys / Dropout::kColumns;
-  uint8_t bytes[kQueries][kBytes];
+  uint8_t fours[kQueries][kKeys / 4];
 
   /// All threads; a barrier stands before and after.
   FLASH_ATTN_DEVICE void draw(const ForwardParams& p, int64_t batch_head, int m_begin, int n_begin) {
-    const Dropout dropout = make_dropout(p.rng_state, p.dropout_p);
-#pragma unroll 1
-    for (int n = int(threadIdx.x); n < kQueries * kBytes; n += kThreads) {
-      const int i = n / kBytes, c = n % kBytes;
-      const Philox4 random = dropout.block<true>(batch_head, m_begin + i, n_begin + c * Dropout::kColumns);
-      uint32_t bits = 0;
-#pragma unroll
-      for (int j = 0; j < Dropout::kColumns; ++j) bits |= uint32_t(dropout.keep(random, j)) << j;
-      bytes[i][c] = uint8_t(bits);
-    }
+    draw_fours<kQueries, kKeys, kThreads>(make_dropout(p.rng_state, p.dropout_p), batch_head, m_begin, n_begin,
+                                          fours[0]);
   }
   /// Of query i and four keys from j on.
-  FLASH_ATTN_DEVICE uint32_t four(int i, int j) const { return bytes[i][j / 8] >> (j % 8) & 15; }
+  FLASH_ATTN_DEVICE uint32_t four(int i, int j) const { return fours[i][j / 4]; }
 };
 
 }  // namespace

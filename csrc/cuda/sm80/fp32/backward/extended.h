@@ -70,13 +70,13 @@ SM80_DEVICE void BackwardScores<Config>::find_extended(Scores& s, Scores& dp, fl
   const HeadRules<kOfKeys, kMTiles, kNTiles> rules(p, tile.sequence, tile.batch, head);
   const FragmentOrigin origin{tile.own_begin + own_row(0, 0), block * kBlockN + at % 4 * 2};
   const int64_t batch_head = tile.batch * p.num_heads + head;
-  ScoreBits<1, kNTiles> kept;
+  KeptScores<true, 1, kNTiles / 2> kept;
   kept.set_all();
   if (p.dropout_p > 0.0) {
     const Dropout dropout = make_dropout(p.rng_state, p.dropout_p);
     dp_unit *= float(dropout.scale);
     if constexpr (kOfKeys) {
-      draw(kept, dropout, batch_head, block * kBlockN, tile.own_begin + warp() * Config::kWarpRows, uint32_t(at));
+      kept.draw(dropout, batch_head, block * kBlockN, tile.own_begin + warp() * Config::kWarpRows, at);
     } else {
       apply_dropout(dp, dropout, batch_head, FragmentPlace{origin.row, origin.column});
     }

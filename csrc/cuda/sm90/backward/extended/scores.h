@@ -4,6 +4,7 @@
 // from where the thread's first one stands.
 #pragma once
 
+#include "../../../common/scores/dropout_bits.h"
 #include "../../../common/scores/mask_fragment.h"
 #include "../../../common/scores/scores.h"
 #include "../../hopper/stmatrix.h"
@@ -26,78 +27,12 @@ struct ScoreBits {
   FLASH_ATTN_DEVICE bool hold(int k, int j) const { return (word[k / 4] & 1u << (8 * (k % 4) + place(j))) != 0; }
 };
 
-/// Bit b of byte i of lane 4 a + t becomes bit a of byte i of lane 4 b + t.
-FLASH_ATTN_DEVICE uint32_t transpose_bits(uint32_t x, int lane) {
-  constexpr uint32_t kLower[3] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu};
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const bool upper = (lane & 4 << i) != 0;
-    const uint32_t other = __shfl_xor_sync(~0u, x, 4 << i);
-    x = upper ? (x & ~kLower[i]) | (other >> (1 << i) & kLower[i]) : (x & kLower[i]) | (other << (1 << i) & ~kLower[i]);
-  }
-  return x;
-}
-
-/// Dropout::block() of kCount rows from `row` on, `step` apart, side by side: the rounds of one hide the latency of the
-/// others'.
-template <int kCount>
-FLASH_ATTN_DEVICE void draw_blocks(Philox4 (&random)[kCount], const Dropout& dropout, int64_t batch_head, int row,
-                                   int step, int col) {
-  uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-    random[n] = {{uint32_t(col / Dropout::kColumns), uint32_t(row + n * step), uint32_t(batch_head), dropout.offset}};
-  }
-#pragma unroll
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      uint32_t (&c)[4] = random[n].word;
-      const uint64_t product0 = uint64_t{0xD2511F53u} * c[0];
-      const uint64_t product1 = uint64_t{0xCD9E8D57u} * c[2];
-      c[0] = uint32_t(product1 >> 32) ^ c[1] ^ k0;
-      c[1] = uint32_t(product1);
-      c[2] = uint32_t(product0 >> 32) ^ c[3] ^ k1;
-      c[3] = uint32_t(product0);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-}
-
-/// Dropout::keep() of all eight columns, as bits.
-FLASH_ATTN_DEVICE uint32_t kept_bits(const Dropout& dropout, const Philox4& random) {
-  uint32_t bits = 0;
-  // Of an upper half the lower one decides nothing: it is not shifted out. A threshold of 2^16 keeps nothing.
-  const uint32_t upper = dropout.threshold << 16;
-  const bool some = dropout.threshold < 0x10000u;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    bits |= uint32_t((random.word[j] & 0xffffu) >= dropout.threshold) << (2 * j);
-    bits |= uint32_t(some && random.word[j] >= upper) << (2 * j + 1);
-  }
-  return bits;
-}
-
-/// Which scores of a warp, sixteen keys by 64 kWords queries from these first ones on, dropout keeps. A Philox block
-/// serves eight neighbouring keys of a query: those of eight lanes. Lane 4 a + t draws, of each sixteen queries, for
-/// the one whose bits have place a, and the lanes of equal t exchange them.
-template <int kAtOnce, int kWords>
-FLASH_ATTN_DEVICE void draw_kept(ScoreBits<kWords>& kept, const Dropout& dropout, int64_t batch_head, int first_key,
-                                 int first_query, int lane) {
-  const int a = lane / 4, key = first_key + a / 4 * 8, query = first_query + lane % 4 * 2 + a / 2 % 2 * 8 + a % 2;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    uint32_t drawn = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i += kAtOnce) {
-      Philox4 random[kAtOnce];
-      draw_blocks(random, dropout, batch_head, query + 16 * (4 * w + i), 16, key);
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) drawn |= kept_bits(dropout, random[n]) << (8 * (i + n));
-    }
-    kept.word[w] = transpose_bits(drawn, lane);
-  }
+/// By dropout.
+template <int kWords>
+using Kept = KeptScores<true, 1, 4 * kWords>;
+template <int kTileCols>
+FLASH_ATTN_DEVICE bool holds(const KeptScores<true, 1, kTileCols>& kept, int k, int j) {
+  return kept.hold(0, 2 * k + j / 4, j % 4);
 }
 
 /// One step's, of a thread. What is the same for the whole launch is read from `params` where it is used.
@@ -116,7 +51,7 @@ struct StepScores {
   const bool partial;                // some scores do not exist by causal, window or lengths
   const uint32_t statistics;         // of accumulator 0's query, in shared memory
   float slope;                       // ALiBi's
-  const ScoreBits<kWords>& kept;     // by dropout
+  const Kept<kWords>& kept;          // by dropout
   ScoreBits<kWords> seen;            // by attn_mask's bits
   uint32_t seen_from;                // without kManyRegisters in their place: where the lane's lie in shared memory
 
@@ -258,7 +193,7 @@ struct StepScores {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float of_delta = p[j] * delta[j / 4][j % 2];
-        p[j] = kept.hold(k, j) ? p[j] : 0.f;
+        p[j] = holds(kept, k, j) ? p[j] : 0.f;
         dp[j] = fmaf(p[j], dp[j] * params.extended.dropout_scale, of_delta);
       }
     } else {
@@ -275,7 +210,7 @@ struct StepScores {
     load_pair(delta[1], k, 1, kDelta);
     if (has<kRules>(kDropout)) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) dp[j] = kept.hold(k, j) ? dp[j] * params.extended.dropout_scale : 0.f;
+      for (int j = 0; j < 8; ++j) dp[j] = holds(kept, k, j) ? dp[j] * params.extended.dropout_scale : 0.f;
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) dp[j] += delta[j / 4][j % 2];
@@ -286,7 +221,7 @@ struct StepScores {
     for (int j = 0; j < 8; ++j) dp[j] *= p[j];
     if (has<kRules>(kDropout)) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) p[j] = kept.hold(k, j) ? p[j] : 0.f;
+      for (int j = 0; j < 8; ++j) p[j] = holds(kept, k, j) ? p[j] : 0.f;
     }
   }
 

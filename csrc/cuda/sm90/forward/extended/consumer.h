@@ -32,7 +32,7 @@ struct ExtendedConsumer : Consumer<Config> {
   const uint32_t* first_bits;  // of the warp's rows, in the mask's first column of cells
   BiasValues<Element, kTilesN> bias;
   uint32_t num_biased = 0;  // blocks so far whose values came by the copy engine
-  KeptFragments<kTilesN> kept;
+  KeptFragments<1, kTilesN> kept;
 
   FLASH_ATTN_DEVICE ExtendedStorage<Config>& storage() { return static_cast<ExtendedStorage<Config>&>(this->shared); }
   FLASH_ATTN_DEVICE Fragments& fragments() { return reinterpret_cast<Fragments&>(s); }
@@ -138,7 +138,8 @@ struct ExtendedConsumer : Consumer<Config> {
 
   FLASH_ATTN_DEVICE void draw_dropout(const ExtendedTile& tile, int row, int n_block) {
     if (!has_dropout()) return;
-    kept.draw(storage().dropout, tile.batch * params.problem.num_heads + tile.head, place(tile, row, n_block));
+    kept.draw(storage().dropout, tile.batch * params.problem.num_heads + tile.head, row + 16 * warp,
+              tile.col_begin + n_block * kBlockN, lane);
   }
 
   /// Whether a row of a block of V, in shared memory from `row_begin` on, holds NaN or an infinity.
@@ -208,7 +209,10 @@ struct ExtendedConsumer : Consumer<Config> {
       this->release_v();
     }
     this->pack_p();
-    if (has_dropout()) kept.apply(this->p);
+    if (has_dropout()) {
+#pragma unroll
+      for (int pair = 0; pair < 2 * kTilesN; ++pair) this->p[pair] &= kept.mask(0, pair);
+    }
     wgmma_discard(s);
     this->rescale_out();
   }
