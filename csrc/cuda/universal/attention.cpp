@@ -7,7 +7,7 @@
 #include "../../sequence.h"
 #include "../mask/unpacked_mask.h"
 #include "backward_launch.h"
-#include "float32/float32.h"
+#include "float32/choice.h"
 #include "forward_launch.h"
 #include "rows.h"
 #include "universal.h"
@@ -33,19 +33,10 @@ int block_size(DType dtype) { return dtype == DType::kFloat64 ? 32 : 64; }
 
 #ifdef FLASH_ATTN_WITH_SM80
 
-// Blocks of the kernels of float32/.
-int64_t num_large_tiles(const ForwardParams& p) {
-  return p.batch * p.num_heads * ceil_div(mean_problem(p).seqlen_q, float32::kForwardTile.queries);
-}
-int64_t num_large_tiles(const BackwardParams& params) {
-  const ForwardParams& p = params.forward;
-  return p.batch * p.num_heads_k * ceil_div(mean_problem(p).seqlen_k, float32::kBackwardTile.keys);
-}
-
-/// Whether the kernels of float32/ run the problem: not where so few blocks leave most of the GPU idle.
+/// Whether the kernels of float32/ run the problem.
 template <typename Params>
 bool has_large_tiles(const Params& params, const DeviceInfo& device) {
-  return device.compute_capability >= 80 && float32::takes(params) && 2 * num_large_tiles(params) >= device.num_sms;
+  return device.compute_capability >= 80 && float32::takes(params) && float32::is_faster(params, device.num_sms);
 }
 
 #else

@@ -1,7 +1,8 @@
 // What one backward kernel for float32 is made of. One for dK and dV has blocks that own keys and stream query rows,
 // one for dQ the other way round. So every sum has one owner, in registers, and a fixed order, and what one warp has of
 // P and dS no other needs; for that both kernels compute S and dP, 7 products where 5 would do. Where dK and dV take
-// too many registers each has a kernel of its own, that of dV without dP: 8 products.
+// too many registers each has a kernel of its own, that of dV without dP: 8 products. Where the order of sums is free,
+// there are kernels of 5 products built on this one: all_gradients.h, and Hopper's.
 #pragma once
 
 #include "../code.h"

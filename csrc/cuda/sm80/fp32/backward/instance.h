@@ -1,7 +1,7 @@
 // Makes table entries of kernel configurations; for the files of instances/ alone.
 #pragma once
 
-#include "kernel.h"
+#include "all_gradients.h"
 #include "variant.h"
 
 namespace flash_attn::cuda::sm80::fp32 {
@@ -23,6 +23,14 @@ BackwardVariant backward_variant(const char* name) {
   using Config = BackwardConfig<kHeadDim, kWarps, kMTiles, kBlockN, kSumSteps, kStages, kBlocksPerSm, kGradients,
                                 kExtended, Products>;
   return backward_variant_of<Config, BackwardBlock<Config>>(name);
+}
+
+/// All gradients in one kernel.
+template <int kHeadDim, int kBlockN, int kBlocksPerSm, bool kExtended, typename Products = MmaProducts<false>>
+BackwardVariant variant_of_all(const char* name) {
+  using Config =
+      AllGradientsConfig<BackwardConfig<kHeadDim, 4, 1, kBlockN, 2, 2, kBlocksPerSm, kDk | kDv, kExtended, Products>>;
+  return backward_variant_of<Config, AllGradientsBlock<Config>>(name, kDq | kDk | kDv);
 }
 
 }  // namespace flash_attn::cuda::sm80::fp32
