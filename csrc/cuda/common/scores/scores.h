@@ -10,6 +10,7 @@
 #include "../../mask/packed_mask.h"
 #include "../ptx.h"
 #include "../tiles/visibility.h"
+#include "softcap.h"
 
 namespace flash_attn::cuda {
 
@@ -48,12 +49,6 @@ FLASH_ATTN_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const Fragm
       }
     }
   }
-}
-
-FLASH_ATTN_DEVICE float tanh_by_exp2(float x) {
-  // 1 - 2 / (e^2x + 1): exact to 1e-7 absolutely, and odd where it matters; tanh.approx is off by 5e-4.
-  const float e = fast_exp2(x * (2.f * 1.4426950408889634f));
-  return 1.f - __fdividef(2.f, e + 1.f);
 }
 
 /// The rules of one head of one sequence, beyond a scale.

@@ -97,6 +97,18 @@ struct ExtendedConsumer : Consumer<Config> {
     }
   }
 
+  /// softcap, if all of the warp's scores of 64 columns are small beside the cap, as most are. One that is NaN remains
+  /// so either way.
+  FLASH_ATTN_DEVICE bool cap_small_scores(int cell) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(s[32 * cell + i]));
+    if (!__all_sync(~0u, largest <= params.cap.largest)) return false;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[32 * cell + i] = params.cap(s[32 * cell + i]);
+    return true;
+  }
+
   /// From q.k to scores in natural units, attn_mask excepted. The cap comes by itself, with a division less, and what
   /// is off costs nothing where it is known when the kernel is compiled.
   FLASH_ATTN_DEVICE void apply_score_rules(const ExtendedTile& tile, const FragmentPlace& at) {
@@ -109,8 +121,10 @@ struct ExtendedConsumer : Consumer<Config> {
 #pragma unroll
     for (int cell = 0; cell < kBlockN / 64; ++cell) {  // of them all at once temporaries would be too many
       if (Config::kRules && params.softcap > 0.f) {
+        if (!Config::kCapPolynomial || !cap_small_scores(cell)) {
 #pragma unroll
-        for (int i = 32 * cell; i < 32 * cell + 32; ++i) s[i] = params.softcap * tanh_by_exp2(s[i] * params.inner);
+          for (int i = 32 * cell; i < 32 * cell + 32; ++i) s[i] = params.softcap * tanh_by_exp2(s[i] * params.inner);
+        }
         rules.scale = 1.f;
       }
       rules.apply(cell_fragments(cell), {at.row, at.col + 64 * cell});
