@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +199,20 @@ def test_scores_far_below_the_cap_and_beyond_it(device: str, cap: float, dtype: 
     assert (scores.abs() < 0.7 * cap).all(-1).any() and (scores.abs() > cap).any()
     expected = torch.einsum("bhqk,bkhd->bqhd", (cap * torch.tanh(scores / cap)).softmax(-1), v.double())
     _assert_close(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("rule", ["mask", "softcap", "alibi", "bias"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_query_that_is_nan_makes_its_row_nan_and_no_other(device: str, rule: str) -> None:
+    q, k, v = (torch.randn(1, 200, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.ones(1, 1, 200, 200, device=device, dtype=torch.bool).tril()
+    features: dict[str, Any] = {
+        "mask": {"attn_mask": mask},
+        "softcap": {"softcap": 5.0},
+        "alibi": {"alibi_slopes": torch.ones(2, device=device)},
+        "bias": {"attn_mask": torch.randn(1, 1, 200, 200, device=device, dtype=q.dtype)},
+    }[rule]
+    expected = flash_attn_func(q, k, v, **features)
+    q[0, 77, 0, 5] = torch.nan
+    expected[0, 77, 0] = torch.nan
+    torch.testing.assert_close(flash_attn_func(q, k, v, **features), expected, rtol=0, atol=0, equal_nan=True)
