@@ -35,6 +35,7 @@ OTHERS: dict[str, Index] = {
     "one score less": lambda i, j: (j <= i) & ((i != 650) | (j != 100)),
     "padding": lambda i, j: (j < 900) & (i >= 0),
     "documents": lambda i, j: i // 100 == j // 100,
+    "documents of whole cells": lambda i, j: i // 128 == j // 128,
     "prefix": lambda i, j: (j <= i) | (j < 64),
     "two windows": lambda i, j: (j <= i) & (j >= i - 30) | (j >= i + 400) & (j <= i + 430),
 }

@@ -132,10 +132,7 @@ const Backend& cuda_backend() {
       cuda::copy_rows,
       [](const MaskView& mask, void* data, void* stream) {
         const auto cuda_stream = static_cast<cudaStream_t>(stream);
-        const mask::PackedMask packed = cuda::mask::pack(mask, data, cuda_stream);
-        if (mask::MaskBand* const band = mask::place_band(mask, data)) {
-          cuda::mask::find_band(mask, packed, band, cuda_stream);
-        }
+        cuda::mask::pack_with_band(mask, data, cuda_stream);
       },
       device_info,
       enter,

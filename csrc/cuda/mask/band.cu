@@ -1,9 +1,8 @@
-#include <climits>
-
+#include "../common/dependent_launch.h"
 #include "../common/launch.h"
-#include "../common/tiles/counter.h"
 #include "../common/tiles/visibility.h"
 #include "band.h"
+#include "band_part.h"
 
 namespace flash_attn::cuda::mask {
 namespace {
@@ -13,34 +12,10 @@ constexpr int kWarps = kClassRows / kCellRows;  // of a block: the row cells of 
 constexpr int kMostPartialCells = 6;
 constexpr int kAhead = 4;  // times 32 cells whose classes are loaded at once
 
-/// Scores that are seen. They all lie between the first and the last diagonal (column less row) of them, so the mask is
-/// a band if and only if they are as many as there are scores between these.
-struct SeenScores {
-  int first = INT_MAX, last = INT_MIN;
-  unsigned long long count = 0;
-
-  /// It is no band: some are not seen, and none is outside.
-  __device__ void give_up() { first = INT_MIN, last = INT_MAX; }
-
-  __device__ void add(int first_diagonal, int last_diagonal, unsigned more) {
-    first = min(first, first_diagonal);
-    last = max(last, last_diagonal);
-    count += more;
-  }
-};
-
-/// What kBandBytes hold.
-struct BandPart : MaskBand {
-  TileCounter blocks;  // that have added theirs
-  SeenScores seen;
-};
-static_assert(sizeof(BandPart) <= kBandBytes);
-
 struct BandArguments {
   PackedMask packed;
   MaskBand* band;
   int rows, cols;
-  uint64_t launch_id;
 };
 
 /// How many scores of rows x cols lie on diagonals before this one: row r has clamp(r + diagonal, 0, cols).
@@ -63,8 +38,8 @@ __device__ void add_partial_cell(const BandArguments& arguments, int row_cell, i
   }
 }
 
-/// By a warp: 16 rows. False: they are not those of a band.
-__device__ bool add_row_cell(const BandArguments& arguments, int row_cell, SeenScores& seen) {
+/// By a warp: 16 rows. False: they are not those of a band. `denied`: nor are others.
+__device__ bool add_row_cell(const BandArguments& arguments, int row_cell, int denied, SeenScores& seen) {
   const PackedMask& packed = arguments.packed;
   const int lane = int(threadIdx.x) % 32;
   const int row = row_cell * kCellRows, rows = min(kCellRows, arguments.rows - row);
@@ -83,7 +58,11 @@ __device__ bool add_row_cell(const BandArguments& arguments, int row_cell, SeenS
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int col = (first + 32 * i + lane) * kCellCols;
-      if (__any_sync(~0u, (kinds[i] & kBiased) != 0)) return false;
+      // Of two rows a band's diagonals pass from any cell to the next.
+      const uint32_t before = __shfl_up_sync(~0u, kinds[i], 1);
+      const bool ends = rows > 1 && lane > 0 &&
+                        ((before == kSeen && kinds[i] == kHidden) || (before == kHidden && kinds[i] == kSeen));
+      if (__any_sync(~0u, ends || (kinds[i] & kBiased) != 0 || denied != 0)) return false;
       if (kinds[i] == kSeen) {
         const int cols = min(kCellCols, arguments.cols - col);
         seen.add(col - (row + rows - 1), col + cols - 1 - row, unsigned(rows * cols));
@@ -110,14 +89,12 @@ __device__ void reduce(SeenScores& seen) {
 
 /// By one thread, of a whole block; the last one says what has come out.
 __device__ void add_block(const BandArguments& arguments, BandPart& part, const SeenScores& seen) {
-  await_counter(&part.blocks, arguments.launch_id);
   atomicMin(&part.seen.first, seen.first);
   atomicMax(&part.seen.last, seen.last);
   atomicAdd(&part.seen.count, seen.count);
   __threadfence();
-  if (atomicAdd(&part.blocks.value, 1) != int(gridDim.x) - 1) return;
+  if (atomicAdd(&part.blocks, 1) != int(gridDim.x) - 1) return;
   __threadfence();
-  part.blocks.launch_id = 0;  // a graph replays it
   const int first = __ldcg(&part.seen.first), last = __ldcg(&part.seen.last);
   const int64_t rows = arguments.rows, cols = arguments.cols;
   const int64_t all =
@@ -127,16 +104,19 @@ __device__ void add_block(const BandArguments& arguments, BandPart& part, const 
   part.is_band = int64_t(__ldcg(&part.seen.count)) == all && last >= 0 && first <= cols - rows;
 }
 
+/// Adds to what pack() has started. A block that knows that the mask is no band leaves at once, and as it does not add
+/// its part, no block is the last one: it remains no band.
 __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_constant__ BandArguments arguments) {
   __shared__ SeenScores of_warps[kWarps];
+  grid_launch_dependents();
+  grid_dependency_wait();  // for the packed mask
   BandPart& part = *static_cast<BandPart*>(arguments.band);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    part.seen = SeenScores{};
-    open_counter(&part.blocks, arguments.launch_id);
-  }
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row_cell = int(blockIdx.x) * kWarps + warp;
+  const int denied = __ldcg(&part.denied);
   SeenScores seen;
-  if (row_cell < arguments.packed.row_cells && !add_row_cell(arguments, row_cell, seen)) seen.give_up();
+  const bool possible =
+      row_cell < arguments.packed.row_cells ? add_row_cell(arguments, row_cell, denied, seen) : denied == 0;
+  if (!__syncthreads_and(possible)) return;
   reduce(seen);
   if (lane == 0) of_warps[warp] = seen;
   __syncthreads();
@@ -147,12 +127,21 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
   if (lane == 0) add_block(arguments, part, seen);
 }
 
+/// Of a mask that pack() has just packed.
+void find_band(const MaskView& view, const PackedMask& packed, MaskBand* band, cudaStream_t stream) {
+  const BandArguments arguments{packed, band, int(view.row_size), int(view.col_size)};
+  launch_dependent(find_band_kernel, dim3(unsigned(row_groups(view))), 32 * kWarps, 0, stream, arguments,
+                   "band of a mask");
+}
+
 }  // namespace
 
-void find_band(const MaskView& view, const PackedMask& packed, MaskBand* band, cudaStream_t stream) {
-  const BandArguments arguments{packed, band, int(view.row_size), int(view.col_size), new_launch_id()};
-  find_band_kernel<<<unsigned(row_groups(view)), 32 * kWarps, 0, stream>>>(arguments);
-  check(cudaGetLastError(), "band of a mask");
+MaskAndBand pack_with_band(const MaskView& view, void* workspace, cudaStream_t stream) {
+  if (view.packed != nullptr) return {place_packed(view, view.packed), place_band(view, view.packed)};
+  MaskBand* const band = place_band(view, workspace);
+  const MaskAndBand found{pack(view, workspace, stream, band), band};
+  if (band != nullptr) find_band(view, found.packed, band, stream);
+  return found;
 }
 
 }  // namespace flash_attn::cuda::mask

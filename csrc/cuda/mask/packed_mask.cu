@@ -1,5 +1,6 @@
 #include "../common/division.h"
 #include "../common/launch.h"
+#include "band_part.h"
 #include "packed_mask.h"
 #include "sixteen_values.h"
 
@@ -16,7 +17,8 @@ struct PackArguments {
   int64_t first_block;
   // A block's warps lie below each other, or, where the mask has one row of cells, beside each other.
   Divisor block_cols, block_rows;
-  bool vectors;  // sixteen neighbouring values are aligned pieces of 16 bytes
+  bool vectors;    // sixteen neighbouring values are aligned pieces of 16 bytes
+  BandPart* band;  // null: nobody will look for it
 };
 
 /// Pairs of bits 2 t, 2 t + 1 of eight go to bits 0 and 1 of byte t.
@@ -46,6 +48,7 @@ struct Packer {
   const int row_cell, first_col_cell;
   const Storage* row[2];
   bool row_exists[2];
+  bool denies_band = false;
 
   __device__ Packer(const PackArguments& all, int64_t of_slice, int of_row_cell, int of_col_cell)
       : arguments(all),
@@ -83,7 +86,7 @@ struct Packer {
     return left >= 16 ? 0xffffu : left <= 0 ? 0u : (1u << left) - 1;
   }
 
-  __device__ void store(int col_cell, RowBits (&bits)[2]) const {
+  __device__ void store(int col_cell, RowBits (&bits)[2]) {
     uint32_t exists[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -93,6 +96,8 @@ struct Packer {
     }
     const int64_t cell = (slice * packed.row_cells + row_cell) * packed.col_cells + col_cell;
     const uint32_t low = bits[0].seen, high = bits[1].seen;
+    // Eight rows below and eight columns to the right lies the same diagonal.
+    if (((low ^ high >> 8) & exists[0] & exists[1] >> 8 & 0xff) != 0) denies_band = true;
     const uint32_t pairs = spread_pairs(low & 0xff) | spread_pairs(high & 0xff) << 2 | spread_pairs(low >> 8) << 4 |
                            spread_pairs(high >> 8) << 6;
     packed.bits[cell * 32 + lane] = transpose_bytes(pairs, lane);
@@ -106,6 +111,12 @@ struct Packer {
     const bool seen = __any_sync(~0u, any != 0), biased = __any_sync(~0u, (bits[0].biased | bits[1].biased) != 0);
     const bool hidden = __any_sync(~0u, low != exists[0] || high != exists[1]);
     if (lane == 0) store_class(col_cell, (seen ? kSeen : 0) | (hidden ? kHidden : 0) | (biased ? kBiased : 0));
+  }
+
+  /// Of a warp, when it is through.
+  __device__ void tell_band() const {
+    if (arguments.band == nullptr || !__any_sync(~0u, denies_band) || lane != 0) return;
+    if (__ldcg(&arguments.band->denied) == 0) __stcg(&arguments.band->denied, 1);  // once said is enough
   }
 
   /// Of booleans: a cell that is hidden, or seen, as a whole needs no bits to be made. False: it is neither.
@@ -141,7 +152,7 @@ struct Packer {
     }
   }
 
-  __device__ void run() const {
+  __device__ void run() {
     const int end = min(first_col_cell + kColCells, packed.col_cells);
     if (row_cell >= packed.row_cells) {  // the rest of a word of classes
       for (int c = first_col_cell; c < end; ++c) {
@@ -187,7 +198,13 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(Storage) == 1 ? 3 : 0)
   const int slice = arguments.block_rows.divide(rest, block_row);
   const bool one_row = arguments.packed.row_cells == 1;
   const int row_cell = one_row ? 0 : block_row * kWarps + warp;
-  Packer<Storage>(arguments, slice, row_cell, (one_row ? block_col * kWarps + warp : block_col) * kColCells).run();
+  // What others have denied by then is said once more, or the look takes longer.
+  if (arguments.band != nullptr && arguments.first_block + blockIdx.x == 0 && threadIdx.x == 0) {
+    *arguments.band = BandPart{};
+  }
+  Packer<Storage> packer(arguments, slice, row_cell, (one_row ? block_col * kWarps + warp : block_col) * kColCells);
+  packer.run();
+  packer.tell_band();
 }
 
 template <typename Storage>
@@ -198,31 +215,27 @@ bool has_vectors(const MaskView& view) {
 }
 
 template <typename Storage>
-void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream) {
+void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream, MaskBand* band) {
   const bool one_row = packed.row_cells == 1;
   const int64_t cols = units(packed.col_cells, one_row ? kWarps * kColCells : kColCells);
   const int64_t rows = units(packed.row_cells, kWarps);
   const int64_t blocks = view.batch_size * view.head_size * rows * cols;
   if (blocks == 0) return;
-  const PackArguments arguments{view, packed, 0, Divisor(cols), Divisor(rows), has_vectors<Storage>(view)};
+  const PackArguments arguments{
+      view, packed, 0, Divisor(cols), Divisor(rows), has_vectors<Storage>(view), static_cast<BandPart*>(band)};
   cuda::launch_blocks(pack_kernel<Storage>, arguments, blocks, 32 * kWarps, 0, stream, "mask packing");
 }
 
 }  // namespace
 
-PackedMask pack(const MaskView& view, void* data, cudaStream_t stream) {
+PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, MaskBand* band) {
   const PackedMask packed = place_packed(view, data);
-  if (view.packed != nullptr) {
-    check(cudaMemcpyAsync(data, view.packed, size_t(packed_bytes(view)), cudaMemcpyDeviceToDevice, stream),
-          "copy of a packed mask");
-    return packed;
-  }
   switch (view.dtype) {
-    case DType::kBool: launch<uint8_t>(view, packed, stream); break;
-    case DType::kFloat64: launch<double>(view, packed, stream); break;
-    case DType::kFloat32: launch<float>(view, packed, stream); break;
-    case DType::kBFloat16: launch<__nv_bfloat16>(view, packed, stream); break;
-    default: launch<__half>(view, packed, stream); break;
+    case DType::kBool: launch<uint8_t>(view, packed, stream, band); break;
+    case DType::kFloat64: launch<double>(view, packed, stream, band); break;
+    case DType::kFloat32: launch<float>(view, packed, stream, band); break;
+    case DType::kBFloat16: launch<__nv_bfloat16>(view, packed, stream, band); break;
+    default: launch<__half>(view, packed, stream, band); break;
   }
   return packed;
 }

@@ -3,16 +3,16 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../packed_mask.h"
+#include "../../mask_band.h"
 #include "../../params.h"
 
 namespace flash_attn::cuda::mask {
 
 using namespace flash_attn::mask;
 
-/// Reads the mask once and packs it into `data`, packed_bytes(view) of them; if it was packed before, copies that.
-/// Waits for nothing on the host.
-PackedMask pack(const MaskView& view, void* data, cudaStream_t stream);
+/// Reads the mask once and packs it into `data`, packed_bytes(view) of them. Waits for nothing on the host. `band`:
+/// null, or where a look for the mask's band begins (band_part.h), kBandBytes of them.
+PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, MaskBand* band = nullptr);
 
 /// The mask as it was packed before, or packs it into packing_workspace(view) bytes at `workspace`.
 inline PackedMask packed_or_pack(const MaskView& view, void* workspace, cudaStream_t stream) {

@@ -9,6 +9,7 @@
 #include "../../mask/packed_mask.h"
 #include "../ptx.h"
 #include "../tiles/visibility.h"
+#include "softcap.h"
 
 namespace flash_attn::cuda {
 
@@ -47,12 +48,6 @@ FLASH_ATTN_DEVICE void mask_columns(float (&s)[kMTiles][kNTiles][4], const Fragm
       }
     }
   }
-}
-
-FLASH_ATTN_DEVICE float tanh_by_exp2(float x) {
-  // 1 - 2 / (e^2x + 1): exact to 1e-7 absolutely, and odd where it matters; tanh.approx is off by 5e-4.
-  const float e = fast_exp2(x * (2.f * 1.4426950408889634f));
-  return 1.f - __fdividef(2.f, e + 1.f);
 }
 
 /// The rules of one head of one sequence, beyond a scale.
@@ -124,13 +119,19 @@ template <int kMTiles, int kNTiles>
 struct MaskFragments {
   uint32_t bits[kMTiles];  // 4 n + i
 
+  /// The lane's word of a cell, or of the last one if it would be beyond that.
+  FLASH_ATTN_DEVICE static const uint32_t* word_of(const mask::PackedMask& packed, int batch, int head, int row_cell,
+                                                   int col_cell) {
+    const int64_t cell =
+        packed.cell(batch, head, min(row_cell, packed.row_cells - 1), min(col_cell, packed.col_cells - 1));
+    return packed.bits + cell * 32 + threadIdx.x % 32;
+  }
+
   /// `row` and `col` of the warp's first fragment: multiples of 16 and of its width, which divides or is 64.
   FLASH_ATTN_DEVICE void load(const mask::PackedMask& packed, int batch, int head, int row, int col) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
-      const int row_cell = min(row / mask::kCellRows + m, packed.row_cells - 1);
-      const int64_t cell = packed.cell(batch, head, row_cell, min(col / mask::kCellCols, packed.col_cells - 1));
-      bits[m] = __ldg(packed.bits + cell * 32 + threadIdx.x % 32);
+      bits[m] = __ldg(word_of(packed, batch, head, row / mask::kCellRows + m, col / mask::kCellCols));
       // Of a whole cell nothing is to be shifted, which would wait for the load.
       if constexpr (8 * kNTiles < mask::kCellCols) bits[m] >>= col % mask::kCellCols / 2;
     }

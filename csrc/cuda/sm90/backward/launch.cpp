@@ -321,7 +321,7 @@ BackwardParams pack_mask(const BackwardParams& params, cudaStream_t stream) {
   if (mask.packed != nullptr) return packed;
   const int64_t bytes = mask_bytes(mask);
   void* const data = params.forward.workspace;
-  cuda::mask::find_band(mask, cuda::mask::pack(mask, data, stream), mask::place_band(mask, data), stream);
+  cuda::mask::pack_with_band(mask, data, stream);
   mask.packed = data;
   packed.forward.workspace = static_cast<char*>(data) + bytes;
   return packed;

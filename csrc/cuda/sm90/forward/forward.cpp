@@ -75,15 +75,15 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   Plans plans(p, device, p.workspace);
   Plan& chosen = plans.plan;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (chosen.packs_mask) {
+  if (chosen.done_as_band) {
+    const mask::MaskAndBand found = mask::pack_with_band(p.mask, chosen.mask_workspace, cuda_stream);
+    chosen.packed = found.packed;
+    chosen.band = plans.of_band.band = found.band;
+    launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
+  } else if (chosen.packs_mask) {
     chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, cuda_stream);
   } else if (p.mask.data != nullptr) {
     chosen.bad_rows = mask::find_bad_rows(p, chosen.mask_workspace, cuda_stream);
-  }
-  if (chosen.done_as_band) {
-    chosen.band = plans.of_band.band =
-        mask::found_or_find_band(p.mask, chosen.packed, chosen.mask_workspace, cuda_stream);
-    launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
   }
   launch_of(chosen, p)(p, chosen, cuda_stream);
 }

@@ -14,6 +14,7 @@
 // others.
 #pragma once
 
+#include "../../common/dependent_launch.h"
 #include "consumer.h"
 #include "producer.h"
 
@@ -54,6 +55,7 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const __grid_constant__ typename Config::Params params) {
   if constexpr (Config::kBand) {
+    grid_dependency_wait();  // for whoever looks for the band
     if (!params.band->is_band) return;
   }
   extern __shared__ __align__(1024) uint8_t shared_bytes[];

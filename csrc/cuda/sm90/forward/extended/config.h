@@ -19,6 +19,9 @@ struct ExtendedConfig : KernelConfig<Element_, Shape, true> {
   static constexpr Bias kBias = kBias_;
   // Softcap, ALiBi and dropout, each if the problem has it: what is passed over costs time as well, in every block.
   static constexpr bool kRules = kRules_;
+  // softcap by CapPolynomial. The code for it costs three consumers with ALiBi more than it saves; other head dims were
+  // not measured: benchmarks/experiments/188.
+  static constexpr bool kCapPolynomial = kRules_ && kBias_ == Bias::kNone && Shape::kHeadDim == 128;
   static constexpr int kSchedulerThreads = 32;                // each writes some of a tile's list
   static constexpr int kBytesBias = 64 * Shape::kBlockN * 2;  // staged, of a consumer's rows of one block
   // What lists blocks is content with 32 registers; more consumers' registers help where head dims are small, and with

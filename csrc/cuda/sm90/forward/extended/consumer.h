@@ -97,6 +97,18 @@ struct ExtendedConsumer : Consumer<Config> {
     }
   }
 
+  /// softcap, if all of the warp's scores of 64 columns are small beside the cap, as most are. One that is NaN remains
+  /// so either way.
+  FLASH_ATTN_DEVICE bool cap_small_scores(int cell) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(s[32 * cell + i]));
+    if (!__all_sync(~0u, largest <= params.cap.largest)) return false;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[32 * cell + i] = params.cap(s[32 * cell + i]);
+    return true;
+  }
+
   /// From q.k to scores in natural units, attn_mask excepted. The cap comes by itself, with a division less, and what
   /// is off costs nothing where it is known when the kernel is compiled.
   FLASH_ATTN_DEVICE void apply_score_rules(const ExtendedTile& tile, const FragmentPlace& at) {
@@ -109,8 +121,10 @@ struct ExtendedConsumer : Consumer<Config> {
 #pragma unroll
     for (int cell = 0; cell < kBlockN / 64; ++cell) {  // of them all at once temporaries would be too many
       if (Config::kRules && params.softcap > 0.f) {
+        if (!Config::kCapPolynomial || !cap_small_scores(cell)) {
 #pragma unroll
-        for (int i = 32 * cell; i < 32 * cell + 32; ++i) s[i] = params.softcap * tanh_by_exp2(s[i] * params.inner);
+          for (int i = 32 * cell; i < 32 * cell + 32; ++i) s[i] = params.softcap * tanh_by_exp2(s[i] * params.inner);
+        }
         rules.scale = 1.f;
       }
       rules.apply(cell_fragments(cell), {at.row, at.col + 64 * cell});
@@ -230,11 +244,12 @@ struct ExtendedConsumer : Consumer<Config> {
     const ForwardParams& p = params.problem;
     sum = quad_sum(softmax.row_sum[r]);
     high = softmax.row_max[r];
-    float factor = high == -INFINITY ? 0.f : 1.f;
+    // Without a maximum the sum is 0, or NaN if all scores are.
+    float factor = high == -INFINITY ? sum : 1.f;
     if (p.sinks != nullptr && tile.part == 0) {
       const float sink = static_cast<const float*>(p.sinks)[tile.head] / params.to_natural, top = fmaxf(high, sink);
       if (sink != -INFINITY) {
-        factor = high == -INFINITY ? 0.f : fast_exp2((high - top) * params.to_log2);
+        factor = high == -INFINITY ? sum : fast_exp2((high - top) * params.to_log2);
         sum = sum * factor + fast_exp2((sink - top) * params.to_log2);
         high = top;
       }
@@ -288,9 +303,8 @@ struct ExtendedConsumer : Consumer<Config> {
     VisitedBlock next = storage().visited(tiles.slot(), listed, 0);
     const int count = tile.num_visited;
     if (Config::kBias == Bias::kNone && params.has_bits) {
-      const mask::PackedMask& packed = params.packed;
-      const int row_cell = min((row + 16 * warp) / mask::kCellRows, packed.row_cells - 1);
-      first_bits = packed.bits + packed.cell(tile.batch, tile.head, row_cell, 0) * 32 + lane;
+      first_bits =
+          MaskFragments<1, 8>::word_of(params.packed, tile.batch, tile.head, (row + 16 * warp) / mask::kCellRows, 0);
     }
     load_bits(tile, next);
 #pragma unroll 1

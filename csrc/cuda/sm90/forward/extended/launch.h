@@ -29,6 +29,7 @@ void launch_extended_kernel(const ForwardParams& p, const Plan& plan, cudaStream
   params.scale = static_cast<float>(p.softmax_scale);
   params.softcap = static_cast<float>(p.softcap);
   params.inner = params.scale / params.softcap;
+  if (Config::kCapPolynomial && p.softcap > 0) params.cap = CapPolynomial::of(params.inner, params.softcap);
   params.to_natural = params.natural ? 1.f : params.scale;
   params.to_log2 = params.to_natural * kLog2E;
   launch_forward<Config>(extended_forward_kernel<Config>, sizeof(ExtendedStorage<Config>), params, plan, stream);

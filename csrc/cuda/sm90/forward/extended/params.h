@@ -1,6 +1,7 @@
 // What the host hands to an extended forward kernel.
 #pragma once
 
+#include "../../../common/scores/softcap.h"
 #include "../../../mask/bad_rows.h"
 #include "../../../mask/packed_mask.h"
 #include "../params.h"
@@ -17,6 +18,7 @@ struct ExtendedParams : KernelParams {
   bool has_dropout;
   bool mask_pairs;              // columns 2 j and 2 j + 1 of an additive mask are one aligned word
   float scale, softcap, inner;  // see ScoreRules
+  CapPolynomial cap;            // with softcap
   // Null, or where it is said that the kernel before has done all: attn_mask is a band.
   const mask::MaskBand* done_as_band;
 };
