@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 
 #include "../../../sequence.h"
 #include "../code.h"
+#include "../forced_kernel.h"
 #include "../refusals.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -38,25 +36,36 @@ bool may_add_mask_gradient(const BackwardParams& params) {
   return params.dmask != nullptr && !p.deterministic && p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
 }
 
-/// The first that fits, of the smallest head dim that has any; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for
-/// tests and measurements). With the gradient of attn_mask a head dim needs a kernel for that too.
+/// Whether the variant's tiles hold the problem's columns, and its rules are the problem's.
+bool takes(const BackwardVariant& variant, const ForwardParams& p, Rules rules) {
+  return std::max(p.head_dim, p.head_dim_v) <= variant.head_dim && serves(variant.rules, rules);
+}
+
+/// The first that fits, of the smallest head dim that has any. With the gradient of attn_mask a head dim needs a kernel
+/// for that too.
 void choose_variant(const BackwardParams& params, const DeviceInfo& device, BackwardPlan& plan) {
   const ForwardParams& p = params.forward;
-  const char* const forced = std::getenv("FLASH_ATTN_BACKWARD_KERNEL");
+  const ForcedKernel forced("FLASH_ATTN_BACKWARD_KERNEL", false);
   const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
   const Rules rules = rules_of(p, plan.aligned);
   for (const BackwardVariants* variants : kVariants) {
     for (const BackwardVariant& variant : *variants) {
       const int bytes = variant.shared_bytes + kStaticSharedBytes;
-      if (std::max(p.head_dim, p.head_dim_v) > variant.head_dim || !serves(variant.rules, rules)) continue;
-      if (bytes > device.shared_memory_per_block || (variant.gpus & gpus) == 0) continue;
-      if (forced != nullptr && *forced != '\0' && std::string(forced) != variant.name) continue;
+      if (!takes(variant, p, rules) || (variant.gpus & gpus) == 0 || !forced.allows(variant.name)) continue;
+      if (bytes > device.shared_memory_per_block) continue;
       plan.variant = &variant;
       plan.adds_mask_gradient = variant.rules == Rules::kBias && may_add_mask_gradient(params);
       if (params.dmask != nullptr && !plan.adds_mask_gradient) plan.mask_gradient = &variants->mask_gradient;
       return;
     }
   }
+  forced.require([&](const auto& visit) {
+    for (const BackwardVariants* variants : kVariants) {
+      for (const BackwardVariant& variant : *variants) {
+        if (takes(variant, p, rules)) visit(variant.name);
+      }
+    }
+  });
 }
 
 /// Blocks that an SM holds.

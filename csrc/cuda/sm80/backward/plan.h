@@ -26,7 +26,8 @@ struct BackwardPlan {
   int64_t workspace_bytes = 0;
 };
 
-/// The plan's variant is null where no kernel fits the device.
+/// The plan's variant is null where no kernel fits the device. Throws when FLASH_ATTN_BACKWARD_KERNEL asks for one that
+/// does not take the problem, or that there is not.
 BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device);
 
 void launch_backward(const BackwardPlan& plan, const BackwardParams& params, cudaStream_t stream);
