@@ -206,6 +206,11 @@ def test_query_rows_of_few_tiles_are_shared_out() -> None:
     assert "parts" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
 
 
+def test_rows_of_few_blocks_are_shared_out() -> None:
+    assert plan(1, 8, 512, 256, device=A100)["backward"]["decisions"]["row_shares"] == 4
+    assert "row_shares" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
+
+
 def test_a_backward_kernel_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mma d96 64x128 w8", "mma d96 64x64 w4"):
         monkeypatch.setenv("FLASH_ATTN_BACKWARD_KERNEL", name)

@@ -101,6 +101,17 @@ int choose_parts(const BackwardParams& params, const BackwardPlan& plan, const D
   return parts;
 }
 
+/// Rows of a block of query rows that a thread block has before and after the kernel on tiles: all, unless the chip has
+/// room for more blocks.
+int choose_share_rows(const BackwardPlan& plan, const DeviceInfo& device) {
+  constexpr int kLeast = 16, kBlocksPerSm = 4;
+  int rows = plan.variant->block_m;
+  for (int64_t blocks = plan.num_row_blocks; rows > kLeast && blocks < int64_t{kBlocksPerSm} * device.num_sms;
+       blocks *= 2)
+    rows /= 2;
+  return rows;
+}
+
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   const ForwardParams& p = params.forward;
   const BackwardVariant& variant = *plan.variant;
@@ -110,8 +121,7 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
     end += aligned(bytes);
     return start;
   };
-  const int64_t blocks = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
-  const int64_t rows = blocks * variant.block_m;
+  const int64_t blocks = plan.num_row_blocks, rows = blocks * variant.block_m;
   take(params.dq.data != nullptr ? rows * variant.head_dim * 4 : 0);
   plan.minus_lse = take(rows * 4);
   plan.minus_delta = take(rows * 4);
@@ -137,6 +147,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
   const int64_t m = plan.variant->block_m, n = plan.variant->block_n;
   plan.num_m_blocks = p.is_varlen_q() ? p.total_q / m + p.batch : ceil_div(p.seqlen_q, m);
   plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);
+  plan.num_row_blocks = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * (p.is_varlen_k() ? 1 : p.batch);
   plan.ordered = p.deterministic && params.dq.data != nullptr;
   if (plan.ordered && p.is_dense() && !p.has_window()) {
@@ -144,6 +155,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
     const int64_t at_a_time = std::max(1, device.num_sms * blocks_per_sm(*plan.variant, device) / 2);
     plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, at_a_time)));
   }
+  plan.share_rows = choose_share_rows(plan, device);
   plan.parts = choose_parts(params, plan, device);
   plan.packs_mask = packs_mask(p);
   lay_out_workspace(plan, params);
