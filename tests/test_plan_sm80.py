@@ -206,6 +206,28 @@ def test_query_rows_of_few_tiles_are_shared_out() -> None:
     assert "parts" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
 
 
+def test_rows_of_few_blocks_are_shared_out() -> None:
+    assert plan(1, 8, 512, 256, device=A100)["backward"]["decisions"]["row_shares"] == 4
+    assert "row_shares" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
+
+
+def test_a_backward_kernel_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mma d96 64x128 w8", "mma d96 64x64 w4"):
+        monkeypatch.setenv("FLASH_ATTN_BACKWARD_KERNEL", name)
+        assert plan(head_dim=96, device=A100)["backward"]["kernel"] == name
+
+
+@pytest.mark.parametrize("name", ["mma d128 64x128 w8", "mma d96 64x64 w8", "d96 64x64 w4"])
+def test_a_backward_kernel_that_does_not_take_the_problem_is_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_ATTN_BACKWARD_KERNEL", name)
+    head_dim = 160 if "d128" in name else 96
+    reason = f"FLASH_ATTN_BACKWARD_KERNEL={name} does not take this problem; .* are: mma d"
+    with pytest.raises(RuntimeError, match=reason):
+        plan(head_dim=head_dim, device=A100)
+
+
 @pytest.mark.parametrize("device", [H200, B200], ids=lambda device: f"sm_{device[0]}")
 def test_gradients_of_head_dims_to_512_where_shared_memory_holds_them(device: tuple[int, int, int, int]) -> None:
     assert plan(head_dim=512, device=device)["backward"]["kernel"] == "mma d512 64x32 w8 s1"

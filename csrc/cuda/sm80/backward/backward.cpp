@@ -28,6 +28,7 @@ Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   const BackwardPlan chosen = plan_backward(params, device);
   Plan plan{chosen.variant->name, chosen.variant->block_m, chosen.variant->block_n, chosen.workspace_bytes};
   if (chosen.parts > 1) plan.decide("parts", chosen.parts);
+  if (chosen.row_shares() > 1) plan.decide("row_shares", chosen.row_shares());
   if (chosen.ordered) plan.decide("dq", "added in a fixed order");
   if (chosen.packs_mask) plan.decide("mask", params.forward.mask.packed != nullptr ? "prepared" : "packed first");
   if (!chosen.aligned) plan.decide("loads", "by element");

@@ -9,13 +9,22 @@ namespace flash_attn::cuda::sm80 {
 
 template <int kHeadDim, int kBlockN, int kBlockM, int kKeyTiles, int kWarpsQ, int kStages, int kBlocksPerSm,
           Rules kRules, unsigned kGpus>
-BackwardVariant backward_variant(const char* name) {
+BackwardVariant backward_variant(const char* name, const StepClocks& clocks = {}) {
   using Bf16 = BackwardConfig<__nv_bfloat16, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm,
                               kRules, kGpus>;
   using Fp16 =
       BackwardConfig<__half, kHeadDim, kBlockN, kBlockM, kKeyTiles, kWarpsQ, kStages, kBlocksPerSm, kRules, kGpus>;
-  return {name,         kHeadDim,           kBlockM, kBlockN, Bf16::kWarps,
-          kBlocksPerSm, Bf16::kSharedBytes, kRules,  kGpus,   {backward_kernel<Bf16>, backward_kernel<Fp16>}};
+  return {name,
+          kHeadDim,
+          kBlockM,
+          kBlockN,
+          Bf16::kWarps,
+          kBlocksPerSm,
+          Bf16::kSharedBytes,
+          kRules,
+          kGpus,
+          clocks,
+          {backward_kernel<Bf16>, backward_kernel<Fp16>}};
 }
 
 template <int kHeadDim, int kBlock, int kKeyTiles, int kBlocksPerSm, unsigned kGpus = kAllGpus>

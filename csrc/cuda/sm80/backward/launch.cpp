@@ -26,6 +26,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   params.falls = plan.ordered && plan.spread == 0;
   params.spread = plan.spread;
   params.aligned = plan.aligned;
+  params.share_rows = plan.share_rows;
   params.dq_accum = reinterpret_cast<float*>(workspace);
   params.minus_lse = reinterpret_cast<float*>(workspace + plan.minus_lse);
   params.minus_delta = reinterpret_cast<float*>(workspace + plan.minus_delta);

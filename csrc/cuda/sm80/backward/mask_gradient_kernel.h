@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../products.h"
+#include "../tile_copy.h"
 #include "config.h"
 #include "gradients.h"
 

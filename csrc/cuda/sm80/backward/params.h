@@ -32,6 +32,7 @@ struct BackwardKernelParams {
   int* turns;  // (heads, blocks, warps): how many blocks of keys have added to dq_accum; null: they do as they come
   float* slope_sums;  // (heads, blocks of keys, warps): sums of dS times distance; null: not wanted
   int* next_tile;     // with turns: the number of blocks that have started
+  int share_rows;     // of a block of query rows that a thread block has before and after the kernel on tiles
   // Where a block of keys has several thread blocks, each with a part of the query rows that see it: (blocks of keys,
   // parts, block_n x columns), in the order of dq_accum; no part: 1, null.
   int parts;

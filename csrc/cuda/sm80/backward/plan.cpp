@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 
 #include "../../../sequence.h"
 #include "../code.h"
+#include "../forced_kernel.h"
 #include "../refusals.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -38,25 +36,9 @@ bool may_add_mask_gradient(const BackwardParams& params) {
   return params.dmask != nullptr && !p.deterministic && p.mask.row_size == p.seqlen_q && p.mask.col_size == p.seqlen_k;
 }
 
-/// The first that fits, of the smallest head dim that has any; with FLASH_ATTN_BACKWARD_KERNEL, the one so named (for
-/// tests and measurements). With the gradient of attn_mask a head dim needs a kernel for that too.
-void choose_variant(const BackwardParams& params, const DeviceInfo& device, BackwardPlan& plan) {
-  const ForwardParams& p = params.forward;
-  const char* const forced = std::getenv("FLASH_ATTN_BACKWARD_KERNEL");
-  const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
-  const Rules rules = rules_of(p, plan.aligned);
-  for (const BackwardVariants* variants : kVariants) {
-    for (const BackwardVariant& variant : *variants) {
-      const int bytes = variant.shared_bytes + kStaticSharedBytes;
-      if (std::max(p.head_dim, p.head_dim_v) > variant.head_dim || !serves(variant.rules, rules)) continue;
-      if (bytes > device.shared_memory_per_block || (variant.gpus & gpus) == 0) continue;
-      if (forced != nullptr && *forced != '\0' && std::string(forced) != variant.name) continue;
-      plan.variant = &variant;
-      plan.adds_mask_gradient = variant.rules == Rules::kBias && may_add_mask_gradient(params);
-      if (params.dmask != nullptr && !plan.adds_mask_gradient) plan.mask_gradient = &variants->mask_gradient;
-      return;
-    }
-  }
+/// Whether the variant's tiles hold the problem's columns, and its rules are the problem's.
+bool takes(const BackwardVariant& variant, const ForwardParams& p, Rules rules) {
+  return std::max(p.head_dim, p.head_dim_v) <= variant.head_dim && serves(variant.rules, rules);
 }
 
 /// Blocks that an SM holds.
@@ -67,29 +49,83 @@ int blocks_per_sm(const BackwardVariant& variant, const DeviceInfo& device) {
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-// Clocks of an SM, for few tiles: benchmarks/experiments/089.
-constexpr double kProductsPerClock = 600;  // multiply-adds
-constexpr double kTileClocks = 6000;       // of a block beside its products
-constexpr double kSumClocks = 8000;        // launching the kernel that adds up parts, and its latency
+/// Blocks of query rows that see a tile's keys, over a head's tiles: on average, and at most.
+struct TileSteps {
+  double mean = 0, longest = 1;
+};
+
+TileSteps tile_steps(const ForwardParams& p, int64_t block_m, int64_t block_n) {
+  constexpr int64_t kSamples = 16;
+  const SequenceInfo info = sequence_info(p, 0);
+  const int64_t n_blocks = std::max<int64_t>(1, ceil_div(p.seqlen_k, block_n));
+  const int64_t step = p.window_left < 0 && p.window_right < 0 ? n_blocks : std::max<int64_t>(1, n_blocks / kSamples);
+  TileSteps steps;
+  int samples = 0;
+  for (int64_t n = 0; n < n_blocks; n += step, ++samples) {
+    const Range rows = visible_rows(p, info, n * block_n, std::min((n + 1) * block_n, p.seqlen_k));
+    const double blocks =
+        rows.empty() ? 0 : double(ceil_div(std::min(rows.end, p.seqlen_q), block_m) - rows.begin / block_m);
+    steps.mean += blocks;
+    steps.longest = std::max(steps.longest, blocks);
+  }
+  steps.mean /= samples;
+  return steps;
+}
+
+// Clocks of an SM: benchmarks/experiments/160.
+constexpr double kSumClocks = 8000;       // launching the kernel that adds up parts, and its latency
+constexpr double kSumBytesPerClock = 32;  // of parts written and read, beside other work
+constexpr double kWorthwhile = 0.95;      // of the time with fewer parts
 constexpr int kMaxParts = 16;
 
-/// In how many parts the query rows of a tile are shared out so that all of the GPU has something to do.
-int choose_parts(const BackwardParams& params, const BackwardPlan& plan, const DeviceInfo& device) {
+/// How long an SM that holds `at_a_time` blocks takes for `blocks`, in times that it takes for each of `full` blocks.
+/// With fewer than these each goes on faster, but only by a quarter of what the others leave.
+double times_of_block(double blocks, int at_a_time, int full) {
+  const double rounds = std::floor(blocks / at_a_time), left = blocks - rounds * at_a_time;
+  return rounds * (at_a_time + 3 * full) / 4 + (left > 0 ? (left + 3 * full) / 4 : 0);
+}
+
+/// In how many parts the query rows of a tile are shared out so that all of the GPU has something to do. Returns how
+/// many clocks the tiles take.
+double choose_parts(const BackwardParams& params, const DeviceInfo& device, BackwardPlan& plan) {
   const ForwardParams& p = params.forward;
-  if (!p.is_dense() || plan.ordered || params.dslopes != nullptr || plan.num_tiles >= device.num_sms) return 1;
   const BackwardVariant& variant = *plan.variant;
-  const double step_clocks = 5.0 * variant.block_m * variant.block_n * variant.head_dim / kProductsPerClock;
+  const int at_a_time = blocks_per_sm(variant, device);
+  const bool may_part = p.is_dense() && !plan.ordered && params.dslopes == nullptr &&
+                        plan.num_tiles < int64_t{4} * device.num_sms * at_a_time;
+  const TileSteps steps = tile_steps(mean_problem(p), variant.block_m, variant.block_n);
+  const double step_clocks =
+      5.0 * variant.block_m * variant.block_n * variant.head_dim * double(p.group_size()) / variant.clocks.products;
+  const auto takes = [&](double count) { return count * step_clocks + variant.clocks.start; };
   double best = 0;
-  int parts = 1;
-  for (int n = 1; n <= kMaxParts && n <= plan.num_m_blocks; ++n) {
-    const double per_sm = std::ceil(double(plan.num_tiles) * n / device.num_sms);
-    const double steps = double(ceil_div(plan.num_m_blocks, n)) * double(p.group_size());
-    const double clocks = per_sm * (steps * step_clocks + kTileClocks) + (n > 1 ? kSumClocks : 0);
-    if (n > 1 && clocks >= 0.95 * best) continue;
+  for (int n = 1; n <= (may_part ? kMaxParts : 1) && n <= steps.longest; ++n) {
+    const double per_sm = double(plan.num_tiles) * n / device.num_sms, longest = takes(std::ceil(steps.longest / n));
+    const double alone = longest * times_of_block(1, at_a_time, variant.blocks_per_sm);
+    double clocks = times_of_block(std::ceil(per_sm), at_a_time, variant.blocks_per_sm);
+    if (steps.mean == steps.longest) {
+      clocks *= longest;
+    } else if (plan.num_tiles == plan.num_n_blocks) {  // of one head, whose longest tiles come first
+      clocks = std::max(per_sm * takes(steps.mean / n), alone);
+    } else {  // others end while the last head's longest tile is under way
+      clocks = std::max(clocks * takes(steps.mean / n) + alone / 2, alone);
+    }
+    if (n > 1) clocks += kSumClocks + per_sm * 16.0 * variant.block_n * variant.head_dim / kSumBytesPerClock;
+    if (n > 1 && clocks >= kWorthwhile * best) continue;
     best = clocks;
-    parts = n;
+    plan.parts = n;
   }
-  return parts;
+  return best;
+}
+
+/// Rows of a block of query rows that a thread block has before and after the kernel on tiles: all, unless the chip has
+/// room for more blocks.
+int choose_share_rows(const BackwardPlan& plan, const DeviceInfo& device) {
+  constexpr int kLeast = 16, kBlocksPerSm = 4;
+  int rows = plan.variant->block_m;
+  for (int64_t blocks = plan.num_row_blocks; rows > kLeast && blocks < int64_t{kBlocksPerSm} * device.num_sms;
+       blocks *= 2)
+    rows /= 2;
+  return rows;
 }
 
 void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
@@ -101,8 +137,7 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
     end += aligned(bytes);
     return start;
   };
-  const int64_t blocks = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
-  const int64_t rows = blocks * variant.block_m;
+  const int64_t blocks = plan.num_row_blocks, rows = blocks * variant.block_m;
   take(params.dq.data != nullptr ? rows * variant.head_dim * 4 : 0);
   plan.minus_lse = take(rows * 4);
   plan.minus_delta = take(rows * 4);
@@ -117,17 +152,13 @@ void lay_out_workspace(BackwardPlan& plan, const BackwardParams& params) {
   plan.workspace_bytes = end;
 }
 
-}  // namespace
-
-BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+/// How the variant runs the problem; returns how many clocks its tiles take.
+double lay_out(const BackwardParams& params, const DeviceInfo& device, BackwardPlan& plan) {
   const ForwardParams& p = params.forward;
-  BackwardPlan plan;
-  plan.aligned = is_aligned(params);
-  choose_variant(params, device, plan);
-  if (plan.variant == nullptr) return plan;
   const int64_t m = plan.variant->block_m, n = plan.variant->block_n;
   plan.num_m_blocks = p.is_varlen_q() ? p.total_q / m + p.batch : ceil_div(p.seqlen_q, m);
   plan.num_n_blocks = p.is_varlen_k() ? p.total_k / n + p.batch : ceil_div(p.seqlen_k, n);
+  plan.num_row_blocks = plan.num_m_blocks * p.num_heads * (p.is_varlen_q() ? 1 : p.batch);
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * (p.is_varlen_k() ? 1 : p.batch);
   plan.ordered = p.deterministic && params.dq.data != nullptr;
   if (plan.ordered && p.is_dense() && !p.has_window()) {
@@ -135,10 +166,51 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& devic
     const int64_t at_a_time = std::max(1, device.num_sms * blocks_per_sm(*plan.variant, device) / 2);
     plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, at_a_time)));
   }
-  plan.parts = choose_parts(params, plan, device);
-  plan.packs_mask = packs_mask(p);
-  lay_out_workspace(plan, params);
-  return plan;
+  plan.share_rows = choose_share_rows(plan, device);
+  return choose_parts(params, device, plan);
+}
+
+}  // namespace
+
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceInfo& device) {
+  const ForwardParams& p = params.forward;
+  const ForcedKernel forced("FLASH_ATTN_BACKWARD_KERNEL", false);
+  const unsigned gpus = gpus_of_code(10 * code_arch(device.compute_capability, FLASH_ATTN_SM80_ARCHS));
+  BackwardPlan plan;
+  plan.aligned = is_aligned(params);
+  const Rules rules = rules_of(p, plan.aligned);
+  BackwardPlan chosen;
+  double best = 0;
+  // Of the smallest head dim that has any, the one whose tiles take the least time. With the gradient of attn_mask a
+  // head dim needs a kernel for that too.
+  for (const BackwardVariants* variants : kVariants) {
+    for (const BackwardVariant& variant : *variants) {
+      if (!takes(variant, p, rules) || (variant.gpus & gpus) == 0 || !forced.allows(variant.name)) continue;
+      if (variant.shared_bytes + kStaticSharedBytes > device.shared_memory_per_block) continue;
+      BackwardPlan fitting = plan;
+      fitting.variant = &variant;
+      fitting.adds_mask_gradient = variant.rules == Rules::kBias && may_add_mask_gradient(params);
+      if (params.dmask != nullptr && !fitting.adds_mask_gradient) fitting.mask_gradient = &variants->mask_gradient;
+      const double clocks = lay_out(params, device, fitting);
+      if (chosen.variant != nullptr && clocks >= best) continue;
+      chosen = fitting;
+      best = clocks;
+    }
+    if (chosen.variant != nullptr) break;
+  }
+  if (chosen.variant == nullptr) {
+    forced.require([&](const auto& visit) {
+      for (const BackwardVariants* variants : kVariants) {
+        for (const BackwardVariant& variant : *variants) {
+          if (takes(variant, p, rules)) visit(variant.name);
+        }
+      }
+    });
+    return chosen;
+  }
+  chosen.packs_mask = packs_mask(p);
+  lay_out_workspace(chosen, params);
+  return chosen;
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -1,10 +1,16 @@
-// The backward kernels that exist. A head dimension's are listed in its file of instances/, the preferred ones first.
+// The backward kernels that exist. A head dimension's are listed in its file of instances/.
 #pragma once
 
 #include "../rules.h"
 #include "params.h"
 
 namespace flash_attn::cuda::sm80 {
+
+/// What a block takes, in clocks of an SM: benchmarks/experiments/089.
+struct StepClocks {
+  double products = 600;  // multiply-adds a clock where an SM has blocks enough
+  double start = 6000;    // of each block beside its products
+};
 
 struct BackwardVariant {
   const char* name;
@@ -13,7 +19,8 @@ struct BackwardVariant {
   int blocks_per_sm;  // that registers allow
   int shared_bytes;
   Rules rules;
-  unsigned gpus;                                  // that it is for, see code.h
+  unsigned gpus;  // that it is for, see code.h
+  StepClocks clocks;
   void (*kernel[2])(const BackwardKernelParams);  // for bfloat16, float16
 };
 

@@ -5,6 +5,7 @@
 #include "../../common/scores/scores.h"
 #include "../products.h"
 #include "../softmax.h"
+#include "../tile_copy.h"
 #include "config.h"
 #include "schedule/tile.h"
 #include "scores/bias_fragments.h"

@@ -28,14 +28,8 @@ template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::copy_part(uint32_t slot, const char* from, int64_t step, int columns) const {
   const uint32_t thread = fresh_thread(load_block), to = slot + KvCopy::offset(thread);
   const int key = load_block * kBlockN + KvCopy::row(thread), left = columns - 8 * KvCopy::chunk(thread);
-#pragma unroll 4
-  for (int row = 0; row < kBlockN; row += KvCopy::kStep, from += step) {
-    const bool exists = key + row >= tile.col_begin && key + row < tile.col_end;
-#pragma unroll
-    for (int group = 0; group < Tile::kChunks; group += KvCopy::kGroup) {
-      cp_async_16_or_zeros(to + row * Tile::kRowBytes + group * 16, from + group * 16, exists && 8 * group < left);
-    }
-  }
+  KvCopy::template copy_part<4>(to, from, step, left,
+                                [&](int row) { return key + row >= tile.col_begin && key + row < tile.col_end; });
 }
 
 template <typename Config>

@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 
 #include "../../../sequence.h"
 #include "../code.h"
+#include "../forced_kernel.h"
 #include "../refusals.h"
 #include "schedule/schedule.h"
 
@@ -148,9 +146,7 @@ bool is_aligned(const ForwardParams& p) {
 }
 
 ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
-  const char* forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
-  // Names of other families' kernels are not meant for this one.
-  if (forced != nullptr && std::string(forced).rfind("mma ", 0) != 0) forced = nullptr;
+  const ForcedKernel forced("FLASH_ATTN_FORWARD_KERNEL", true);
   ForwardPlan plan;
   plan.aligned = is_aligned(p);
   const Rules rules = forward_rules(p);
@@ -165,7 +161,7 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
   for (const ForwardVariants* variants : kVariants) {
     for (const ForwardVariant& variant : *variants) {
       if (!takes(variant, p, rules) || (variant.gpus & gpus) == 0) continue;
-      if (forced != nullptr && std::string(forced) != variant.name) continue;
+      if (!forced.allows(variant.name)) continue;
       ForwardPlan fitting = plan;
       if (!fit(variant, p, device, fitting)) continue;
       fitting.variant = &variant;
@@ -176,15 +172,14 @@ ForwardPlan plan_forward(const ForwardParams& p, const DeviceInfo& device) {
     }
     if (chosen.variant != nullptr) return chosen;
   }
-  if (forced == nullptr) return chosen;
-  std::string names;
-  for (const ForwardVariants* variants : kVariants) {
-    for (const ForwardVariant& variant : *variants) {
-      if (takes(variant, p, rules)) names += std::string(names.empty() ? "" : ", ") + variant.name;
+  forced.require([&](const auto& visit) {
+    for (const ForwardVariants* variants : kVariants) {
+      for (const ForwardVariant& variant : *variants) {
+        if (takes(variant, p, rules)) visit(variant.name);
+      }
     }
-  }
-  throw std::runtime_error(std::string("FLASH_ATTN_FORWARD_KERNEL=") + forced +
-                           " does not take this problem; the kernels that do are: " + names);
+  });
+  return chosen;
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -4,7 +4,7 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<32, 64, 64, 2, 2, 2, 3, Rules::kPlain, kAllGpus>("mma d32 64x64 w4"),
+    backward_variant<32, 64, 64, 2, 2, 2, 3, Rules::kPlain, kAllGpus>("mma d32 64x64 w4", {345, 2500}),
 };
 
 }  // namespace

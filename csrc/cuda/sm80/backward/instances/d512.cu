@@ -4,8 +4,9 @@ namespace flash_attn::cuda::sm80 {
 namespace {
 
 const BackwardVariant kVariants[] = {
-    backward_variant<512, 32, 64, 1, 4, 1, 1, Rules::kPlain, kGpus227Kb>("mma d512 64x32 w8 s1"),
-    backward_variant<512, 32, 64, 1, 4, 1, 1, Rules::kExtended, kGpus227Kb>("mma d512 64x32 w8 s1 extended"),
+    backward_variant<512, 32, 64, 1, 4, 1, 1, Rules::kPlain, kGpus227Kb>("mma d512 64x32 w8 s1", {345, 10000}),
+    backward_variant<512, 32, 64, 1, 4, 1, 1, Rules::kExtended, kGpus227Kb>("mma d512 64x32 w8 s1 extended",
+                                                                            {170, 10000}),
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // dq from the sums of the kernels on tiles, and dk and dv where they are in parts.
 #include "../../../common/launch.h"
-#include "row_block.h"
+#include "row_share.h"
 #include "rows.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -62,21 +62,21 @@ SM80_DEVICE void store_sums(Element* to, int64_t row_stride, const float* from, 
   }
 }
 
-/// A block of query rows of one head; a warp takes 16 rows and 32 columns at a time.
+/// A share of a block of query rows; a warp takes 16 rows and 32 columns at a time.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constant__ StoreParams arguments) {
   const BackwardKernelParams& params = arguments.kernel;
   const ForwardParams& p = params.problem.forward;
-  RowBlock at;
-  if (!find_row_block(params, arguments.first_block + blockIdx.x, at)) return;
+  RowShare at;
+  if (!find_row_share(params, arguments.first_block + blockIdx.x, at)) return;
   const int warp = int(threadIdx.x) / 32, column_parts = params.columns / 32;
-  const float* const accum = params.dq_accum + at.block * params.block_m * params.columns;
+  const float* const accum = params.dq_accum + (at.block * params.block_m + at.first) * params.columns;
   const TensorView& dq = params.problem.dq;
   Element* const to = static_cast<Element*>(dq.data) +
-                      row_offset(dq, p.cu_seqlens_q != nullptr, at.batch, at.sequence.q_row + at.row, at.head);
-  const int exist = int(at.sequence.seqlen_q - at.row), rows = int(at.sequence.seqlen_q_padded - at.row);
+                      row_offset(dq, p.cu_seqlens_q != nullptr, at.batch, at.sequence.q_row + at.row(), at.head);
+  const int exist = int(at.sequence.seqlen_q - at.row()), rows = int(at.sequence.seqlen_q_padded - at.row());
 #pragma unroll 2
-  for (int part = warp; part < params.block_m / 16 * column_parts; part += kWarps) {
+  for (int part = warp; part < params.share_rows / 16 * column_parts; part += kWarps) {
     const int row = part / column_parts * 16, column = part % column_parts * 32;
     store_sums(to + row * dq.row + column, dq.row, accum + row * params.columns + column * 16, 1, 0, arguments.scale,
                exist - row, rows - row, int(p.head_dim) - column, params.aligned);
@@ -114,7 +114,7 @@ void store_dq(const BackwardKernelParams& params, cudaStream_t stream) {
   const StoreParams arguments{params, float(params.problem.forward.softmax_scale), 0};
   auto* const kernel =
       params.problem.forward.dtype == DType::kBFloat16 ? store_dq_kernel<__nv_bfloat16> : store_dq_kernel<__half>;
-  cuda::launch_blocks(kernel, arguments, num_row_blocks(params), kThreads, 0, stream, "sm80 backward dq");
+  cuda::launch_blocks(kernel, arguments, num_row_shares(params), kThreads, 0, stream, "sm80 backward dq");
 }
 
 void store_keys(const BackwardKernelParams& params, int64_t blocks, cudaStream_t stream) {
