@@ -147,6 +147,25 @@ class TestPlan:
         assert decided(softcap=30.0) is None
         assert decided(rows=1) is None
 
+    @pytest.mark.parametrize(
+        "options, kernel, of_dq",
+        [
+            ({}, "mma fp32 d64 64x32", "added to zeros"),
+            ({"softcap": 3.0}, "mma fp32 d64 64x32 extended", "added to zeros"),
+            ({"head_dim": 32}, "mma fp32 d32 64x64", "added to zeros"),
+            ({"deterministic": True}, "mma fp32 d64 64 keys x 32", "mma fp32 d64 64 queries x 64"),
+        ],
+        ids=["full", "softcap", "few columns", "fixed order"],
+    )
+    def test_one_kernel_for_all_gradients_where_their_order_is_free(
+        self, options: dict[str, Any], kernel: str, of_dq: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if "90" not in _C.build_info()["cuda_archs"]:
+            pytest.skip("built for a part of the GPUs")
+        monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+        chosen = plan(**{"head_dim": 64, **options}, dtype="float32")["backward"]
+        assert (chosen["kernel"], chosen["decisions"]["dq"]) == (kernel, of_dq)
+
     def test_memory_is_that_of_the_inputs_once_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if "90" not in _C.build_info()["cuda_archs"]:
             pytest.skip("built for a part of the GPUs")

@@ -25,7 +25,8 @@ struct StageExtras {
 /// Base: a sm80::fp32::BackwardConfig of 8 warps that owns keys.
 template <typename Base>
 struct BackwardTurnsConfig : Base {
-  using Order = Turns<2, Base::kHeadDim == 64 ? 40 : 24>;
+  static constexpr bool kNarrow = Base::kHeadDim == 64;
+  using Order = Turns<2, kNarrow ? 40 : 24, /*kReleasingLanes=*/kNarrow ? 32 : 1>;
   static constexpr int kThreads = Order::kThreads;
   static constexpr int kExtras = Base::kStatistics + 2 * Base::kBlockN * 4;
   static constexpr int kDs = Base::kStreamed + Base::kStages * Base::kStageBytes;

@@ -18,7 +18,9 @@ struct SlotBarriers {
   uint64_t full[kTurnSlots], empty[kTurnSlots];
 };
 
-template <int kConsumers_, int kProducerRegisters_>
+/// kReleasingLanes: of a warp, how many say that it is done with a slot. One is enough: between the last read of a lane
+/// and the release stands a barrier of the consumer. Where all do, racecheck sees that too.
+template <int kConsumers_, int kProducerRegisters_, int kReleasingLanes = 1>
 struct Turns {
   static constexpr int kConsumers = kConsumers_;
   static_assert(kConsumers == 2 || kConsumers == 3);
@@ -34,7 +36,7 @@ struct Turns {
   SM80_DEVICE static void init(SlotBarriers& barriers) {
     for (int i = 0; i < kTurnSlots; ++i) {
       mbarrier_init(&barriers.full[i], 32);
-      mbarrier_init(&barriers.empty[i], 4 * kConsumers);
+      mbarrier_init(&barriers.empty[i], 4 * kConsumers * kReleasingLanes);
     }
   }
 
@@ -53,8 +55,9 @@ struct Turns {
     named_barrier_sync(kOwn + consumer, 128);
   }
   /// By a warp, behind its wait for the products that read the slot, and a barrier of the consumer for other reads.
+  /// Where all lanes release, ptxas would spill without a condition.
   SM80_DEVICE static void release(SlotBarriers& barriers, int slot) {
-    if (lane_id() == 0) mbarrier_arrive(&barriers.empty[slot]);
+    if (lane_id() < kReleasingLanes) mbarrier_arrive(&barriers.empty[slot]);
   }
 
   SM80_DEVICE static void begin(int consumer) { named_barrier_sync(kTurn + consumer, 256); }
