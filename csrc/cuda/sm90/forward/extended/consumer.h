@@ -226,11 +226,12 @@ struct ExtendedConsumer : Consumer<Config> {
     const ForwardParams& p = params.problem;
     sum = quad_sum(softmax.row_sum[r]);
     high = softmax.row_max[r];
-    float factor = high == -INFINITY ? 0.f : 1.f;
+    // Without a maximum the sum is 0, or NaN if all scores are.
+    float factor = high == -INFINITY ? sum : 1.f;
     if (p.sinks != nullptr && tile.part == 0) {
       const float sink = static_cast<const float*>(p.sinks)[tile.head] / params.to_natural, top = fmaxf(high, sink);
       if (sink != -INFINITY) {
-        factor = high == -INFINITY ? 0.f : fast_exp2((high - top) * params.to_log2);
+        factor = high == -INFINITY ? sum : fast_exp2((high - top) * params.to_log2);
         sum = sum * factor + fast_exp2((sink - top) * params.to_log2);
         high = top;
       }
