@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
 
-from flash_attn import flash_attn_with_kvcache
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn import scaled_dot_product_attention as sdpa
 
 FORCED = os.environ.get("FLASH_ATTN_FORCE")
@@ -182,3 +183,36 @@ def test_equal_scores_share_out_what_there_is(family: str, device: str, causal: 
     gradients = _differentiate(q[..., :1, :], k[..., :1, :], v[..., :1, :], v[..., :1, :], None)
     assert all(torch.isfinite(x).all() for x in gradients)
     torch.testing.assert_close(gradients[0], v[..., :1, :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_far_below_the_cap_and_beyond_it(device: str, cap: float, dtype: torch.dtype) -> None:
+    """Some rows of a tile have small scores alone, others both."""
+    queries, keys, head_dim = 300, 200, 64
+    factor = torch.where(torch.arange(queries) % 64 < 32, 1.0, 40.0)[:, None]
+    q, k, v = (torch.randn(1, n, 2, head_dim) for n in (queries, keys, keys))
+    q, k, v = (x.to(dtype).to(device) for x in (q * factor[:, None] * cap / 4, k, v))
+    out = flash_attn_func(q, k, v, softcap=cap)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / head_dim**0.5
+    assert (scores.abs() < 0.7 * cap).all(-1).any() and (scores.abs() > cap).any()
+    expected = torch.einsum("bhqk,bkhd->bqhd", (cap * torch.tanh(scores / cap)).softmax(-1), v.double())
+    _assert_close(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("rule", ["mask", "softcap", "alibi", "bias"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_query_that_is_nan_makes_its_row_nan_and_no_other(device: str, rule: str) -> None:
+    q, k, v = (torch.randn(1, 200, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.ones(1, 1, 200, 200, device=device, dtype=torch.bool).tril()
+    features: dict[str, Any] = {
+        "mask": {"attn_mask": mask},
+        "softcap": {"softcap": 5.0},
+        "alibi": {"alibi_slopes": torch.ones(2, device=device)},
+        "bias": {"attn_mask": torch.randn(1, 1, 200, 200, device=device, dtype=q.dtype)},
+    }[rule]
+    expected = flash_attn_func(q, k, v, **features)
+    q[0, 77, 0, 5] = torch.nan
+    expected[0, 77, 0] = torch.nan
+    torch.testing.assert_close(flash_attn_func(q, k, v, **features), expected, rtol=0, atol=0, equal_nan=True)
