@@ -2,7 +2,7 @@
 // or a thread that sees to the consumers' turns.
 #pragma once
 
-#include "bring.h"
+#include "writer.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
@@ -51,7 +51,48 @@ FLASH_ATTN_DEVICE void add_dq(const KernelParams& params, single::SharedStorage<
       const int counted = kCount == 1 ? block - turn.place() : block;
       BlockCounters& counters = params.dq_counters[counted];
       int* const count = kCount == 1 ? &counters.added[first_consumer] : &counters.claim;
-      bring_dq<Config, kCount>(params, shared, first_consumer, tile, block, count, turn);
+      bool first = false, stored = false;  // by this tile, by another
+      if (elected()) {                     // while dQ is being computed
+        if constexpr (kCount == 1) {
+          turn.wait(count);
+          first = turn.stores();
+        } else {
+          stored = is_stored<1>(load_acquire(count));
+        }
+        global_proxy_fence();
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int consumer = first_consumer + i;
+        float* const to = params.dq_accum + (int64_t{block} * Config::kConsumers + consumer) * kDqTile;
+        named_barrier_sync(single::kDqReady + consumer, 160);
+        if (elected()) {
+          if (kCount > 1 && i == 0 && !stored) {
+            first = claim_block(count, tile.index);
+            global_proxy_fence();
+          }
+          if (first) {
+            bulk_store(to, shared.dq[consumer], kDqTile * sizeof(float));
+          } else {
+            bulk_reduce_add(to, shared.dq[consumer], kDqTile * sizeof(float));
+          }
+          tma_store_commit();
+        }
+      }
+      if (elected()) {
+        if constexpr (kCount > 1) {
+          tma_store_wait_read<1>();
+          mbarrier_arrive(&shared.dq_empty[0]);
+        }
+        tma_store_wait_read();
+        mbarrier_arrive(&shared.dq_empty[first_consumer + kCount - 1]);
+        if (kCount == 1 ? turn.ends() : first) {
+          tma_store_wait();     // the sum has arrived
+          add_to_count(count);  // the next turn has come; or stored
+        }
+      }
+      __syncwarp();
     }
     if (elected() && kCount > 1 && params.dq_writing.enabled()) {
       tma_store_wait();
