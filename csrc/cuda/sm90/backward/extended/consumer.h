@@ -19,7 +19,7 @@ struct Consumer : single::Consumer<Config> {
 
   SharedStorage<Config>& shared;
   StepReader steps;
-  Kept<Config::kWords> kept;  // of the step, by dropout
+  ScoreBits<Config::kWords> kept;  // of the step, by dropout
 
   // -- what must not reach a product
 
@@ -90,8 +90,8 @@ struct Consumer : single::Consumer<Config> {
 
   FLASH_ATTN_DEVICE void draw(const Tile& tile, const Step& at) {
     const int batch = params.split.heads.divide(tile.batch_head);
-    kept.draw(shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head, at.m_block * kBlockM,
-              tile.n_begin + 64 * warpgroup + 16 * warp, lane_id());
+    draw_kept(kept, shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head,
+              tile.n_begin + 64 * warpgroup + 16 * warp, at.m_block * kBlockM, lane_id());
   }
 
   FLASH_ATTN_DEVICE void pack_piece(int k) {

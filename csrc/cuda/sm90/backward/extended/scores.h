@@ -27,12 +27,24 @@ struct ScoreBits {
   FLASH_ATTN_DEVICE bool hold(int k, int j) const { return (word[k / 4] & 1u << (8 * (k % 4) + place(j))) != 0; }
 };
 
-/// By dropout.
+/// Numbers whose bits 2^kBit and 2^(kBit + 1) differ change places.
+template <int kBit>
+FLASH_ATTN_DEVICE uint32_t swap_places(uint32_t x) {
+  constexpr int kShift = 1 << kBit;
+  constexpr uint32_t kMoved = ~0u / ((1u << 4 * kShift) - 1) * ((1u << kShift) - 1) << kShift;
+  const uint32_t differing = (x ^ x >> kShift) & kMoved;
+  return x ^ differing ^ differing << kShift;
+}
+
+/// Which scores of a warp, sixteen keys by 64 kWords queries from these first ones on, dropout keeps.
 template <int kWords>
-using Kept = KeptScores<true, 1, 4 * kWords>;
-template <int kTileCols>
-FLASH_ATTN_DEVICE bool holds(const KeptScores<true, 1, kTileCols>& kept, int k, int j) {
-  return kept.hold(0, 2 * k + j / 4, j % 4);
+FLASH_ATTN_DEVICE void draw_kept(ScoreBits<kWords>& kept, const Dropout& dropout, int64_t batch_head, int first_key,
+                                 int first_query, int lane) {
+  KeptScores<true, 1, 4 * kWords> drawn;
+  drawn.draw(dropout, batch_head, first_query, first_key, lane);
+  // From (neighbouring queries, sixteen queries, keys eight apart, queries eight apart) to the order of ScoreBits.
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) kept.word[w] = swap_places<0>(swap_places<1>(swap_places<2>(drawn.bits[w])));
 }
 
 /// One step's, of a thread. What is the same for the whole launch is read from `params` where it is used.
@@ -51,7 +63,7 @@ struct StepScores {
   const bool partial;                // some scores do not exist by causal, window or lengths
   const uint32_t statistics;         // of accumulator 0's query, in shared memory
   float slope;                       // ALiBi's
-  const Kept<kWords>& kept;          // by dropout
+  const ScoreBits<kWords>& kept;     // by dropout
   ScoreBits<kWords> seen;            // by attn_mask's bits
   uint32_t seen_from;                // without kManyRegisters in their place: where the lane's lie in shared memory
 
@@ -193,7 +205,7 @@ struct StepScores {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float of_delta = p[j] * delta[j / 4][j % 2];
-        p[j] = holds(kept, k, j) ? p[j] : 0.f;
+        p[j] = kept.hold(k, j) ? p[j] : 0.f;
         dp[j] = fmaf(p[j], dp[j] * params.extended.dropout_scale, of_delta);
       }
     } else {
@@ -210,7 +222,7 @@ struct StepScores {
     load_pair(delta[1], k, 1, kDelta);
     if (has<kRules>(kDropout)) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) dp[j] = holds(kept, k, j) ? dp[j] * params.extended.dropout_scale : 0.f;
+      for (int j = 0; j < 8; ++j) dp[j] = kept.hold(k, j) ? dp[j] * params.extended.dropout_scale : 0.f;
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) dp[j] += delta[j / 4][j % 2];
@@ -221,7 +233,7 @@ struct StepScores {
     for (int j = 0; j < 8; ++j) dp[j] *= p[j];
     if (has<kRules>(kDropout)) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) p[j] = holds(kept, k, j) ? p[j] : 0.f;
+      for (int j = 0; j < 8; ++j) p[j] = kept.hold(k, j) ? p[j] : 0.f;
     }
   }
 

@@ -27,9 +27,8 @@ struct Consumer : pair::Consumer<Config, kRole> {
   static constexpr int kPieces = Config::kBlockM / 16;
 
   extended::StepCursor<pair::SharedStorage<Config>> steps;
-  extended::Kept<1> kept;       // of the step, by dropout
-  extended::ScoreBits<1> seen;  // and by attn_mask
-  float slope_sum = 0.f;        // of the head so far
+  extended::ScoreBits<1> kept, seen;  // of the step, by dropout and by attn_mask
+  float slope_sum = 0.f;              // of the head so far
 
   // -- what must not reach a product
 
@@ -111,8 +110,8 @@ struct Consumer : pair::Consumer<Config, kRole> {
     if ((params.extended.rules & extended::kDropout) != 0) {
       const Tile& tile = shared.tile;
       const int batch = params.split.heads.divide(tile.batch_head);
-      kept.draw(shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head,
-                at.m_block * Config::kBlockM, tile.n_begin + rank * Config::kRowsN + 16 * warp, lane_id());
+      extended::draw_kept(kept, shared.dropout, int64_t{batch} * params.problem.num_heads + tile.q_head + at.head,
+                          tile.n_begin + rank * Config::kRowsN + 16 * warp, at.m_block * Config::kBlockM, lane_id());
     }
   }
 
@@ -154,7 +153,7 @@ struct Consumer : pair::Consumer<Config, kRole> {
       if (scores.template has<kRules>(extended::kDropout)) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const bool keeps = extended::holds(kept, k, j);
+          const bool keeps = kept.hold(k, j);
           passed[j] = keeps ? passed[j] : -passed[j];
           x[j] = keeps ? x[j] : 0.f;
         }

@@ -303,8 +303,9 @@ struct ExtendedConsumer : Consumer<Config> {
     VisitedBlock next = storage().visited(tiles.slot(), listed, 0);
     const int count = tile.num_visited;
     if (Config::kBias == Bias::kNone && params.has_bits) {
-      first_bits =
-          MaskFragments<1, 8>::word_of(params.packed, tile.batch, tile.head, (row + 16 * warp) / mask::kCellRows, 0);
+      const mask::PackedMask& packed = params.packed;
+      const int row_cell = min((row + 16 * warp) / mask::kCellRows, packed.row_cells - 1);
+      first_bits = packed.bits + packed.cell(tile.batch, tile.head, row_cell, 0) * 32 + lane;
     }
     load_bits(tile, next);
 #pragma unroll 1
