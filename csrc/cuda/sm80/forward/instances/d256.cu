@@ -8,9 +8,10 @@ const ForwardVariant kVariants[] = {
                                                                                     {720, 7000, 16000}),
     forward_variant<256, 4, 1, 80, 2, 2, Rules::kPlain, kGpus227Kb>("mma d256 64x80 rows", {690, 5700, 16000}),
     forward_variant<256, 4, 1, 64, 2, 2, Rules::kPlain, kGpus99Kb>("mma d256 64x64 rows", {650, 7000, 20000}),
-    forward_variant<256, 4, 2, 64, 2, 2, Rules::kExtended, kGpus163Kb | kGpus227Kb, 2>("mma d256 64x64 extended",
-                                                                                       {330, 7000, 16000}),
-    forward_variant<256, 4, 1, 32, 2, 2, Rules::kExtended, kGpus99Kb>("mma d256 64x32 extended", {220, 5000, 16000}),
+    forward_variant<256, 4, 2, 64, 2, 2, Rules::kExtended, kGpus163Kb | kGpus90, 2>("mma d256 64x64 extended",
+                                                                                    {330, 7000, 16000}),
+    forward_variant<256, 4, 1, 32, 2, 2, Rules::kExtended, kGpus99Kb | kGpus100>("mma d256 64x32 extended",
+                                                                                 {220, 5000, 16000}),
 };
 
 }  // namespace
