@@ -98,6 +98,7 @@ namespace flash_attn::cuda {
 
 // What only problems with attn_mask and gradients of slopes and sinks call.
 namespace mask {
+PackedMask pack(const MaskView&, void*, cudaStream_t, MaskBand*) { return {}; }
 MaskAndBand pack_with_band(const MaskView&, void*, cudaStream_t) { return {}; }
 }  // namespace mask
 namespace sm80 {
