@@ -23,7 +23,7 @@ SM80_DEVICE float slope_of(const ForwardParams& p, int batch, int head) {
 /// A bit for each of a lane's scores: 8 (2 m + i / 2) + 2 (n % 4) + i % 2 of word n / 4.
 template <int kKeyTiles, int kQueryTiles>
 struct ScoreBits {
-  static constexpr int kWords = (kQueryTiles + 3) / 4, kCombinations = kQueryTiles < 4 ? 2 * kQueryTiles : 8;
+  static constexpr int kWords = (kQueryTiles + 3) / 4;
   uint32_t word[kWords];
   SM80_DEVICE void set_all() {
 #pragma unroll

@@ -52,7 +52,6 @@ SM80_DEVICE void ForwardBlock<Config>::apply_rules(int col) {
   }
 }
 
-/// As many columns of fragments as both have.
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::drop(int col) {
   if constexpr (kExtended) {
