@@ -19,6 +19,8 @@ struct Backend {
   void (*copy_rows)(const RowCopies&, void* stream);
   /// Packs attn_mask into stored_bytes() at `data`, see packed_mask.h and mask_band.h.
   void (*pack_mask)(const MaskView& mask, void* data, void* stream);
+  /// Rounds `count` numbers of float32 to a dtype of 16 bits. Null: torch's own copy does it.
+  void (*round)(const float* from, void* to, DType dtype, int64_t count, void* stream);
   DeviceInfo (*device_info)(int device_index);
   /// Makes the device current for the calling thread and returns the stream to launch on; `leave` undoes it.
   void* (*enter)(int device_index, int* previous_device);

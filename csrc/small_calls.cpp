@@ -47,7 +47,8 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Given {
   PyObject *tensor_type, *parameter_type, *bool_dtype;
   PyObject *functions, *at_rest;  // private.Watchers
-  PyObject *has_torch_function, *any_autocast, *autocast_changes, *is_grad_enabled, *is_deterministic;
+  PyObject *has_torch_function, *any_autocast, *autocast_changes, *is_deterministic;
+  unsigned long long is_grad_enabled;  // address of torch's C function, which takes a tenth of the time of Python's
   PyObject *plain, *extension;  // names of the modules, of which `_forward`, `_apply`, `forward` and `LARGEST` are read
   PyObject *mark, *raise_out_of_memory;
   int full, causal, shared_heads, without_lse, deterministic;  // options of the plain ops
@@ -152,7 +153,7 @@ struct Problem {
 };
 
 bool requires_grad(const Problem& p) {
-  if (!is_true(call(given.is_grad_enabled, {}))) return false;
+  if (!reinterpret_cast<bool (*)()>(given.is_grad_enabled)()) return false;
   for (PyObject* tensor : {p.q, p.k, p.v, p.mask}) {
     if (tensor != Py_None && is_true(attribute(tensor, names->requires_grad))) return true;
   }
@@ -253,9 +254,9 @@ PyObject* py_try_sdpa(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* configure(PyObject*, PyObject* args) {
   Given g;
-  if (PyArg_ParseTuple(args, "OOOO!O!OOOOOO!O!OOiiiii", &g.tensor_type, &g.parameter_type, &g.bool_dtype, &PyTuple_Type,
+  if (PyArg_ParseTuple(args, "OOOO!O!OOOOKO!O!OOiiiii", &g.tensor_type, &g.parameter_type, &g.bool_dtype, &PyTuple_Type,
                        &g.functions, &PyTuple_Type, &g.at_rest, &g.has_torch_function, &g.any_autocast,
-                       &g.autocast_changes, &g.is_grad_enabled, &g.is_deterministic, &PyDict_Type, &g.plain,
+                       &g.autocast_changes, &g.is_deterministic, &g.is_grad_enabled, &PyDict_Type, &g.plain,
                        &PyDict_Type, &g.extension, &g.mark, &g.raise_out_of_memory, &g.full, &g.causal, &g.shared_heads,
                        &g.without_lse, &g.deterministic) == 0) {
     return nullptr;

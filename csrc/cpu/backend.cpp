@@ -22,6 +22,7 @@ const Backend& cpu_backend() {
       {},
       cpu::copy_rows,
       cpu::pack_mask,
+      nullptr,
       [](int) { return DeviceInfo{}; },
       [](int, int*) -> void* { return nullptr; },
       [](int, int) {},

@@ -13,6 +13,7 @@
 #include "copy_rows.h"
 #include "mask/band.h"
 #include "mask/packed_mask.h"
+#include "mask/rounded_gradient.h"
 #include "universal/universal.h"
 #ifdef FLASH_ATTN_WITH_DECODE
 #include "decode/decode.h"
@@ -133,6 +134,9 @@ const Backend& cuda_backend() {
       [](const MaskView& mask, void* data, void* stream) {
         const auto cuda_stream = static_cast<cudaStream_t>(stream);
         cuda::mask::pack_with_band(mask, data, cuda_stream);
+      },
+      [](const float* from, void* to, DType dtype, int64_t count, void* stream) {
+        cuda::mask::round_gradient(from, to, dtype, count, static_cast<cudaStream_t>(stream));
       },
       device_info,
       enter,

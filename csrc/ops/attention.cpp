@@ -62,6 +62,18 @@ void zero(Gradients& g) {
   }
 }
 
+/// The gradient of attn_mask, which kernels have added up in the dtype of statistics, in the mask's.
+Tensor in_masks_dtype(Tensor dmask, DType dtype, const Backend& backend) {
+  constexpr const char* kName = "the gradient of attn_mask";
+  const TensorInfo info = info_of(dmask, kName);
+  const bool rounds = info.dtype == DType::kFloat32 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16);
+  if (!rounds || backend.round == nullptr) return converted(std::move(dmask), dtype, kName);
+  NewTensor rounded = empty_contiguous(info.ndim, info.size, dtype, info, kName);
+  const DeviceScope scope(backend, info.device_index);
+  backend.round(static_cast<const float*>(info.data), rounded.info.data, dtype, dmask.numel(), scope.stream());
+  return std::move(rounded.tensor);
+}
+
 Tensor packed(const TensorInfo& mask) {
   if (mask.ndim != 4) {
     refuse("mask must be (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1), but has shape ", shape_string(mask));
@@ -103,7 +115,7 @@ Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor
     run(backend.backward, backend, params, inputs.q_given());
   }
   if (gradients.dmask) {
-    gradients.dmask = converted(std::move(*gradients.dmask), arguments.attn_mask->dtype, "the gradient of attn_mask");
+    gradients.dmask = in_masks_dtype(std::move(*gradients.dmask), arguments.attn_mask->dtype, backend);
   }
   return gradients;
 }

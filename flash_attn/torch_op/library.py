@@ -3,6 +3,7 @@ kernels."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,11 @@ def _load() -> Any:
 
 
 small_calls = _load()
+
+is_grad_enabled_address = cast(
+    int, ctypes.cast(ctypes.CDLL(str(LIBRARY)).aoti_torch_grad_mode_is_enabled, ctypes.c_void_p).value
+)
+"""Of a C function of torch's, `bool ()`, that says what `torch.is_grad_enabled()` does."""
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default

@@ -28,7 +28,15 @@ from .arguments import (
     plain_options,
 )
 from .attention import NONE, TOP_LEFT
-from .library import backward_op, forward_op, plain_backward_op, plain_forward_op, registrations, small_calls
+from .library import (
+    backward_op,
+    forward_op,
+    is_grad_enabled_address,
+    plain_backward_op,
+    plain_forward_op,
+    registrations,
+    small_calls,
+)
 from .registered.autograd import call_backward, raise_out_of_memory
 
 _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
@@ -100,8 +108,8 @@ small_calls.configure(
     has_torch_function_variadic,
     private.any_autocast,
     _autocast_changes,
-    torch.is_grad_enabled,
     private.is_deterministic,
+    is_grad_enabled_address,
     globals(),
     vars(extension),
     extension.MARK,

@@ -119,6 +119,9 @@ Tensor laid_out_like(Tensor tensor, const Tensor& like) {
     dense[i] = next;
     same = same && (info.size[i] == 1 || info.stride[i] == next);
   }
+  int64_t ndim = 0;
+  Tensor::check(aoti_torch_get_dim(tensor.handle(), &ndim));
+  if (same && ndim == info.ndim) return tensor;  // of as many numbers: leading dimensions of 1 are all that differs
   AtenTensorHandle view = nullptr;
   Tensor::check(aoti_torch__reinterpret_tensor(tensor.handle(), info.ndim, info.size, dense, 0, &view));
   Tensor shaped(view);

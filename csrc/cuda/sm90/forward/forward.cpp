@@ -82,7 +82,7 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
     launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
   } else if (chosen.packs_mask) {
     chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, cuda_stream);
-  } else if (p.mask.data != nullptr) {
+  } else if (chosen.mask_workspace != nullptr) {  // else the tiles look at what they have loaded of V
     chosen.bad_rows = mask::find_bad_rows(p, chosen.mask_workspace, cuda_stream);
   }
   launch_of(chosen, p)(p, chosen, cuda_stream);

@@ -111,18 +111,17 @@ void lay_out_workspace(ForwardPlan& plan, const ForwardParams& p) {
 // Asks of forward's parameters alone, so that both passes agree: P = exp(S - lse) of one with lse of the other would
 // lose the rounding errors of S that they have in common.
 const char* refuses(const ForwardParams& p, const DeviceInfo& device, const Kernels& family) {
+  if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
   const Kernels& kernels = family.allowed(p);
   const bool exact = &kernels == &family;
   if (!is_forced(kernels.family)) {
     const ForwardParams mean = mean_problem(p);
     const bool few_rows = std::min(mean.seqlen_q, mean.seqlen_k) < kManyRows;
-    if (exact && std::min(p.head_dim, p.head_dim_v) <= (few_rows ? kFewColumns : kTooFewColumns))
-      return kFewColumnsReason;
+    if (exact && few_rows && std::min(p.head_dim, p.head_dim_v) <= kFewColumns) return kFewColumnsReason;
     if (exact && has_half_rate(device))
       return "in float32 plain multiply-adds are faster: products of fp16 run at half rate";
     if (!pays(p)) return "in float32 so few scores do not pay for splitting numbers into pairs";
   }
-  if (std::min(p.head_dim, p.head_dim_v) <= kTooFewColumns) return kFewColumnsReason;
   if (columns_of(p) > kernels.max_head_dim()) {
     return kernels.max_head_dim() == 64 ? "in float32 head_dim is over 64" : "in float32 head_dim is over 256";
   }

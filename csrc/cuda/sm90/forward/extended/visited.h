@@ -34,8 +34,9 @@ FLASH_ATTN_DEVICE uint64_t seen_columns(const mask::PackedMask& packed, const Ex
   return without_first_columns(tile, col, all);
 }
 
-/// Whether one of the tile's columns is a bad row of V. By all lanes of a warp.
-FLASH_ATTN_DEVICE bool has_bad_rows(const mask::BadRows& bad_rows, const ExtendedTile& tile) {
+/// Whether one of the tile's columns is a bad row of V, or nobody has looked. By all lanes of a warp.
+FLASH_ATTN_DEVICE bool may_have_bad_rows(const mask::BadRows& bad_rows, const ExtendedTile& tile) {
+  if (bad_rows.words == nullptr) return true;
   const uint64_t* const words = bad_rows.of_head(tile.kv_batch, tile.kv_head);
   const int end = (tile.col_begin + tile.num_cols + 63) / 64;
   bool bad = false;
@@ -110,7 +111,7 @@ FLASH_ATTN_DEVICE void list_visited_blocks(const ExtendedParams& params, Extende
       count = num_blocks;
       flags |= VisitedBlock::kUnclean;
     }
-  } else if (params.bad_rows.words != nullptr && has_bad_rows(params.bad_rows, tile)) {
+  } else if (params.problem.mask.data != nullptr && may_have_bad_rows(params.bad_rows, tile)) {
     flags |= VisitedBlock::kUnclean;
   }
   const bool listed = count <= ExtendedStorage<Config>::kListCapacity;
