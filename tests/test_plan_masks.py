@@ -109,3 +109,36 @@ def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(
         tensors["rng_state"] = (1 << 20, "int64", 0, [2], [1])
     chosen = plan(tensors=tensors, wants_dmask=True, **changes)["backward"]
     assert chosen["family"] == "sm90" and chosen["decisions"]["dmask"] == how
+
+
+@needs_sm90
+@pytest.mark.parametrize(
+    "seqlen, dtype, forward, backward, looks",
+    [
+        (512, "bool", "packed first", "read with rows", None),
+        (4096, "bool", "packed first", "packed first", None),
+        (512, "bfloat16", "read by tiles", "read by tiles", False),  # though all heads share it
+        (520, "bfloat16", "packed first", "packed first", None),
+        (512, "float32", "packed first", "packed first", None),
+    ],
+)
+def test_no_launch_comes_first_to_read_a_mask_of_few_scores(
+    seqlen: int, dtype: str, forward: str, backward: str, looks: bool | None
+) -> None:
+    shape, strides = [1, 1, seqlen, seqlen], [0, 0, seqlen, 1]
+    plans = plan(batch=2, seqlen_q=seqlen, tensors={"attn_mask": (1 << 20, dtype, 0, shape, strides)})
+    assert plans["forward"]["decisions"]["mask"] == forward
+    assert plans["backward"]["decisions"]["mask"] == backward
+    if looks is not None:  # at V, into the workspace
+        assert (plans["forward"]["workspace_bytes"] > 0) == looks
+
+
+@needs_sm90
+def test_under_a_bias_of_more_scores_a_launch_looks_at_all_values() -> None:
+    for seqlen in (512, 1024):
+        shape, strides = [2, 16, seqlen, seqlen], [16 * seqlen**2, seqlen**2, seqlen, 1]
+        mask = {"attn_mask": (1 << 20, "bfloat16", 0, shape, strides)}
+        chosen = plan(batch=2, seqlen_q=seqlen, tensors=mask)["forward"]
+        words = 0 if seqlen == 512 else 2 * 16 * (seqlen // 64) * 8
+        assert chosen["decisions"]["mask"] == "read by tiles"
+        assert chosen["workspace_bytes"] - words in (0, 256)  # and a counter of tiles

@@ -372,3 +372,28 @@ def test_where_torchs_own_function_runs_it_gets_a_dense_mask() -> None:
     with flash_attn.replace_sdpa(), kernels:
         out = torch.nn.functional.scaled_dot_product_attention(*inputs, prepare_mask(mask))  # type: ignore[arg-type]
     torch.testing.assert_close(out, sdpa(*inputs, mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 128, 128), (B, 1, 70, 200), (1, H, 300, 17), (B, H, 129, 257), (B, 1, 1, 300), (1, 1, 150, 1)]
+)
+def test_gradients_under_a_small_mask_are_those_under_the_same_mask_packed(
+    shape: tuple[int, ...], head_dim: int
+) -> None:
+    """Hopper's backward pass reads a small boolean mask as it lies."""
+    rows, columns = (n if n > 1 else 200 for n in shape[2:])
+    sizes = ((B, rows, H, head_dim), (B, columns, H, head_dim), (B, columns, H, head_dim))
+    leaves = [torch.randn(*size, dtype=torch.bfloat16, device="cuda").requires_grad_() for size in sizes]
+    dout = torch.randn(*sizes[0], dtype=torch.bfloat16, device="cuda")
+    whole = torch.rand(shape, device="cuda") < 0.5
+    whole[..., 64:, :128] = True  # blocks that hide nothing, and, but of a row that is all there is, some that hide all
+    whole[..., :, 128:] &= shape[2] == 1
+    for mask in (whole, whole[..., 1:] if shape[3] > 1 else whole):
+        keys = [x[:, : mask.shape[3]] if mask.shape[3] > 1 else x for x in leaves[1:]]
+        results = []
+        for given in (mask, prepare_mask(mask)):
+            out = flash_attn_func(leaves[0], *keys, attn_mask=given, deterministic=True)
+            results.append([out, *torch.autograd.grad(out, leaves, dout)])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), mask.shape

@@ -3,10 +3,23 @@
 
 #include "../../kernel.h"
 #include "../../mask_band.h"
+#include "../mask/packed_mask.h"
+#include "hopper/tensor_map.h"
 
 namespace flash_attn::cuda::sm90 {
 
 constexpr int64_t kLeastSharing = 8;  // of mask::is_read_ahead()
+
+/// A few blocks a tile, and a few tiles an SM: a launch before the kernels of a pass costs more than it saves them.
+inline bool has_few_scores(const ForwardParams& p) {
+  return p.seqlen_k <= 512 && p.batch * p.num_heads * p.seqlen_q * p.seqlen_k <= int64_t{1} << 23;
+}
+
+/// As mask::is_read_ahead(); but an additive mask of few scores is read by tiles alone where the copy engine reaches it.
+inline bool is_read_ahead(const ForwardParams& p, int64_t sharing) {
+  const bool by_tiles = p.has_bias() && p.mask.packed == nullptr && has_few_scores(p) && has_mask_map(p);
+  return !by_tiles && mask::is_read_ahead(p, sharing);
+}
 
 /// Why, as a clause; null if it is for the pass to say.
 inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceInfo& device) {

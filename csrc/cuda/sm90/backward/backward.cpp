@@ -85,6 +85,17 @@ const char* dmask_name(const ExtendedPlan& extended) {
   return extended.adds_dmask ? "added by tiles in turn" : "stored by tiles";
 }
 
+/// How attn_mask comes to the tiles, see MaskSource.
+const char* mask_name(const Plans& plans, const ForwardParams& p) {
+  if (p.mask.packed != nullptr) return "prepared";
+  if (plans.of_band.variant != nullptr) return "packed first";
+  switch (mask_source(plans.plan.extended, p)) {
+    case MaskSource::kPacked: return "packed first";
+    case MaskSource::kBytes: return "read with rows";
+    default: return "read by tiles";
+  }
+}
+
 flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   const Plans plans = choose_plans(params, device);
   const Plan& chosen = plans.plan;
@@ -100,6 +111,7 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   plan.decide("dq_writing", chosen.dq.writing.enabled);
   plan.decide("preparation", chosen.preparation.ahead > 0);
   if (params.forward.mask.data != nullptr) {
+    plan.decide("mask", mask_name(plans, params.forward));
     plan.decide("if_band", plans.of_band.variant != nullptr ? plans.of_band.variant->name : "none");
   }
   if (params.dmask != nullptr) plan.decide("dmask", dmask_name(chosen.extended));

@@ -67,7 +67,7 @@ struct Workspace {
     place(packed_blocks, p.is_varlen_k() ? plan.order.max_packed_blocks + 1 : 0);
     if (!variant.extended) return;
     place(blind, blocks * (variant.block_m / 64));
-    place(packed_mask, plan.extended.packs_mask ? mask::packing_workspace(p.mask) : 0);
+    place(packed_mask, mask_source(plan.extended, p) == MaskSource::kPacked ? mask::packing_workspace(p.mask) : 0);
     const int64_t classes = plan.extended.packs_mask ? num_tile_classes(p.mask, variant.block_m) : 0;
     place(tile_classes, classes);
     place(tile_bits, classes * bits_of_block(variant.block_m));
@@ -248,6 +248,13 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   rows.num_cleared = workspace.cleared_bytes / static_cast<int64_t>(sizeof(uint4));
   rows.packed_blocks = packed_blocks_params(plan, p, workspace);
   rows.condition = condition;
+  if (variant.extended && mask_source(plan.extended, p) == MaskSource::kBytes) {
+    const TileClassSizes sizes(p.mask, variant.block_m);
+    rows.unpacked_mask = {
+        place_tile_classes(p.mask, variant.block_m, workspace.tile_classes, workspace.tile_bits),
+        static_cast<int>(sizes.key_blocks), static_cast<int>(sizes.query_blocks),
+        static_cast<int>(sizes.slices * sizes.key_blocks * sizes.query_blocks)};
+  }
   return rows;
 }
 
@@ -265,7 +272,7 @@ namespace {
 void prepare_mask(const Plan& plan, const BackwardParams& params, const KernelParams& kernel,
                   const Workspace& workspace, cudaStream_t stream) {
   const MaskView& mask = params.forward.mask;
-  if (plan.extended.packs_mask) {
+  if (mask_source(plan.extended, params.forward) == MaskSource::kPacked) {
     const mask::PackedMask packed = cuda::mask::packed_or_pack(mask, workspace.packed_mask, stream);
     fill_tile_classes(mask, packed, plan.variant->block_m, kernel.extended.classes, kernel.condition, stream);
   }
@@ -340,6 +347,14 @@ BackwardParams backward_of_band(const BackwardParams& params) {
 }
 
 }  // namespace
+
+MaskSource mask_source(const ExtendedPlan& plan, const ForwardParams& p) {
+  constexpr int64_t kMostBytes = int64_t{1} << 20;  // more of them packing reads faster, by whole rows
+  if (!plan.packs_mask) return MaskSource::kTiles;
+  const int64_t bytes = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
+  return p.has_bool_mask() && p.mask.packed == nullptr && bytes <= kMostBytes ? MaskSource::kBytes
+                                                                               : MaskSource::kPacked;
+}
 
 Plans choose_plans(const BackwardParams& params, const DeviceInfo& device) {
   return {choose_plan(params, device), choose_band_plan(params, device)};

@@ -13,6 +13,14 @@ struct Plans {
 };
 Plans choose_plans(const BackwardParams& params, const DeviceInfo& device);
 
+/// Where a kernel of extended/ has it from what attn_mask shows.
+enum class MaskSource {
+  kTiles,   // they read an additive mask where it lies, or there is none
+  kPacked,  // it is packed first, or was before: classes of tiles are made from that
+  kBytes,   // a small boolean mask: the launch that prepares rows makes classes from it as it lies
+};
+MaskSource mask_source(const ExtendedPlan& plan, const ForwardParams& p);
+
 /// Of scratch memory that launch_plans() uses.
 int64_t workspace_bytes(const Plans& plans, const BackwardParams& params);
 /// All launches of the pass: before, of and after the main kernels.

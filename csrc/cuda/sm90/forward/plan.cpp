@@ -143,13 +143,6 @@ const Variants& first_to_take(const ForwardParams& p, std::initializer_list<cons
   return **(lists.end() - 1);
 }
 
-/// Whether under an additive mask that is not packed each tile looks for rows of V that are not finite in what it has
-/// loaded: a few times some hundred nanoseconds, where a launch that looks at all of them before costs the host 5 us.
-bool tiles_look_at_values(const ForwardParams& p) {
-  constexpr int64_t kMostKeys = 512, kMostScores = int64_t{1} << 23;  // a few blocks a tile, and a few tiles an SM
-  return p.seqlen_k <= kMostKeys && p.batch * p.num_heads * p.seqlen_q * p.seqlen_k <= kMostScores;
-}
-
 const char* forced_kernel() {
   const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   return forced != nullptr && *forced != '\0' ? forced : nullptr;
@@ -171,7 +164,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
   const Cost cost(variant);
   Plan plan;
   plan.packs_mask =
-      params.mask.data != nullptr && (mask::is_read_ahead(params, kLeastSharing) || params.cu_seqlens_k != nullptr);
+      params.mask.data != nullptr && (is_read_ahead(params, kLeastSharing) || params.cu_seqlens_k != nullptr);
   plan.variant = &variant;
   TileSchedule& schedule = plan.schedule;
   const int64_t num_m_blocks = ceil_div(params.seqlen_q, variant.block_m);
@@ -254,7 +247,9 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
                       : 0;
   place(schedule.partial_out, partial_rows * plan.variant->head_dim_v);
   place(schedule.partial_statistics, partial_rows);
-  if (params.mask.data != nullptr && (plan.packs_mask || !tiles_look_at_values(params))) {
+  // Under an additive mask that is not packed, tiles of few scores look for rows of V that are not finite in what they
+  // have loaded; for others a launch looks at all of V.
+  if (params.mask.data != nullptr && (plan.packs_mask || !has_few_scores(params))) {
     if (workspace != nullptr) plan.mask_workspace = static_cast<char*>(workspace) + bytes;
     bytes += plan.packs_mask ? mask::packing_workspace(params.mask) : mask::bad_rows_bytes(params);
     if (plan.done_as_band) bytes += mask::band_workspace(params.mask);

@@ -1,4 +1,3 @@
-#include "../../../../sequence.h"
 #include "../../../common/launch.h"
 #include "../../../mask/transposed_bits.h"
 #include "classes.h"
@@ -61,23 +60,15 @@ __global__ void __launch_bounds__(32 * kWarps) classes_kernel(const __grid_const
   for (int64_t number = first; number < end; ++number) fill_block<kBlockM>(arguments, number);
 }
 
-struct Sizes {
-  int64_t query_blocks, key_blocks, slices;
-  Sizes(const MaskView& mask, int block_m)
-      : query_blocks(ceil_div(mask.row_size, block_m)),
-        key_blocks(ceil_div(mask.col_size, kClassKeys)),
-        slices(mask.batch_size * mask.head_size) {}
-};
-
 }  // namespace
 
 int64_t num_tile_classes(const MaskView& mask, int block_m) {
-  const Sizes sizes(mask, block_m);
+  const TileClassSizes sizes(mask, block_m);
   return sizes.slices * sizes.query_blocks * sizes.key_blocks;
 }
 
 TileClasses place_tile_classes(const MaskView& mask, int block_m, uint8_t* data, uint32_t* bits) {
-  const Sizes sizes(mask, block_m);
+  const TileClassSizes sizes(mask, block_m);
   const int64_t slice = sizes.query_blocks * sizes.key_blocks;
   const auto stride = [](int64_t size, int64_t step) { return static_cast<int>(size == 1 ? 0 : step); };
   return {data,
@@ -92,7 +83,7 @@ void fill_tile_classes(const MaskView& mask, const mask::PackedMask& packed, int
                        const mask::BandCondition& condition, cudaStream_t stream) {
   // Of many blocks most are skipped, or all, which takes as long as starting CTAs for them.
   constexpr int64_t kManyBlocks = 4096;
-  const Sizes sizes(mask, block_m);
+  const TileClassSizes sizes(mask, block_m);
   const int64_t num_blocks = num_tile_classes(mask, block_m), of_cta = clamp<int64_t>(num_blocks / kManyBlocks, 1, 8);
   const ClassesArguments arguments{packed,
                                    classes,

@@ -1,7 +1,6 @@
 // What the plan of a kernel of extended/ decides beside plan.cpp.
 #include "../plan.h"
 
-#include "../../../mask/packed_mask.h"
 #include "../../../sm80/sm80.h"
 #include "../../hopper/tensor_map.h"
 #include "../../refusals.h"
@@ -21,7 +20,7 @@ int64_t scores_of_number(const ForwardParams& p) {
 
 /// Whether attn_mask is packed first. Tiles add up the gradient of what they have not read ahead.
 bool packs_mask_first(const BackwardParams& params) {
-  return mask::is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
+  return is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
 }
 
 /// Whether the tiles can store or add attn_mask's gradient, see extended/dmask.h; `has_follower`: a thread is free to

@@ -4,6 +4,7 @@
 #include "../../../common/launch.h"
 #include "../../../common/scores/lost_of_lse.h"
 #include "../../../common/tiles/packed_blocks.h"
+#include "../extended/read_classes.h"
 #include "../params.h"
 #include "../rows.h"
 #include "preprocess.h"
@@ -92,6 +93,10 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
   grid_launch_dependents();
   clear(params);
   const ForwardParams& p = params.problem.forward;
+  if constexpr (kStatistics == Statistics::kExtended) {
+    const int number = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x) + params.unpacked_mask.count;
+    if (number >= 0) return read_tile_classes(p.mask, params.unpacked_mask, params.block_m, number);
+  }
   SequenceInfo info;
   RowGroup at;
   uint32_t b;
@@ -245,7 +250,8 @@ void launch_prepare(const RowsParams& params, cudaStream_t stream) {
       params.prepared_tiles > 0 ? params.prepared_tiles * (p.num_heads / packed.heads) * (packed.block_n / kRows)
       : params.m_blocks.starts != nullptr ? params.m_blocks.count() * p.num_heads * groups_of_block
                                           : params.prepared_heads * params.num_m_blocks * groups_of_block;
-  preprocess_for<Element>(params)<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(params);
+  preprocess_for<Element>(params)<<<static_cast<unsigned>(groups + params.unpacked_mask.count), kThreads, 0, stream>>>(
+      params);
   check(cudaGetLastError(), "sm90 backward statistics");
 }
 

@@ -6,6 +6,7 @@
 #include "../../../../mask_band.h"
 #include "../../../../params.h"
 #include "../../../common/tiles/sequence_blocks.h"
+#include "../extended/params.h"
 
 namespace flash_attn::cuda::sm90::backward {
 
@@ -17,6 +18,12 @@ struct PackedBlocksParams {
   int num_blocks, block_n;
   int heads;        // tiles beside a block of keys
   int last_blocks;  // PackedBlock::in_last: fewer than these come after the sequence
+};
+
+/// A boolean attn_mask from which further CTAs make classes of tiles, one each; count 0: none does.
+struct UnpackedMask {
+  TileClasses classes;
+  int key_blocks, query_blocks, count;
 };
 
 struct RowsParams {
@@ -40,6 +47,7 @@ struct RowsParams {
   int64_t num_cleared;
   PackedBlocksParams packed_blocks;
   mask::BandCondition condition;
+  UnpackedMask unpacked_mask;
   const BlockCounters* dq_counters;  // of extended/: 0 where no tile has stored anything; null: dq_accum was 0 at first
 };
 
