@@ -15,7 +15,8 @@ inline bool has_few_scores(const ForwardParams& p) {
   return p.seqlen_k <= 512 && p.batch * p.num_heads * p.seqlen_q * p.seqlen_k <= int64_t{1} << 23;
 }
 
-/// As mask::is_read_ahead(); but an additive mask of few scores is read by tiles alone where the copy engine reaches it.
+/// As mask::is_read_ahead(); but an additive mask of few scores is read by tiles alone where the copy engine reaches
+/// it.
 inline bool is_read_ahead(const ForwardParams& p, int64_t sharing) {
   const bool by_tiles = p.has_bias() && p.mask.packed == nullptr && has_few_scores(p) && has_mask_map(p);
   return !by_tiles && mask::is_read_ahead(p, sharing);

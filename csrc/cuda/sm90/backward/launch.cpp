@@ -250,10 +250,9 @@ RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Wor
   rows.condition = condition;
   if (variant.extended && mask_source(plan.extended, p) == MaskSource::kBytes) {
     const TileClassSizes sizes(p.mask, variant.block_m);
-    rows.unpacked_mask = {
-        place_tile_classes(p.mask, variant.block_m, workspace.tile_classes, workspace.tile_bits),
-        static_cast<int>(sizes.key_blocks), static_cast<int>(sizes.query_blocks),
-        static_cast<int>(sizes.slices * sizes.key_blocks * sizes.query_blocks)};
+    rows.unpacked_mask = {place_tile_classes(p.mask, variant.block_m, workspace.tile_classes, workspace.tile_bits),
+                          static_cast<int>(sizes.key_blocks), static_cast<int>(sizes.query_blocks),
+                          static_cast<int>(sizes.slices * sizes.key_blocks * sizes.query_blocks)};
   }
   return rows;
 }
@@ -353,7 +352,7 @@ MaskSource mask_source(const ExtendedPlan& plan, const ForwardParams& p) {
   if (!plan.packs_mask) return MaskSource::kTiles;
   const int64_t bytes = p.mask.batch_size * p.mask.head_size * p.mask.row_size * p.mask.col_size;
   return p.has_bool_mask() && p.mask.packed == nullptr && bytes <= kMostBytes ? MaskSource::kBytes
-                                                                               : MaskSource::kPacked;
+                                                                              : MaskSource::kPacked;
 }
 
 Plans choose_plans(const BackwardParams& params, const DeviceInfo& device) {

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -52,20 +53,49 @@ const char* tensor_map_refuses(const TensorMapSource& s) {
 
 namespace {
 
-CUtensorMap encode(DType dtype, const void* base, const cuuint64_t (&sizes)[5], const cuuint64_t (&strides)[4],
-                   int box_rows) {
+/// All that a map is made of. No gaps between its members, which are compared as bytes.
+struct Description {
+  uintptr_t base;
+  cuuint64_t sizes[5], strides[4];  // of dimensions; in bytes
+  int64_t box_rows;
+  DType dtype;
+  int32_t zero = 0;
+
+  bool operator==(const Description& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+};
+static_assert(sizeof(Description) == 96);
+
+CUtensorMap encode(const Description& d) {
   constexpr cuuint32_t kBoxColumns = 64;
-  const cuuint32_t box[5] = {kBoxColumns, cuuint32_t(box_rows), 1, 1, 1};
+  const cuuint32_t box[5] = {kBoxColumns, cuuint32_t(d.box_rows), 1, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto type = d.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map, type, 5, const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      tensor_map_encoder()(&map, type, 5, reinterpret_cast<void*>(d.base), d.sizes, d.strides, box, element_strides,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(int(result)));
   }
   return map;
+}
+
+/// The map, encoded anew unless this thread has done so lately: calls come again with the same sizes, and with the
+/// addresses that torch's allocator hands out in turn.
+CUtensorMap map_of(const Description& d) {
+  constexpr int kSlots = 64;  // some calls' worth
+  struct Slot {
+    CUtensorMap map;
+    Description description;
+  };
+  static thread_local Slot slots[kSlots] = {};
+  // Addresses are multiples of 512 bytes mostly; maps of one tensor differ by their boxes.
+  const uint64_t mixed = (d.base / 512 + uint64_t(d.box_rows)) * 0x9e3779b97f4a7c15ull;
+  Slot& slot = slots[mixed >> 58];
+  static_assert(kSlots == 1 << (64 - 58));
+  if (!(slot.description == d)) slot = {encode(d), d};
+  return slot.map;
 }
 
 /// The stride of a dimension of one element is never used, but the encoder checks it.
@@ -75,12 +105,12 @@ cuuint64_t stride_bytes(int64_t stride, int64_t size) { return static_cast<cuuin
 
 CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
   const cuuint64_t row_bytes = stride_bytes(s.view.row, s.rows);
-  const cuuint64_t sizes[5] = {cuuint64_t(s.head_dim), cuuint64_t(s.max_rows), cuuint64_t(s.rows + 1),
-                               cuuint64_t(s.heads), cuuint64_t(s.batch)};
-  const cuuint64_t strides[4] = {row_bytes, row_bytes, stride_bytes(s.view.head, s.heads),
-                                 stride_bytes(s.view.batch, s.batch)};
-  const uintptr_t base = reinterpret_cast<uintptr_t>(s.view.data) - cuuint64_t(s.max_rows) * row_bytes;
-  return encode(s.dtype, reinterpret_cast<void*>(base), sizes, strides, box_rows);
+  return map_of({reinterpret_cast<uintptr_t>(s.view.data) - cuuint64_t(s.max_rows) * row_bytes,
+                 {cuuint64_t(s.head_dim), cuuint64_t(s.max_rows), cuuint64_t(s.rows + 1), cuuint64_t(s.heads),
+                  cuuint64_t(s.batch)},
+                 {row_bytes, row_bytes, stride_bytes(s.view.head, s.heads), stride_bytes(s.view.batch, s.batch)},
+                 box_rows,
+                 s.dtype});
 }
 
 bool has_mask_map(const ForwardParams& p) {
@@ -93,11 +123,13 @@ bool has_mask_map(const ForwardParams& p) {
 }
 
 CUtensorMap make_mask_map(const MaskView& mask, int box_rows) {
-  const cuuint64_t sizes[5] = {cuuint64_t(mask.col_size), cuuint64_t(mask.row_size), cuuint64_t(mask.head_size),
-                               cuuint64_t(mask.batch_size), 1};
-  const cuuint64_t strides[4] = {stride_bytes(mask.row, mask.row_size), stride_bytes(mask.head, mask.head_size),
-                                 stride_bytes(mask.batch, mask.batch_size), 16};
-  return encode(mask.dtype, mask.data, sizes, strides, box_rows);
+  return map_of({reinterpret_cast<uintptr_t>(mask.data),
+                 {cuuint64_t(mask.col_size), cuuint64_t(mask.row_size), cuuint64_t(mask.head_size),
+                  cuuint64_t(mask.batch_size), 1},
+                 {stride_bytes(mask.row, mask.row_size), stride_bytes(mask.head, mask.head_size),
+                  stride_bytes(mask.batch, mask.batch_size), 16},
+                 box_rows,
+                 mask.dtype});
 }
 
 }  // namespace flash_attn::cuda::sm90

@@ -34,8 +34,8 @@ FLASH_ATTN_DEVICE void read_tile_classes(const MaskView& view, const UnpackedMas
     any_seen = any_seen || seen != 0;
     any_hidden = any_hidden || seen != exist;
   }
-  const uint32_t found = (__syncthreads_or(any_seen) != 0 ? mask::kSeen : 0) |
-                         (__syncthreads_or(any_hidden) != 0 ? mask::kHidden : 0);
+  const uint32_t found =
+      (__syncthreads_or(any_seen) != 0 ? mask::kSeen : 0) | (__syncthreads_or(any_hidden) != 0 ? mask::kHidden : 0);
   if (threadIdx.x == 0) mask.classes.data[number] = static_cast<uint8_t>(found);
 }
 
