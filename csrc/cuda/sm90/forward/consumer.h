@@ -126,6 +126,7 @@ struct Consumer {
     begin_issue();
     issue_qk();
     end_issue();
+    release_out_stage();
     wgmma_wait<0>();
     wgmma_results(s);
     release_k();
@@ -282,11 +283,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < Config::kHeadDimV / 2; ++i) out[i] = 0.f;
       process_first_block(tile, row, end - 1);
-      for (int n_block = end - 2; n_block >= begin; --n_block) {
-        process_block(tile, row, n_block);
-        release_out_stage();
-      }
-      release_out_stage();
+      for (int n_block = end - 2; n_block >= begin; --n_block) process_block(tile, row, n_block);
       if constexpr (Config::kOutBuffer) {
         if (lane == 0) mbarrier_arrive(&shared.q_empty[tiles.stage()]);  // read for the last time
       }
