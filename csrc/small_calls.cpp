@@ -150,6 +150,7 @@ Object item(const Object& results, Py_ssize_t index) {
 
 struct Problem {
   PyObject *q, *k, *v, *mask, *scale;
+  double dropout_p;
 };
 
 bool requires_grad(const Problem& p) {
@@ -179,6 +180,7 @@ Object try_attend(const Problem& p, long options) {
   if (has_mask && (differentiable.get() == Py_None || !takes_mask(p))) return Object(shared(Py_None));
 
   if (!requires_grad(p)) {
+    if (p.dropout_p > 0) return Object(shared(Py_None));  // which nobody does often
     options |= given.without_lse;
     if (!has_mask) {
       const Object op = named(given.plain, names->plain_forward), number(PyLong_FromLong(options));
@@ -188,12 +190,12 @@ Object try_attend(const Problem& p, long options) {
     if (is_true(call(given.is_deterministic, {}))) options |= given.deterministic;
     const Object numel(PyObject_CallMethodObjArgs(p.q, names->numel, nullptr));
     if (differentiable.get() == Py_None || integer(numel) > integer(named(given.extension, names->largest))) {
-      if (has_mask) return Object(shared(Py_None));
+      if (has_mask || p.dropout_p > 0) return Object(shared(Py_None));
       const Object apply = named(given.plain, names->apply), settings(Py_BuildValue("(Ol)", p.scale, options));
       return results_of(apply.get(), {p.q, p.k, p.v, settings.get()});
     }
   }
-  const Object carried(PyFloat_FromDouble(-1.0 - double(options)));
+  const Object carried(PyFloat_FromDouble(-1.0 - double(options) - p.dropout_p));
   const Object results = p.scale == Py_None ? results_of(differentiable.get(), {p.q, p.k, p.v, p.mask, carried.get()})
                                             : results_of(differentiable.get(),
                                                          {p.q, p.k, p.v, p.mask, carried.get(), p.scale}, names->scale);
@@ -206,18 +208,26 @@ bool is_bool(PyObject* object) { return object == Py_True || object == Py_False;
 
 bool is_tensor(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == given.tensor_type; }
 
+/// What is to be dropped, a float or an int, fits beside the options; 1 does not, nor what is wrong.
+bool takes_dropout(PyObject* number) {
+  if (!PyFloat_CheckExact(number)) return PyObject_IsTrue(number) == 0;
+  const double dropout_p = PyFloat_AsDouble(number);
+  return dropout_p >= 0 && dropout_p < 1;
+}
+
 /// `plain.try_sdpa`.
-Object try_sdpa(const Problem& p, PyObject* dropout_p, PyObject* is_causal, PyObject* enable_gqa) {
+Object try_sdpa(Problem p, PyObject* dropout_p, PyObject* is_causal, PyObject* enable_gqa) {
   const bool types_fit = is_tensor(p.q) && is_tensor(p.k) && is_tensor(p.v) &&
                          (p.mask == Py_None || is_tensor(p.mask) ||
                           reinterpret_cast<PyObject*>(Py_TYPE(p.mask)) == given.parameter_type) &&
                          is_bool(is_causal) && is_bool(enable_gqa) &&
                          (p.scale == Py_None || PyFloat_CheckExact(p.scale)) &&
                          (PyFloat_CheckExact(dropout_p) || PyLong_CheckExact(dropout_p));
-  if (!types_fit || PyObject_IsTrue(dropout_p) != 0 || is_true(call(given.has_torch_function, {p.q})) ||
+  if (!types_fit || !takes_dropout(dropout_p) || is_true(call(given.has_torch_function, {p.q})) ||
       integer(attribute(p.q, names->ndim)) != 4) {
     return Object(shared(Py_None));
   }
+  p.dropout_p = PyFloat_AsDouble(dropout_p);
   const int shared_heads = enable_gqa == Py_True ? given.shared_heads : 0;
   return try_attend(p, (is_causal == Py_True ? given.causal : given.full) | shared_heads);
 }
@@ -238,18 +248,19 @@ bool takes(Py_ssize_t expected, Py_ssize_t count) {
 }
 
 PyObject* py_try_attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!takes(6, count)) return nullptr;
+  if (!takes(7, count)) return nullptr;
   return without_throwing([&] {
     const long options = PyLong_AsLong(args[5]);
     if (options == -1 && PyErr_Occurred() != nullptr) throw Raised();
-    return try_attend({args[0], args[1], args[2], args[3], args[4]}, options);
+    if (!PyFloat_CheckExact(args[6]) || !takes_dropout(args[6])) return Object(shared(Py_None));
+    return try_attend({args[0], args[1], args[2], args[3], args[4], PyFloat_AsDouble(args[6])}, options);
   });
 }
 
 PyObject* py_try_sdpa(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!takes(8, count)) return nullptr;
   return without_throwing(
-      [&] { return try_sdpa({args[0], args[1], args[2], args[3], args[6]}, args[4], args[5], args[7]); });
+      [&] { return try_sdpa({args[0], args[1], args[2], args[3], args[6], 0.0}, args[4], args[5], args[7]); });
 }
 
 PyObject* configure(PyObject*, PyObject* args) {

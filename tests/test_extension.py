@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flash_attn import flash_attn_func
 from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op import extension, plain, private
+from flash_attn.torch_op.arguments import plain_options, split_backward
 from flash_attn.torch_op.observer import Observer
 
 NAME = "_scaled_dot_product_fused_attention_overrideable"
@@ -102,3 +104,63 @@ def test_a_backward_pass_alone_is_explained() -> None:
         gradients = torch.autograd.grad(out.sum(), leaves)
     assert all(not x.any() and x.shape == y.shape for x, y in zip(gradients, leaves, strict=True))
     assert len(seen) == 1 and seen[0].options.causal == ops.TOP_LEFT and seen[0].needs[:4] == [True, True, True, False]
+
+
+DROPPING = [
+    lambda q, k, v, dropout_p: sdpa(q, k, v, None, dropout_p, is_causal=True, scale=0.3),
+    lambda q, k, v, dropout_p: sdpa(q, k, v, torch.ones(5, dtype=torch.bool), dropout_p),
+    lambda q, k, v, dropout_p: flash_attn_func(q, k, v, dropout_p),
+]
+
+
+def _dropped(attend: Any, leaves: list[Tensor], dropout_p: float) -> list[Tensor]:
+    torch.manual_seed(3)
+    out = attend(*leaves, dropout_p)
+    after = torch.rand(())  # as many numbers were drawn
+    return [out, after, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape).double())]
+
+
+@pytest.mark.parametrize("attend", DROPPING)
+@pytest.mark.parametrize("dropout_p", [0.25, 0.5, 0.875])
+def test_dropout_is_drawn_as_on_the_long_way(attend: Any, dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves, taken = _leaves(), []
+    forward = extension.forward
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        taken.append(arguments[4])
+        return forward(*arguments, **options)  # type: ignore[misc] # it is there
+
+    monkeypatch.setattr(extension, "forward", recorded)
+    short = _dropped(attend, leaves, dropout_p)
+    assert len(taken) == 1
+    for name in ("try_sdpa", "try_attend"):
+        monkeypatch.setattr(plain, name, lambda *_: None)
+    long = _dropped(attend, leaves, dropout_p)
+    assert len(taken) == 1
+    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+    assert not torch.equal(short[0], _dropped(attend, leaves, 0.0)[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.3, 0.7, 1 - 2**-20])
+def test_the_share_that_is_dropped_comes_back_from_beside_the_options(dropout_p: float) -> None:
+    q, state = torch.empty(2, 3, 5, 8), torch.empty(2, dtype=torch.int64)
+    number = plain_options(ops.TOP_LEFT, True, True)
+    given = (q, q, q, q, None, [True] * 4, q, None, None, None, 0, 0, -1.0 - number - dropout_p, False, state, None)
+    arguments = split_backward(extension.of_backward(*given))
+    assert arguments.options.dropout_p == pytest.approx(dropout_p, abs=1e-14)
+    assert arguments.options.deterministic and arguments.options.causal == ops.TOP_LEFT
+    assert arguments.tensors.rng_state is state
+
+
+@pytest.mark.parametrize("dropout_p", [1, 1.0])
+def test_everything_is_dropped_the_long_way(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "forward", lambda *_: pytest.fail("the short way"))
+    leaves = _leaves()
+    out = sdpa(*leaves, None, dropout_p)
+    assert not out.any() and not any(x.any() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_a_wrong_share_has_its_own_words() -> None:
+    for dropout_p in (-0.1, 1.5, float("nan")):
+        with pytest.raises(RuntimeError, match="dropout_p must be in"):
+            sdpa(*_leaves(), None, dropout_p)

@@ -81,8 +81,7 @@ def test_so_do_other_lengths_shared_heads_more_dimensions_and_autocast(way: str)
     "call",
     [
         lambda q, k, v: _sdpa(q, k, v, attn_mask=torch.zeros(5, 5)),
-        lambda q, k, v: _sdpa(q, k, v, dropout_p=0.5),
-        lambda q, k, v: _func(q, k, v, dropout_p=0.5),
+        lambda q, k, v: _sdpa(q, k, v, dropout_p=1.0),
         lambda q, k, v: _func(q, k, v, softcap=2.0),
         lambda q, k, v: _func(q, k, v, return_lse=True)[1],
         lambda q, k, v: _func(q, k, v, window_size=(1, -1)),
@@ -95,6 +94,14 @@ def test_others_go_the_long_way(call: Callable[..., Tensor]) -> None:
     assert _ops_of(lambda: call(q, k, v).sum().backward()) == LONG
 
 
+@pytest.mark.parametrize("attend", [_sdpa, _func])
+def test_dropout_has_torchs_op_alone(attend: Callable[..., Tensor], way: str) -> None:
+    q, k, v = _leaves()
+    expected = SHORT[way] if way == "extension" else LONG
+    assert _ops_of(lambda: attend(q, k, v, dropout_p=0.5).sum().backward()) == expected
+    assert _ops_of(lambda: attend(q.detach(), k.detach(), v.detach(), dropout_p=0.5)) == LONG[:1]
+
+
 @pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT, ops.BOTTOM_RIGHT])
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -103,7 +110,7 @@ def test_both_ways_are_equal(causal: int, heads_first: bool, scale: float | None
     if heads_first:
         k, v = (x[:, :, :5] for x in (k, v))
     long, _ = ops.attention(q, k, v, softmax_scale=scale, causal=causal, heads_first=heads_first)
-    short = plain.try_attend(q, k, v, None, scale, arguments.plain_options(causal, heads_first, False))
+    short = plain.try_attend(q, k, v, None, scale, arguments.plain_options(causal, heads_first, False), 0.0)
     assert short is not None
     assert torch.equal(short, long) and short.stride() == long.stride()
     weight = torch.randn_like(long)

@@ -8,6 +8,7 @@
 
 #include "../mask_band.h"
 #include "arguments/refuse.h"
+#include "rng_state.h"
 #include "run.h"
 
 namespace flash_attn {
@@ -133,10 +134,17 @@ void forward(StableIValue* values, uint64_t, uint64_t) {
   put_results(values, std::move(results.out), std::move(results.lse), std::move(rng_used));
 }
 
-std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options) {
-  if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) return {};
+PlainResults attend_plain(Inputs& inputs, const PlainOptions& options) {
+  PlainResults plain;
+  if (options.if_they_fit && !fit_as_they_are(inputs.arguments(), options.shared_heads)) return plain;
+  if (inputs.arguments().dropout_p > 0) {
+    plain.rng_state = drawn_rng_state(inputs.q_given());
+    inputs.set_rng_state(Tensor(plain.rng_state.shared()));
+  }
   Results results = attend(inputs, options.lse_is_read);
-  return {std::move(results.out), options.lse_is_read ? std::move(results.lse) : Tensor()};
+  plain.out = std::move(results.out);
+  if (options.lse_is_read) plain.lse = std::move(results.lse);
+  return plain;
 }
 
 std::array<Tensor, 4> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
@@ -153,8 +161,8 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
   const PlainOptions options = inputs.take_plain_options(stack);
   inputs.describe();
 
-  auto [out, lse] = attend_plain(inputs, options);
-  put_results(values, std::move(out), std::move(lse));
+  PlainResults results = attend_plain(inputs, options);
+  put_results(values, std::move(results.out), std::move(results.lse));
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {

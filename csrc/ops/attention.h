@@ -34,10 +34,15 @@ Results attend(const Inputs& inputs, bool lse_is_read = true, const Tensor* lse 
 Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor& dlse, Tensor& out, const Tensor& lse,
                         const std::vector<bool>& needs);
 
-/// What the plain ops compute, for who takes arguments of another schema, which may have a mask. The results are
-/// undefined where the inputs should fit and do not, and gradients (q, k, v, mask) where `needs` (these, and false
-/// twice) does not want them.
-std::array<Tensor, 2> attend_plain(const Inputs& inputs, const PlainOptions& options);
+/// What forward returns for who keeps it for backward; of dropout its state, else that is undefined.
+struct PlainResults {
+  Tensor out, lse, rng_state;
+};
+
+/// What the plain ops compute, for who takes arguments of another schema, which may have a mask and dropout, whose
+/// state is drawn. The results are undefined where the inputs should fit and do not, and gradients (q, k, v, mask)
+/// where `needs` (these, and false twice) does not want them.
+PlainResults attend_plain(Inputs& inputs, const PlainOptions& options);
 std::array<Tensor, 4> differentiate_plain(const Inputs& inputs, Tensor& dout, Tensor& out, const Tensor& lse,
                                           const std::vector<bool>& needs);
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -16,15 +17,17 @@ using torch::stable::detail::StableLibrary;
 
 constexpr int64_t kMark = 0x666c6173;  // the result max_q: who called sees that the kernel was ours
 
-/// The op has no argument for our options, but hands dropout_p on to backward: -1 - options. Nobody else calls with
-/// less than 0.
-int64_t plain_options(double dropout_p) {
+/// The op has no argument for our options, but hands dropout_p on to backward: -1 - options - what is dropped, which is
+/// less than 1. Nobody else calls with less than 0.
+PlainOptions set_carried(Inputs& inputs, std::optional<double> scale, double dropout_p) {
   if (!(dropout_p <= -1)) {
     throw std::runtime_error(
         "aten::_scaled_dot_product_fused_attention_overrideable: the kernel of flash_attn takes calls of flash_attn "
         "alone");
   }
-  return int64_t(-1 - dropout_p);
+  const double carried = -1 - dropout_p, options = std::floor(carried);
+  inputs.options().dropout_p = carried - options;
+  return inputs.set_plain_options(scale, int64_t(options));
 }
 
 // (Tensor query, Tensor key, Tensor value, Tensor? attn_bias, float dropout_p, bool is_causal, bool return_debug_mask,
@@ -39,13 +42,13 @@ void forward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   stack.take<bool>();
   stack.take<bool>();
   const auto scale = stack.take<std::optional<double>>();
-  const PlainOptions options = inputs.set_plain_options(scale, plain_options(dropout_p));
+  const PlainOptions options = set_carried(inputs, scale, dropout_p);
   inputs.set_mask(std::move(mask));
   inputs.describe();
 
-  auto [out, lse] = attend_plain(inputs, options);
-  put_results(values, std::move(out), std::move(lse), Tensor(), Tensor(), kMark, int64_t{0}, Tensor(), Tensor(),
-              Tensor());
+  PlainResults results = attend_plain(inputs, options);
+  put_results(values, std::move(results.out), std::move(results.lse), Tensor(), Tensor(), kMark, int64_t{0},
+              std::move(results.rng_state), Tensor(), Tensor());
 }
 
 // (Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor attn_bias, bool[4] grad_input_mask, Tensor out,
@@ -65,12 +68,14 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   for (int i = 0; i < 2; ++i) stack.take<int64_t>();
   const double dropout_p = stack.take<double>();
   stack.take<bool>();
-  for (int i = 0; i < 2; ++i) stack.take<Tensor>();
+  auto rng_state = stack.take<Tensor>();
+  stack.take<Tensor>();
   const auto scale = stack.take<std::optional<double>>();
-  inputs.set_plain_options(scale, plain_options(dropout_p));
+  set_carried(inputs, scale, dropout_p);
   const Tensor trained = needs.at(3) ? Tensor(mask.shared()) : Tensor();
   inputs.set_mask(std::move(mask));
   inputs.describe();
+  if (inputs.arguments().dropout_p > 0) inputs.set_rng_state(std::move(rng_state));
 
   needs.resize(Arguments::kDifferentiable);
   auto [dq, dk, dv, dmask] = differentiate_plain(inputs, dout, out, lse, needs);

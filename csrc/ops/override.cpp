@@ -19,6 +19,7 @@
 
 #include "arguments/refuse.h"
 #include "attention.h"
+#include "rng_state.h"
 
 namespace flash_attn {
 namespace {
@@ -106,20 +107,6 @@ void copy(const Tensor& to, const Tensor& from) {
   torch::stable::copy_(destination, from.shared());
 }
 
-/// Two whole numbers from the device's generator, those that torch.randint would draw.
-Tensor drawn_state(const Call& call) {
-  using torch::stable::detail::from;
-  Tensor state = call.empty({2}, DType::kInt64, "the state of dropout");
-  std::array<StableIValue, 4> stack{from(state.shared()), from(std::numeric_limits<int64_t>::min()),
-                                    from(std::optional<int64_t>(std::numeric_limits<int64_t>::max())),
-                                    from(std::nullopt)};
-  if (torch_call_dispatcher("aten::random_", "from", stack.data(), TORCH_ABI_VERSION) != 0) {
-    throw std::runtime_error("flash_attn: torch draws no random numbers for dropout");
-  }
-  torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
-  return state;
-}
-
 /// A tensor of one number each.
 std::array<Tensor, 2> halves(const Tensor& state) { return {view_of(state, {}, {}, 0), view_of(state, {}, {}, 1)}; }
 
@@ -145,7 +132,7 @@ Outcome attend(Call& call, bool lse_is_read = true) {
   call.describe();
   Outcome outcome;
   if (call.drops()) {
-    outcome.state = drawn_state(call);
+    outcome.state = drawn_rng_state(call.inputs.q_given());
     call.inputs.set_rng_state(view_of(outcome.state, {2}, {1}));
   } else if (call.op == Of::kFlash) {
     outcome.state = call.empty({2}, DType::kInt64, "the state of dropout");

@@ -83,7 +83,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
             and type(q) is type(k) is type(v) is Tensor
             and not has_torch_function_variadic(q)
         ):
-            out = plain.try_attend(q, k, v, None, scale, _PLAIN[causal, deterministic])
+            out = plain.try_attend(q, k, v, None, scale, _PLAIN[causal, deterministic], dropout_p)
             if out is not None:
                 return out
         values, packed = (None, None) if mask is None else _mask(mask, q, k)
@@ -140,7 +140,7 @@ def _is_plain(options: Options, left: int, right: int) -> bool:
         type(left) is type(right) is int  # which numpy's are not while the compiler traces
         and left == right == -1
         and type(dropout_p) is type(softcap) is float
-        and dropout_p == softcap == 0.0
+        and softcap == 0.0
         and (scale is None or type(scale) is float)
     )
 

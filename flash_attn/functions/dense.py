@@ -192,14 +192,14 @@ def flash_attn_func(
         and type(q) is type(k) is type(v) is Tensor
         and type(causal) is type(deterministic) is bool
         and type(dropout_p) is type(softcap) is float
-        and dropout_p == softcap == 0.0
+        and softcap == 0.0
         and (softmax_scale is None or type(softmax_scale) is float)
         and not has_torch_function_variadic(q)
     ):
         number = _CAUSAL if causal else _FULL
         if deterministic:
             number |= PLAIN_DETERMINISTIC
-        out = plain.try_attend(q, k, v, None, softmax_scale, number)
+        out = plain.try_attend(q, k, v, None, softmax_scale, number, dropout_p)
         if out is not None:
             return out
     options = Options(

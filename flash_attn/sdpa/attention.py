@@ -214,13 +214,12 @@ def _attention(given: Arguments, causal: int) -> Tensor:
     out: Tensor | None = None
     if (
         packed is None
-        and given.dropout_p == 0.0
         and not is_traced()
         and type(q) is type(k) is type(v) is Tensor
         and (mask is None or type(mask) is Tensor)
         and not has_torch_function_variadic(q)
     ):
-        out = plain.try_attend(q, k, v, mask, given.scale, _PLAIN[causal])
+        out = plain.try_attend(q, k, v, mask, given.scale, _PLAIN[causal], given.dropout_p)
     if out is None:
         out, _ = ops.attention(
             q,

@@ -8,6 +8,7 @@ torch.OutOfMemoryError, but torch a RuntimeError with the same text. A second de
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,14 +32,15 @@ _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
 }
 MARK = 0x666C6173  # our kernel's fifth result: someone else may have put another kernel in its place since
 LARGEST = 1 << 24  # elements of q: beyond that calls take the GPU longer than a host whose caches are cold
-_OTHERS = (None,) * (NUM_TENSORS - 4)
+_OTHERS = (None,) * (NUM_TENSORS - 5)
 
 backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
 
 forward: Callable[..., Any] | None = None
-"""`forward(q, k, v, mask, -1.0 - options[, scale=softmax_scale])`: our kernels find the options of the plain ops in
-what would be dropout_p. It returns out (None where the inputs should fit and do not), lse, None, None, `MARK` and what
-nobody needs; without the mark another kernel has answered. None where the op can't be used."""
+"""`forward(q, k, v, mask, -1.0 - options - dropout_p[, scale=softmax_scale])`: our kernels find the options of the
+plain ops, and dropout_p, which is less than 1, in what would be dropout_p. It returns out (None where the inputs should
+fit and do not), lse, None, None, `MARK`, 0, the state of dropout and what nobody needs; without the mark another kernel
+has answered. None where the op can't be used."""
 
 
 def _add_kernels() -> bool:
@@ -79,5 +81,8 @@ def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
     """Arguments of `flash_attn::backward` that mean what the arguments of `backward_op` do."""
     dout, q, k, v, attn_mask, wanted, out, lse = arguments[:8]
     needs = [*wanted, *(False,) * (NUM_DIFFERENTIABLE - 4)]
-    options = from_plain(q, k, scale, int(-1.0 - arguments[12]))
-    return (dout, None, q, k, v, attn_mask, *_OTHERS, out, lse, needs, *options)
+    carried = -1.0 - arguments[12]
+    number = math.floor(carried)
+    options = from_plain(q, k, scale, number)._replace(dropout_p=carried - number)
+    rng_state = arguments[14] if options.dropout_p > 0.0 else None
+    return (dout, None, q, k, v, attn_mask, *_OTHERS, rng_state, out, lse, needs, *options)

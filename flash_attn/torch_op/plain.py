@@ -43,12 +43,13 @@ _forward, _backward = (private.past_torch_function(op) for op in (plain_forward_
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
-try_attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, int], Tensor | None] = small_calls.try_attend
-"""`try_attend(q, k, v, attn_mask, softmax_scale, options)`: the first result of
+try_attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, int, float], Tensor | None]
+try_attend = small_calls.try_attend
+"""`try_attend(q, k, v, attn_mask, softmax_scale, options, dropout_p)`: the first result of
 :func:`flash_attn.torch_op.attention.attention`, if an op takes these tensors as they are, here and now. They are of no
 subclass, no torch function mode is active, Dynamo does not trace (:data:`flash_attn.torch_op.private.is_traced`), and
 `options` are those of `plain_options`; gradients are repeatable where these or torch say so. The mask may have fewer
-than four dimensions.
+than four dimensions. Dropout is drawn from torch's generator.
 
 Shapes, dtypes and devices are the op's to look at: that takes it a tenth of the time. Who gets None goes the long way,
 which can do more, or says why nobody can. With `PLAIN_IF_THEY_FIT` among the options, where shapes do not fit."""
