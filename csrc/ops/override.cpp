@@ -20,6 +20,7 @@
 #include "arguments/refuse.h"
 #include "attention.h"
 #include "rng_state.h"
+#include "torch/deterministic.h"
 
 namespace flash_attn {
 namespace {
@@ -40,14 +41,14 @@ struct Call {
 
   explicit Call(Of of) : op(of) {}
 
-  /// To be called once everything is taken. Gradients always repeat bit for bit: the ops have no argument for torch's
-  /// switch, which can't be read from here.
+  /// To be called once everything is taken. The ops have no argument for torch's switch for gradients that repeat.
   void describe() {
     Arguments& options = inputs.options();
     options.softmax_scale = scale;
     options.causal = is_causal ? 1 : 0;
     options.dropout_p = dropout_p;
-    options.heads_first = options.deterministic = true;
+    options.heads_first = true;
+    options.deterministic = deterministic_algorithms_enabled();
     inputs.set_mask(std::move(mask));
     inputs.describe();
     if (return_debug_mask) refuse("return_debug_mask must be False: no kernel of flash_attn stores what dropout drew");

@@ -205,9 +205,8 @@ class replace_sdpa:  # noqa: N801 - used as a function
     `aten::_scaled_dot_product_flash_attention` and its siblings for cuDNN, memory-efficient attention and the CPU. That
     reaches whatever calls them: the function imported by name, C++, compiled code, also what was compiled before or is
     run afterwards. What torch gives to none of its fused kernels stays torch's (float64 on CUDA, dropout on the CPU,
-    v with another head dim there, `sdpa_kernel(MATH)`). It holds for the whole process, in a block too. Gradients
-    repeat bit for bit; second derivatives raise in torch's words. Torch may warn that a kernel is registered over its
-    own.
+    v with another head dim there, `sdpa_kernel(MATH)`). It holds for the whole process, in a block too. Second
+    derivatives raise in torch's words. Torch may warn that a kernel is registered over its own.
 
     Args:
         level: "function" (default) or "aten".
