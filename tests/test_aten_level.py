@@ -122,7 +122,7 @@ def test_torch_can_be_asked_whether_gradients_are_to_repeat() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [FLASH, EFFICIENT, CUDNN])
+@pytest.mark.parametrize("backend", [FLASH, EFFICIENT])  # torch does not choose cuDNN then
 def test_gradients_repeat_where_torch_is_to_be_deterministic(backend: SDPBackend) -> None:
     leaves = [torch.randn(2, 4, 1024, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
     before = torch.are_deterministic_algorithms_enabled()
@@ -179,8 +179,9 @@ def test_compiled_code_goes_both_ways(device: str, backend: SDPBackend) -> None:
         torchs = _with_gradients(attend, leaves)
         with replace_sdpa(level="aten"):
             eager = _with_gradients(attend, leaves)
-            for result, expected in zip(_with_gradients(compiled, leaves), eager, strict=True):
-                assert torch.equal(result, expected)
+            out, *gradients = _with_gradients(compiled, leaves)
+        assert torch.equal(out, eager[0])
+        torch.testing.assert_close(gradients, eager[1:], rtol=1e-2, atol=1e-2)  # in whatever order added up
         assert not torch.equal(eager[0], torchs[0])
         assert torch.equal(compiled(*leaves), torchs[0])
 
