@@ -49,7 +49,7 @@ struct Given {
   PyObject *functions, *at_rest;  // private.Watchers
   PyObject *has_torch_function, *any_autocast, *autocast_changes, *is_deterministic;
   unsigned long long is_grad_enabled;  // address of torch's C function, which takes a tenth of the time of Python's
-  PyObject *plain, *extension;  // names of the modules, of which `_forward`, `_apply`, `forward` and `LARGEST` are read
+  PyObject *plain, *extension;         // names of the modules, of which op functions and `LARGEST` are read
   PyObject *mark, *raise_out_of_memory;
   int full, causal, shared_heads, without_lse, deterministic;  // options of the plain ops
 } given;
@@ -57,8 +57,9 @@ struct Given {
 struct Names {
   PyObject *is_cuda = interned("is_cuda"), *is_cpu = interned("is_cpu"), *requires_grad = interned("requires_grad"),
            *dtype = interned("dtype"), *ndim = interned("ndim"), *numel = interned("numel"),
-           *plain_forward = interned("_forward"), *apply = interned("_apply"), *forward = interned("forward"),
-           *largest = interned("LARGEST"), *scale = Py_BuildValue("(s)", "scale");
+           *plain_forward = interned("_forward"), *masked_forward = interned("_masked_forward"),
+           *apply = interned("_apply"), *forward = interned("forward"), *largest = interned("LARGEST"),
+           *scale = Py_BuildValue("(s)", "scale");
 } const* names = nullptr;
 
 /// `keywords`: names of the last arguments, a tuple.
@@ -176,24 +177,23 @@ Object try_attend(const Problem& p, long options) {
   if (is_true(call(given.any_autocast, {})) && is_true(call(given.autocast_changes, {p.q, p.k, p.v}))) {
     return Object(shared(Py_None));
   }
-  const Object differentiable = named(given.extension, names->forward);
-  if (has_mask && (differentiable.get() == Py_None || !takes_mask(p))) return Object(shared(Py_None));
+  if (has_mask && !takes_mask(p)) return Object(shared(Py_None));
 
   if (!requires_grad(p)) {
     if (p.dropout_p > 0) return Object(shared(Py_None));  // which nobody does often
-    options |= given.without_lse;
-    if (!has_mask) {
-      const Object op = named(given.plain, names->plain_forward), number(PyLong_FromLong(options));
-      return item(results_of(op.get(), {p.q, p.k, p.v, p.scale, number.get()}), 0);
-    }
-  } else {
-    if (is_true(call(given.is_deterministic, {}))) options |= given.deterministic;
-    const Object numel(PyObject_CallMethodObjArgs(p.q, names->numel, nullptr));
-    if (differentiable.get() == Py_None || integer(numel) > integer(named(given.extension, names->largest))) {
-      if (has_mask || p.dropout_p > 0) return Object(shared(Py_None));
-      const Object apply = named(given.plain, names->apply), settings(Py_BuildValue("(Ol)", p.scale, options));
-      return results_of(apply.get(), {p.q, p.k, p.v, settings.get()});
-    }
+    const Object op = named(given.plain, has_mask ? names->masked_forward : names->plain_forward);
+    const Object number(PyLong_FromLong(options | given.without_lse));
+    return item(has_mask ? results_of(op.get(), {p.q, p.k, p.v, p.mask, p.scale, number.get()})
+                         : results_of(op.get(), {p.q, p.k, p.v, p.scale, number.get()}),
+                0);
+  }
+  if (is_true(call(given.is_deterministic, {}))) options |= given.deterministic;
+  const Object differentiable = named(given.extension, names->forward);
+  const Object numel(PyObject_CallMethodObjArgs(p.q, names->numel, nullptr));
+  if (differentiable.get() == Py_None || integer(numel) > integer(named(given.extension, names->largest))) {
+    if (has_mask || p.dropout_p > 0) return Object(shared(Py_None));
+    const Object apply = named(given.plain, names->apply), settings(Py_BuildValue("(Ol)", p.scale, options));
+    return results_of(apply.get(), {p.q, p.k, p.v, settings.get()});
   }
   const Object carried(PyFloat_FromDouble(-1.0 - double(options) - p.dropout_p));
   const Object results = p.scale == Py_None ? results_of(differentiable.get(), {p.q, p.k, p.v, p.mask, carried.get()})

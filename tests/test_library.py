@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from flash_attn.torch_op.arguments import Options, Tensors
-from flash_attn.torch_op.library import LIBRARY, backward_op, forward_op, plain_backward_op, plain_forward_op
+from flash_attn.torch_op.library import (
+    LIBRARY,
+    backward_op,
+    forward_op,
+    masked_forward_op,
+    plain_backward_op,
+    plain_forward_op,
+)
 
 reads_elf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
@@ -63,6 +70,7 @@ def test_its_schemas_and_the_named_tuples_of_python_agree() -> None:
     assert names(forward_op) == [*Tensors._fields, *Options._fields]
     assert names(backward_op) == ["dout", "dlse", *Tensors._fields, "out", "lse", "needs", *Options._fields]
     assert names(plain_forward_op) == ["q", "k", "v", "softmax_scale", "options"]
+    assert names(masked_forward_op) == ["q", "k", "v", "attn_mask", "softmax_scale", "options"]
     assert names(plain_backward_op) == ["dout", "q", "k", "v", "out", "lse", "softmax_scale", "options"]
 
 

@@ -1,6 +1,6 @@
 """The short way of eager calls with a mask: who takes it, and that it is the same as the long one.
 
-It is torch's op for extensions; without that op all calls with a mask go the long way.
+It is torch's op for extensions, without which calls that require grad go the long way, and an op of ours for others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op import extension, plain
-from flash_attn.torch_op.arguments import from_plain
+from flash_attn.torch_op.arguments import PLAIN_WITHOUT_LSE, from_plain, plain_options
+from flash_attn.torch_op.library import masked_forward_op
 from flash_attn.torch_op.observer import Observer
 
 pytestmark = pytest.mark.skipif(extension.forward is None, reason="torch's op for extensions is not ours to use")
@@ -125,10 +127,41 @@ def test_what_it_cannot_do_goes_the_long_way(taken: list[bool], monkeypatch: pyt
     monkeypatch.setattr(extension, "LARGEST", q.numel() - 1)
     sdpa(q, k, v, seen)  # when memory runs out in its backward pass, that is said in torch's words
     monkeypatch.setattr(extension, "forward", None)
-    sdpa(q.detach(), k.detach(), v.detach(), seen)
+    sdpa(q, k, v, seen)
     for dropout_p in (0.5, 1.0):
         sdpa(q, k, v, seen, dropout_p)
     assert not any(taken)
+
+
+@pytest.mark.parametrize("mask", _masks())
+def test_without_gradients_it_is_an_op_of_its_own(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves, number = [x.detach() for x in _leaves()], plain_options(ops.NONE, True, False)
+    out, lse = masked_forward_op(*leaves, mask.detach(), None, number)
+    again, nothing = masked_forward_op(*leaves, mask.detach(), None, number | PLAIN_WITHOUT_LSE)
+    assert nothing is None and lse.shape == (2, 3, 5) and torch.equal(again, out)
+    monkeypatch.setattr(extension, "forward", None)  # which has no part in it
+    with profile() as record, torch.no_grad():
+        assert torch.equal(sdpa(*leaves, mask), out)
+    names = [event.name for event in record.function_events if event.name.startswith(("flash_attn", "aten::_scaled"))]
+    assert names == ["flash_attn::masked_forward"]
+
+
+def test_an_older_vmap_sees_it_too() -> None:
+    """That of is_grads_batched, in a derivative whose code calls it without gradients."""
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor) -> Tensor:  # type: ignore[override]
+            return sdpa(dout, dout, dout, torch.eye(5, dtype=torch.bool))
+
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 2, 3, 5, 8, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(Attend.apply(x), x, weights, is_grads_batched=True)
+    torch.testing.assert_close(batched, weights)  # each row sees itself
 
 
 def test_nor_what_is_wrong_which_has_its_own_words(taken: list[bool]) -> None:

@@ -46,7 +46,6 @@ Gradients empty_gradients(const Inputs& inputs, const std::vector<bool>& needs, 
     data = gradient.info.data;
     return std::move(gradient.tensor);
   };
-  if (needs[3]) gradients.dmask = contiguous(*a.attn_mask, "the gradient of attn_mask", params.dmask);
   if (needs[4]) {
     gradients.dslopes = contiguous(*a.alibi_slopes, "the gradient of alibi_slopes", params.dslopes);
     params.slopes_have_batch = a.alibi_slopes->ndim == 2;
@@ -63,16 +62,41 @@ void zero(Gradients& g) {
   }
 }
 
-/// The gradient of attn_mask, which kernels have added up in the dtype of statistics, in the mask's.
-Tensor in_masks_dtype(Tensor dmask, DType dtype, const Backend& backend) {
-  constexpr const char* kName = "the gradient of attn_mask";
-  const TensorInfo info = info_of(dmask, kName);
-  const bool rounds = info.dtype == DType::kFloat32 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16);
-  if (!rounds || backend.round == nullptr) return converted(std::move(dmask), dtype, kName);
-  NewTensor rounded = empty_contiguous(info.ndim, info.size, dtype, info, kName);
-  const DeviceScope scope(backend, info.device_index);
-  backend.round(static_cast<const float*>(info.data), rounded.info.data, dtype, dmask.numel(), scope.stream());
-  return std::move(rounded.tensor);
+constexpr const char* kDmask = "the gradient of attn_mask";
+
+/// For the gradient of attn_mask, not yet filled.
+NewTensor empty_like_mask(const Inputs& inputs, DType dtype) {
+  const TensorInfo& mask = *inputs.arguments().attn_mask;
+  return empty_contiguous(mask.ndim, mask.size, dtype, inputs.q_given(), kDmask);
+}
+
+/// Where kernels add up the gradient of a 16-bit attn_mask, in float32; then it is rounded to `rounded`.
+struct DmaskScratch {
+  const Backend& backend;
+  BackwardParams& params;
+  const NewTensor& rounded;
+  int64_t count, bytes = count * int64_t{sizeof(float)};
+  void place(void* data) const { params.dmask = data; }
+  void after(void* stream) const {
+    backend.round(static_cast<const float*>(params.dmask), rounded.info.data, rounded.info.dtype, count, stream);
+  }
+};
+
+/// Runs the kernel where the gradient of attn_mask is wanted, and returns that in the mask's dtype.
+Tensor run_with_dmask(const Backend& backend, BackwardParams& params, const Inputs& inputs) {
+  const TensorInfo& mask = *inputs.arguments().attn_mask;
+  const DType statistics = statistics_dtype(params.forward.dtype);
+  const bool rounds = backend.round != nullptr && statistics == DType::kFloat32 &&
+                      (mask.dtype == DType::kBFloat16 || mask.dtype == DType::kFloat16);
+  NewTensor dmask = empty_like_mask(inputs, rounds ? mask.dtype : statistics);
+  params.dmask = dmask.info.data;
+  if (!rounds) {
+    run(backend.backward, backend, params, inputs.q_given());
+    return converted(std::move(dmask.tensor), mask.dtype, kDmask);
+  }
+  const DmaskScratch scratch{backend, params, dmask, dmask.tensor.numel()};
+  run(backend.backward, backend, params, inputs.q_given(), scratch);
+  return std::move(dmask.tensor);
 }
 
 Tensor packed(const TensorInfo& mask) {
@@ -111,12 +135,12 @@ Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor
   const Backend& backend = backend_of(params.forward.device);
   Gradients gradients = empty_gradients(inputs, needs, params);
   if (lse.numel() == 0 || params.forward.batch == 0) {
+    if (needs[3]) gradients.dmask = empty_like_mask(inputs, arguments.attn_mask->dtype).tensor;
     zero(gradients);
+  } else if (needs[3]) {
+    gradients.dmask = run_with_dmask(backend, params, inputs);
   } else {
     run(backend.backward, backend, params, inputs.q_given());
-  }
-  if (gradients.dmask) {
-    gradients.dmask = in_masks_dtype(std::move(*gradients.dmask), arguments.attn_mask->dtype, backend);
   }
   return gradients;
 }
@@ -163,6 +187,19 @@ void plain_forward(StableIValue* values, uint64_t, uint64_t) {
 
   PlainResults results = attend_plain(inputs, options);
   put_results(values, std::move(results.out), std::move(results.lse));
+}
+
+void masked_forward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  Inputs inputs;
+  inputs.take_plain_tensors(stack);
+  auto mask = stack.take<Tensor>();
+  const PlainOptions options = inputs.take_plain_options(stack);
+  inputs.set_mask(std::move(mask));
+  inputs.describe();
+
+  auto [out, lse] = attend_plain(inputs, options);
+  put_results(values, std::move(out), std::move(lse));
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {

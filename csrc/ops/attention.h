@@ -15,6 +15,8 @@ void forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 /// The same of q, k and v alone, whose three gradients are all wanted.
 void plain_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
+/// With a mask, which may have fewer than four dimensions.
+void masked_forward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 void plain_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_results);
 
 /// Out and lse, not yet filled or filled.

@@ -54,6 +54,10 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   // For eager calls that nobody watches: each argument costs time, whether it is given or not.
   m.def("plain_forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, int options) -> (Tensor out, Tensor lse)");
   m.def(
+      "masked_forward(Tensor q, Tensor k, Tensor v, Tensor attn_mask, float? softmax_scale, int options) -> (Tensor "
+      "out, "
+      "Tensor lse)");
+  m.def(
       "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? softmax_scale, "
       "int options) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(("attend_cache(" + tensors_schema<CacheArguments>() + options_schema<CacheArguments>() +
@@ -75,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
   m.impl("forward", flash_attn::forward);
   m.impl("backward", flash_attn::backward);
   m.impl("plain_forward", flash_attn::plain_forward);
+  m.impl("masked_forward", flash_attn::masked_forward);
   m.impl("plain_backward", flash_attn::plain_backward);
   m.impl("attend_cache", flash_attn::attend_cache);
   m.impl("append_and_attend", flash_attn::append_and_attend);
@@ -87,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("forward", flash_attn::forward);
   m.impl("backward", flash_attn::backward);
   m.impl("plain_forward", flash_attn::plain_forward);
+  m.impl("masked_forward", flash_attn::masked_forward);
   m.impl("plain_backward", flash_attn::plain_backward);
   m.impl("attend_cache", flash_attn::attend_cache);
   m.impl("append_and_attend", flash_attn::append_and_attend);

@@ -28,21 +28,33 @@ class DeviceScope {
 inline ForwardParams& problem(ForwardParams& params) { return params; }
 inline ForwardParams& problem(BackwardParams& params) { return params.forward; }
 
-template <typename Params>
+/// Scratch memory beside what a kernel asks for, and what is to be done with it, on the kernel's stream, before it
+/// goes.
+struct NoScratch {
+  static constexpr int64_t bytes = 0;
+  void place(void*) const {}
+  void after(void*) const {}
+};
+
+template <typename Params, typename Scratch = NoScratch>
 void run(const std::vector<const Kernel<Params>*>& kernels, const Backend& backend, Params& params,
-         const TensorInfo& like) {
+         const TensorInfo& like, const Scratch& scratch = {}) {
   ForwardParams& p = problem(params);
   const DeviceInfo info = backend.device_info(p.device_index);
   const Kernel<Params>& kernel = select_kernel(kernels, params, info);
   const Plan plan = kernel.plan(params, info);
+  const int64_t scratch_begin = (plan.workspace_bytes + 255) / 256 * 256;
+  const int64_t bytes = scratch.bytes > 0 ? scratch_begin + scratch.bytes : plan.workspace_bytes;
   Tensor workspace;
-  if (plan.workspace_bytes > 0) {
-    NewTensor bytes = empty_contiguous(1, &plan.workspace_bytes, DType::kOther, like, "the kernel's workspace");
-    workspace = std::move(bytes.tensor);
-    p.workspace = bytes.info.data;
+  if (bytes > 0) {
+    NewTensor room = empty_contiguous(1, &bytes, DType::kOther, like, "the kernel's workspace");
+    workspace = std::move(room.tensor);
+    p.workspace = room.info.data;
+    scratch.place(static_cast<char*>(room.info.data) + scratch_begin);
   }
   const DeviceScope scope(backend, p.device_index);
   kernel.launch(params, info, scope.stream());
+  scratch.after(scope.stream());
 }
 
 /// On the device of `like`.

@@ -53,6 +53,7 @@ backward_op = torch.ops.flash_attn.backward.default
 pack_mask_op = torch.ops.flash_attn.pack_mask.default
 unchanged_mask_op = torch.ops.flash_attn.unchanged_mask.default
 plain_forward_op = torch.ops.flash_attn.plain_forward.default
+masked_forward_op = torch.ops.flash_attn.masked_forward.default
 plain_backward_op = torch.ops.flash_attn.plain_backward.default
 
 _namespace: Any = torch.ops.flash_attn
@@ -67,7 +68,7 @@ def registrations() -> torch.library.Library:
     return cast(torch.library.Library, _namespace.registrations)
 
 
-for _plain in (plain_forward_op, plain_backward_op):  # their caller differentiates
+for _plain in (plain_forward_op, masked_forward_op, plain_backward_op):  # their caller differentiates
     registrations().impl(_plain, torch.library.fallthrough_kernel, "Autograd")
 
 

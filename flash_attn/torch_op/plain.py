@@ -1,5 +1,5 @@
 """The short way of eager calls of q, k, v and perhaps a mask. Small calls are mostly these, and cost what their
-arguments cost, so they go to ops of five and eight arguments in place of 22 and 28, or to torch's op for extensions.
+arguments cost, so they go to ops of five to eight arguments in place of 22 and 28, or to torch's op for extensions.
 csrc/small_calls.cpp decides, and calls: what it asks takes as long as a small kernel, and twice that in Python.
 
 Whoever looks at ops (dispatch modes, transforms, tracers, compiled autograd, subclasses) sees `flash_attn::forward` and
@@ -32,6 +32,7 @@ from .library import (
     backward_op,
     forward_op,
     is_grad_enabled_address,
+    masked_forward_op,
     plain_backward_op,
     plain_forward_op,
     registrations,
@@ -39,7 +40,9 @@ from .library import (
 )
 from .registered.autograd import call_backward, raise_out_of_memory
 
-_forward, _backward = (private.past_torch_function(op) for op in (plain_forward_op, plain_backward_op))
+_forward, _masked_forward, _backward = (
+    private.past_torch_function(op) for op in (plain_forward_op, masked_forward_op, plain_backward_op)
+)
 _NOT_GIVEN = (None,) * (NUM_TENSORS - 3)
 _ALL = (True, True, True, False)  # of q, k, v and settings
 
@@ -147,6 +150,14 @@ def _forward_of_older_vmap(
     return cast(tuple[Tensor, Tensor], forward_op(*arguments)[:2])
 
 
+def _masked_forward_of_older_vmap(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, softmax_scale: float | None, options: int
+) -> tuple[Tensor, Tensor]:
+    """As `_forward_of_older_vmap`."""
+    arguments = (q, k, v, attn_mask, *_NOT_GIVEN[1:], *from_plain(q, k, softmax_scale, options))
+    return cast(tuple[Tensor, Tensor], forward_op(*arguments)[:2])
+
+
 def _backward_of_older_vmap(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float | None, options: int
 ) -> tuple[Tensor | None, ...]:
@@ -157,4 +168,5 @@ def _backward_of_older_vmap(
 
 if private.older_vmap:
     registrations().impl(plain_forward_op, _forward_of_older_vmap, "Batched")
+    registrations().impl(masked_forward_op, _masked_forward_of_older_vmap, "Batched")
     registrations().impl(plain_backward_op, _backward_of_older_vmap, "Batched")
