@@ -198,8 +198,8 @@ void masked_forward(StableIValue* values, uint64_t, uint64_t) {
   inputs.set_mask(std::move(mask));
   inputs.describe();
 
-  auto [out, lse] = attend_plain(inputs, options);
-  put_results(values, std::move(out), std::move(lse));
+  PlainResults results = attend_plain(inputs, options);
+  put_results(values, std::move(results.out), std::move(results.lse));
 }
 
 void pack_mask(StableIValue* values, uint64_t, uint64_t) {
