@@ -380,7 +380,7 @@ def test_where_torchs_own_function_runs_it_gets_a_dense_mask() -> None:
     "shape", [(1, 1, 128, 128), (B, 1, 70, 200), (1, H, 300, 17), (B, H, 129, 257), (B, 1, 1, 300), (1, 1, 150, 1)]
 )
 def test_a_small_mask_that_is_read_as_it_lies_means_the_same(shape: tuple[int, ...], head_dim: int) -> None:
-    """Of few scores Hopper's kernels do not pack a boolean mask."""
+    """Hopper's backward pass does not pack a small boolean mask."""
     rows, columns = (n if n > 1 else 200 for n in shape[2:])
     sizes = ((B, rows, H, head_dim), (B, columns, H, head_dim), (B, columns, H, head_dim))
     leaves = [torch.randn(*size, dtype=torch.bfloat16, device="cuda").requires_grad_() for size in sizes]

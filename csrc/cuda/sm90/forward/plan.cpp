@@ -128,22 +128,8 @@ bool is_named(const Variant& variant, const std::string& name) {
   return variant.name == full || std::string(variant.name).rfind(full + " ", 0) == 0;
 }
 
-const char* forced_kernel() {
-  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
-  return forced != nullptr && *forced != '\0' ? forced : nullptr;
-}
-
 /// What changes scores or P beyond attn_mask.
 bool has_rules(const ForwardParams& p) { return p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0; }
-
-/// Whether tiles read a boolean mask as it lies, as what it adds: of so few scores that packing it first takes longer
-/// than all else.
-bool tiles_read_bool_mask(const ForwardParams& p) {
-  constexpr int64_t kMostKeys = 256, kMostScores = int64_t{1} << 21;
-  return p.has_bool_mask() && p.mask.packed == nullptr && p.is_dense() && p.seqlen_k <= kMostKeys &&
-         p.batch * p.num_heads * p.seqlen_q * p.seqlen_k <= kMostScores && forced_kernel() == nullptr;
-}
-bool tiles_add_mask(const ForwardParams& p) { return p.has_bias() || tiles_read_bool_mask(p); }
 
 /// The first of the lists, by rising head dims, that takes the problem's; else the last.
 const Variants& first_to_take(const ForwardParams& p, std::initializer_list<const Variants*> lists) {
@@ -155,6 +141,11 @@ const Variants& first_to_take(const ForwardParams& p, std::initializer_list<cons
     return *variants;
   }
   return **(lists.end() - 1);
+}
+
+const char* forced_kernel() {
+  const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
+  return forced != nullptr && *forced != '\0' ? forced : nullptr;
 }
 
 }  // namespace
@@ -172,8 +163,8 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
   const TileLengths lengths = tile_lengths(mean_problem(params), variant);
   const Cost cost(variant);
   Plan plan;
-  plan.packs_mask = params.mask.data != nullptr && !tiles_read_bool_mask(params) &&
-                    (is_read_ahead(params, kLeastSharing) || params.cu_seqlens_k != nullptr);
+  plan.packs_mask =
+      params.mask.data != nullptr && (is_read_ahead(params, kLeastSharing) || params.cu_seqlens_k != nullptr);
   plan.variant = &variant;
   TileSchedule& schedule = plan.schedule;
   const int64_t num_m_blocks = ceil_div(params.seqlen_q, variant.block_m);
@@ -195,7 +186,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
     schedule.order = TileSchedule::kLongestFirst;
     set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
     // Parts have their maximum in log2, where the smallest float that a bias may be is none any more.
-    share_out_longest_first(device.num_sms, cost, lengths, !tiles_add_mask(params), plan);
+    share_out_longest_first(device.num_sms, cost, lengths, !params.has_bias(), plan);
   } else {
     schedule.order = TileSchedule::kRowsFirst;
     share_out_waves(device.num_sms, cost, lengths, plan);
@@ -214,7 +205,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
   Plan best;
   for (const Variant& variant : variants_for(params)) {
     if (variant.masked != (params.has_window() || is_extended(params))) continue;
-    if (variant.biased != tiles_add_mask(params) || (has_rules(params) && !variant.rules)) continue;
+    if (variant.biased != params.has_bias() || (has_rules(params) && !variant.rules)) continue;
     if (variant.staged && !has_mask_map(params)) continue;
     if (forced != nullptr && !is_named(variant, forced)) continue;
     const Plan plan = choose_plan(params, device, variant);
@@ -232,7 +223,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
 }
 
 Plan choose_band_plan(const ForwardParams& params, const DeviceInfo& device) {
-  if (!mask_may_be_band(params) || tiles_read_bool_mask(params) || forced_kernel() != nullptr) return {};
+  if (!mask_may_be_band(params) || forced_kernel() != nullptr) return {};
   const ForwardParams p = band_problem(params);
   const Plan plan =
       choose_plan(p, device, *first_to_take(p, {&kBandD64, &kBandD96, &kBandD128, &kBandD192, &kBandD256}).begin());

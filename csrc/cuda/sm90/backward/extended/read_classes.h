@@ -22,14 +22,18 @@ FLASH_ATTN_DEVICE void read_tile_classes(const MaskView& view, const UnpackedMas
 #pragma unroll 1
   for (int w = 0; w < words; ++w) {
     uint32_t seen = 0, exist = 0;
+    uint8_t values[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) {  // i: sixteen queries, keys eight apart, queries eight apart, neighbouring queries
       const int64_t row = first_row + 64 * w + i / 8 * 16 + i / 2 % 2 * 8 + i % 2, col = first_col + i / 4 % 2 * 8;
-      // A broadcast row or column stands for all; its stride is 0.
-      if ((view.row_size != 1 && row >= view.row_size) || (view.col_size != 1 && col >= view.col_size)) continue;
-      exist |= 1u << i;
-      if (__ldg(data + row * view.row + col * view.col) != 0) seen |= 1u << i;
+      // A broadcast row or column stands for all; its stride is 0. In the place of others that are not there the last
+      // one is read, so that all loads are on their way at once.
+      if ((view.row_size == 1 || row < view.row_size) && (view.col_size == 1 || col < view.col_size)) exist |= 1u << i;
+      values[i] = __ldg(data + min(row, view.row_size - 1) * view.row + min(col, view.col_size - 1) * view.col);
     }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) seen |= uint32_t{values[i] != 0} << i;
+    seen &= exist;
     to[w * 32] = seen;
     any_seen = any_seen || seen != 0;
     any_hidden = any_hidden || seen != exist;

@@ -77,9 +77,9 @@ __device__ void clear(const RowsParams& params) {
   }
 }
 
-/// For kernels of extended/, and of those the ones under an additive attn_mask, whose lse may have lost something: what
-/// counts such rows again takes registers.
-enum class Statistics { kPlain, kExtended, kCounted };
+/// For kernels of extended/, and of those the ones under an additive attn_mask, whose lse may have lost something, and
+/// those under a boolean one that further CTAs read: what counts such rows again takes registers, and so does that.
+enum class Statistics { kPlain, kExtended, kCounted, kBesideMask };
 
 /// One CTA: kRows query rows of a head; kDqColumns / 8 lanes a row.
 template <typename Element, int kDqColumns, Statistics kStatistics, bool kConditional>
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) preprocess_kernel(const __grid_const
   grid_launch_dependents();
   clear(params);
   const ForwardParams& p = params.problem.forward;
-  if constexpr (kStatistics == Statistics::kExtended) {
+  if constexpr (kStatistics == Statistics::kBesideMask) {
     const int number = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x) + params.unpacked_mask.count;
     if (number >= 0) return read_tile_classes(p.mask, params.unpacked_mask, params.block_m, number);
   }
@@ -237,8 +237,9 @@ auto preprocess_for(const RowsParams& params) {
     return params.condition.band == nullptr ? preprocess_for<Element, Statistics::kPlain, false>(columns)
                                             : preprocess_for<Element, Statistics::kPlain, true>(columns);
   }
-  return params.problem.forward.has_bias() ? preprocess_for<Element, Statistics::kCounted, false>(columns)
-                                           : preprocess_for<Element, Statistics::kExtended, true>(columns);
+  if (params.problem.forward.has_bias()) return preprocess_for<Element, Statistics::kCounted, false>(columns);
+  return params.unpacked_mask.count > 0 ? preprocess_for<Element, Statistics::kBesideMask, false>(columns)
+                                        : preprocess_for<Element, Statistics::kExtended, true>(columns);
 }
 
 template <typename Element>

@@ -1,8 +1,5 @@
-// What attn_mask adds to the scores of a consumer's warp, 16 rows of a block: values of an additive one, 0 and -inf of
-// a boolean one that nobody has packed.
+// An additive attn_mask's values for the fragments of a consumer's warp, 16 rows of a block.
 #pragma once
-
-#include <type_traits>
 
 #include "../../../common/scores/scores.h"
 #include "params.h"
@@ -32,8 +29,6 @@ struct BiasValues {
   FLASH_ATTN_DEVICE void load(const ExtendedParams& params, const ExtendedTile& tile, const FragmentPlace& at) {
     if (params.problem.mask.dtype == DType::kFloat32) {
       load_tiles<float, 0, kTilesN / 2>(params, tile, at);
-    } else if (params.problem.mask.dtype == DType::kBool) {
-      load_tiles<uint8_t, 0, kTilesN>(params, tile, at);
     } else {
       load_tiles<uint16_t, 0, kTilesN>(params, tile, at);
     }
@@ -65,10 +60,6 @@ struct BiasValues {
 
   FLASH_ATTN_DEVICE static uint32_t bits_of(float x) { return __float_as_uint(x); }
   FLASH_ATTN_DEVICE static uint32_t bits_of(uint16_t x) { return x; }
-  /// What a boolean mask adds, as a 16-bit number: 0 or -inf.
-  FLASH_ATTN_DEVICE static uint32_t bits_of(uint8_t seen) {
-    return seen != 0 ? 0 : std::is_same_v<Element, __half> ? 0xfc00 : 0xff80;
-  }
 
   /// Fragments kBegin .. kEnd - 1.
   template <typename Storage, int kBegin, int kEnd>
@@ -95,9 +86,6 @@ struct BiasValues {
             const float2 x = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
             words[4 * (n - kBegin) + 2 * r] = __float_as_uint(x.x);
             words[4 * (n - kBegin) + 2 * r + 1] = __float_as_uint(x.y);
-          } else if constexpr (sizeof(Storage) == 1) {
-            const uint32_t x = __ldg(reinterpret_cast<const uint16_t*>(from + 8 * n));
-            words[2 * n + r] = bits_of(static_cast<uint8_t>(x)) | bits_of(static_cast<uint8_t>(x >> 8)) << 16;
           } else {
             words[2 * n + r] = __ldg(reinterpret_cast<const unsigned int*>(from + 8 * n));
           }

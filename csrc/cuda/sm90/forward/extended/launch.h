@@ -22,7 +22,7 @@ void launch_extended_kernel(const ForwardParams& p, const Plan& plan, cudaStream
   params.packed = plan.packed;
   params.bad_rows = plan.bad_rows;
   params.done_as_band = plan.done_as_band ? plan.band : nullptr;
-  params.natural = p.softcap > 0 || p.alibi_slopes != nullptr || Config::kBias != Bias::kNone;
+  params.natural = p.softcap > 0 || p.alibi_slopes != nullptr || p.has_bias();
   params.has_bits = p.has_bool_mask();
   params.has_dropout = p.dropout_p > 0;
   params.mask_pairs = has_mask_pairs(p.mask);

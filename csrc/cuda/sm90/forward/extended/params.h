@@ -10,7 +10,7 @@ namespace flash_attn::cuda::sm90::forward {
 
 struct ExtendedParams : KernelParams {
   CUtensorMap bias;         // an additive attn_mask in boxes of 64 rows and columns, see make_mask_map()
-  mask::PackedMask packed;  // seen null: there is no attn_mask, or tiles read its values
+  mask::PackedMask packed;  // seen null: there is no attn_mask, or it is additive and was not read ahead
   mask::BadRows bad_rows;   // then; words null: the tiles look for themselves
   // Scores are in natural units when something is added to them or bends them, else q.k.
   bool natural;

@@ -60,8 +60,7 @@ FLASH_ATTN_DEVICE bool is_unseen(const ExtendedParams& params, const ExtendedTil
       sees = sees || params.packed.sees(tile.batch, tile.head, row, mask_col);
     } else {
       const int64_t place = tile.batch * mask.batch + tile.head * mask.head + row * mask.row + mask_col * mask.col;
-      sees = sees || (mask.dtype == DType::kBool ? static_cast<const uint8_t*>(mask.data)[place] != 0
-                                                 : bias_value(mask, place) != -INFINITY);
+      sees = sees || bias_value(mask, place) != -INFINITY;
     }
   }
   return !__any_sync(~0u, sees);

@@ -17,20 +17,7 @@ struct TallWide : Shape {
   static constexpr bool kLazyMax = true;
 };
 
-// For few keys.
-struct Short : Shape {
-  static constexpr int kConsumers = 2, kBlockN = 80, kStagesKV = 2;
-  static constexpr bool kOutBuffer = true;
-};
-
-struct TallShort : Shape {
-  static constexpr int kConsumers = 3, kBlockN = 80, kStagesKV = 2;
-  static constexpr bool kOutBuffer = true;
-};
-
 constexpr Variant kVariants[] = {
-    make_variant<Short, false>("wgmma d128 128x80 short", 0.01, 6200),
-    make_variant<TallShort, false>("wgmma d128 192x80 short", 0.01, 6200),
     make_variant<Square, false>("wgmma d128 128x128", 0.88, 4500),
     make_variant<Tall, false>("wgmma d128 192x64", 0.94, 6100),
     make_variant<TallWide, false>("wgmma d128 192x80", 0.96, 6200),
