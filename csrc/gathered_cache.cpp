@@ -8,18 +8,24 @@ namespace flash_attn {
 
 namespace {
 
-constexpr int64_t kFewRows = 64;  // packed: the kernels for few query rows take these as they lie
+constexpr int64_t kFewRows = 64;  // packed: one tile of the kernels for few query rows
 constexpr int64_t kAlignment = 256;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-/// What a sequence's query rows see of its keys, and what is copied of them, in the mean of all and at most.
+/// Query rows of a sequence, in the mean where their numbers lie on the device.
+int64_t query_rows(const ForwardParams& p) {
+  return p.is_varlen_q() ? std::max<int64_t>(1, p.total_q / p.batch) : p.seqlen_q;
+}
+
+/// Of a sequence's keys, of which all count as used.
 struct Keys {
-  double seen, copied;
+  double seen;  // by a query row
+  double copied;
 };
 
 Keys keys_of(const ForwardParams& p) {
-  const double all = double(p.seqlen_k), rows = double(p.seqlen_q);
+  const double all = double(p.seqlen_k), rows = double(query_rows(p));
   Keys keys{all, all};
   if (p.window_left >= 0) {
     keys.copied = std::min(all, double(p.window_left) + rows + double(KeyGather::kWidestBlock));
@@ -30,17 +36,19 @@ Keys keys_of(const ForwardParams& p) {
   return keys;
 }
 
-/// Whether copies and attention to them take less time than the kernels for few query rows, which read keys once for
-/// 64 packed rows. In units of what those take for a row and a key.
+/// Whether copies and attention to them take less time than the kernels for few query rows, which read the keys of a
+/// head again for every 64 packed rows. The unit is what those take for a packed row and a key
+/// (benchmarks/experiments/119-many-rows-over-caches.md); it grows with the head dimension as a copy does.
 bool pays(const ForwardParams& p) {
-  constexpr double kOrdinary = 0.5;  // of a row and a key
-  constexpr double kCopy = 140;      // of a key
+  constexpr double kOrdinary = 0.55;  // of a row and a key
+  constexpr double kCopy = 190;       // of a key
   constexpr int64_t kTile = 128, kPackedTile = 64;
   const auto whole = [](int64_t rows, int64_t tile) { return double(ceil_div(rows, tile) * tile); };
   const Keys keys = keys_of(p);
-  const double here = whole(p.seqlen_q * p.group_size(), kPackedTile) * keys.seen;
-  const double ordinary = whole(p.seqlen_q, kTile) * double(p.group_size()) * keys.seen * kOrdinary;
-  return ordinary + kCopy * keys.copied < here;
+  const int64_t rows = query_rows(p);
+  const double few_rows_kernels = whole(rows * p.group_size(), kPackedTile) * keys.seen;
+  const double ordinary = whole(rows, kTile) * double(p.group_size()) * keys.seen * kOrdinary;
+  return ordinary + kCopy * keys.copied < few_rows_kernels;
 }
 
 /// Where all sequences have rows for themselves, so that copies are no larger than the cache of this layer.
@@ -87,7 +95,7 @@ bool gathers_cache(const ForwardParams& p, const std::vector<const ForwardKernel
   if (!p.cache.exists() || backend_of(p.device).gather_keys == nullptr) return false;
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
   if (p.batch == 0 || p.seqlen_k == 0) return false;
-  const bool few = p.seqlen_q * p.group_size() <= kFewRows;
+  const bool few = query_rows(p) * p.group_size() <= kFewRows;
   if (few && forced_family() == nullptr) return false;
   const ForwardKernel* const there = find_kernel(kernels, p, device);
   const ForwardKernel* const on_copies = find_kernel(kernels, GatheredCache(p).params, device);

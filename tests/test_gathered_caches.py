@@ -175,17 +175,17 @@ def test_bad_values_read_and_write_nothing_else() -> None:
     assert (around[0] == 7).all() and (around[2] == 7).all()
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (50, 0)])
+@pytest.mark.parametrize("window", [(-1, -1), (300, 0), (40, 0)])
 def test_packed_queries_over_pages_are_those_over_packed_keys(window: tuple[int, int]) -> None:
-    lengths_q, lengths_k = [200, 0, 130, 1], [400, 9, 130, 500]
+    lengths_q, lengths_k = [200, 150, 130, 1, 0], [400, 9, 130, 500, 20]
     starts_q, starts_k = (
         torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=INT32, device="cuda")
         for n in (lengths_q, lengths_k)
     )
     q = torch.randn(sum(lengths_q) + 2, 16, 64, device="cuda", dtype=BF16)
     k, v = (torch.randn(sum(lengths_k), 2, 64, device="cuda", dtype=BF16) for _ in range(2))
-    pages = torch.full((2, 140, 16, 2, 64), math.nan, device="cuda", dtype=BF16)
-    table = torch.randperm(140)[:128].view(4, 32).int()
+    pages = torch.full((2, 170, 16, 2, 64), math.nan, device="cuda", dtype=BF16)
+    table = torch.randperm(170)[:160].view(5, 32).int()
     for b, (start, n) in enumerate(zip(starts_k.tolist(), lengths_k, strict=False)):
         rows = torch.arange(n)
         places = table[b, rows // 16].long() * 16 + rows % 16

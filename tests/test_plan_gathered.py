@@ -76,3 +76,27 @@ def test_head_dims_that_no_kernel_reads_from_a_cache_are_copied_for_those_that_r
     chosen = plan_cache(128, head_dim=head_dim, page_size=16)
     assert chosen["family"] == "sm80" and chosen["copied_bytes"] >= _bytes(columns=2 * head_dim)
     assert plan_cache(4, head_dim=head_dim, page_size=16)["family"] == "universal"
+
+
+@pytest.mark.parametrize("rows, family", [(32 * 512, "sm90"), (512 + 31, "decode")])
+def test_one_long_sequence_among_many_of_one_row_does_not_have_all_copied(rows: int, family: str) -> None:
+    packed = {"q": cache_tensor("bfloat16", rows, 32, 128), "cu_seqlens_q": cache_tensor("int32", 33)}
+    chosen = plan_cache(1, batch=32, page_size=16, options={"max_seqlen_q": 512}, **packed)
+    assert chosen["family"] == family
+
+
+@pytest.mark.parametrize(
+    "rows, changes, family",
+    [  # on both sides of where it pays, by page 119 of benchmarks/experiments
+        (64, {}, "decode"),
+        (128, {}, "sm90"),
+        (128, {"heads_k": 32}, "decode"),
+        (512, {"heads_k": 32}, "sm90"),
+        (17, {"heads_k": 1}, "decode"),
+        (128, {"heads_k": 1}, "sm90"),
+        (512, {"options": {"window_left": 1024, "window_right": 0}, "keys": 8192}, "sm90"),
+    ],
+    ids=str,
+)
+def test_who_takes_how_many_rows(rows: int, changes: dict[str, Any], family: str) -> None:
+    assert plan_cache(rows, page_size=64, **changes)["family"] == family
