@@ -38,11 +38,13 @@ Keys keys_of(const ForwardParams& p) {
 
 /// Whether copies and attention to them take less time than the kernels for few query rows, which read the keys of a
 /// head again for every 64 packed rows. The unit is what those take for a packed row and a key
-/// (benchmarks/experiments/119-many-rows-over-caches.md); it grows with the head dimension as a copy does.
+/// (benchmarks/experiments/119); it grows with the head dimension as a copy does.
 bool pays(const ForwardParams& p) {
   constexpr double kOrdinary = 0.55;  // of a row and a key
   constexpr double kCopy = 190;       // of a key
   constexpr int64_t kTile = 128, kPackedTile = 64;
+  constexpr int64_t kMaxHeadDim = 256;  // of those kernels, but for values that are a part of the keys
+  if (std::max(p.head_dim, p.head_dim_v) > kMaxHeadDim) return false;
   const auto whole = [](int64_t rows, int64_t tile) { return double(ceil_div(rows, tile) * tile); };
   const Keys keys = keys_of(p);
   const int64_t rows = query_rows(p);

@@ -78,6 +78,11 @@ def test_head_dims_that_no_kernel_reads_from_a_cache_are_copied_for_those_that_r
     assert plan_cache(4, head_dim=head_dim, page_size=16)["family"] == "universal"
 
 
+def test_values_that_are_a_part_of_the_keys_are_read_where_they_lie() -> None:
+    part = {name: cache_tensor("bfloat16", 1024, 16, 1, 512) for name in ("k_cache", "v_cache")}
+    assert plan_cache(512, heads_k=1, heads=16, head_dim=512, page_size=16, **part)["family"] == "decode"
+
+
 @pytest.mark.parametrize("rows, family", [(32 * 512, "sm90"), (512 + 31, "decode")])
 def test_one_long_sequence_among_many_of_one_row_does_not_have_all_copied(rows: int, family: str) -> None:
     packed = {"q": cache_tensor("bfloat16", rows, 32, 128), "cu_seqlens_q": cache_tensor("int32", 33)}
