@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "gathered_cache.h"
 #include "ops/arguments/arguments.h"
 #include "ops/arguments/cache_arguments.h"
 #include "select_kernel.h"
@@ -131,7 +132,8 @@ py::dict plan(const TensorTuples& tensors, const py::dict& options, const std::v
   return result;
 }
 
-/// The plan of attention over a cache, as `plan` has those of attention.
+/// The plan of attention over a cache, as `plan` has those of attention; where rows of it are copied first, with their
+/// bytes.
 py::dict plan_cache(const TensorTuples& tensors, const py::dict& options, const std::optional<DeviceTuple>& device) {
   const auto a = arguments_of<CacheArguments>(tensors, options);
   ForwardParams p = make_cache_params(a, /*read_values=*/false);
@@ -142,7 +144,11 @@ py::dict plan_cache(const TensorTuples& tensors, const py::dict& options, const 
   const Backend& backend = backend_of(p.device);
   const DeviceInfo info = device ? device_info(*device) : backend.device_info(p.device_index);
   if (is_float8(a.k_cache)) return describe(backend.float8, make_float8_params(a, p), info);
-  return describe(backend.forward, p, info);
+  const bool gathers = gathers_cache(p, backend.forward, info);
+  const GatheredCache gathered(p);
+  py::dict result = describe(backend.forward, gathers ? gathered.params : p, info);
+  if (gathers) result["copied_bytes"] = gathered.bytes;
+  return result;
 }
 
 py::dict build_info() {

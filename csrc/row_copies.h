@@ -1,4 +1,5 @@
-// Copies of rows, turned by rotary embeddings on the way or not: into a cache, or into a tensor like the first.
+// Copies of rows, turned by rotary embeddings on the way or not: into a cache, or into a tensor like the first; and out
+// of a cache.
 #pragma once
 
 #include "float8.h"
@@ -81,6 +82,24 @@ FLASH_ATTN_HOST_DEVICE RowPlace row_place(const RowCopies& p, int64_t b, int64_t
 FLASH_ATTN_HOST_DEVICE int64_t destination(const RowCopies& p, const TensorView& to, int64_t b, const RowPlace& place) {
   if (!p.cache.exists()) return place.entry * to.batch + place.row * to.row;
   return key_rows(p.cache, b).offset(to, place.position);
+}
+
+/// Copies of the rows that the sequences of a problem over a cache use, in their order and from row 0 on.
+struct KeyGather {
+  ForwardParams problem;
+  TensorView k, v;             // to: (batch, seqlen_k, num_heads_k, head_dim and head_dim_v), contiguous
+  int32_t* lengths = nullptr;  // (batch), to: rows that a sequence has; null: nobody asks
+
+  // Kernels multiply whole blocks of keys, at most so many, with probabilities of 0 where a key is not seen.
+  static constexpr int64_t kWidestBlock = 256;
+};
+
+/// Rows of sequence b that are copied, counted from the first that takes part: those before no query's window reaches.
+/// `s` is its cached_sequence_info().
+FLASH_ATTN_HOST_DEVICE Range gathered_rows(const ForwardParams& p, const SequenceInfo& s) {
+  if (s.seqlen_q <= 0) return {0, 0};
+  const int64_t first = visible_columns(p, s, 0).begin - KeyGather::kWidestBlock;
+  return {clamp<int64_t>(first, 0, s.seqlen_k), s.seqlen_k};
 }
 
 /// The row of cos and sin for a position.

@@ -30,12 +30,6 @@ std::string all_reasons(const std::vector<const Kernel<Params>*>& kernels, const
   return reasons;
 }
 
-/// The only family of CUDA kernels that is allowed; null: all are.
-const char* forced_family() {
-  const char* const family = std::getenv("FLASH_ATTN_FORCE");
-  return family != nullptr && *family != '\0' ? family : nullptr;
-}
-
 }  // namespace
 
 const Backend& backend_of(DeviceType device) {
@@ -46,6 +40,11 @@ const Backend& backend_of(DeviceType device) {
   throw std::runtime_error(
       "flash_attn got CUDA tensors, but was built without CUDA kernels: rebuild with nvcc and FLASH_ATTN_CUDA=1");
 #endif
+}
+
+const char* forced_family() {
+  const char* const family = std::getenv("FLASH_ATTN_FORCE");
+  return family != nullptr && *family != '\0' ? family : nullptr;
 }
 
 bool is_forced(const char* family) {
@@ -60,17 +59,37 @@ bool allows_reduced_float32() {
   throw std::runtime_error(std::string("FLASH_ATTN_FLOAT32=") + precision + ": accepted are exact and reduced");
 }
 
+namespace {
+
 template <typename Params>
-const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
-                                    const DeviceInfo& info, std::vector<Rejection>* rejections) {
-  const bool on_cuda = problem(params).device == DeviceType::kCUDA;
-  const char* const forced = on_cuda ? forced_family() : nullptr;
+const Kernel<Params>* first_of(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
+                               const DeviceInfo& info, const char* forced, std::vector<Rejection>* rejections) {
   for (const auto* kernel : kernels) {
     if (forced != nullptr && std::strcmp(forced, kernel->family) != 0) continue;
     const char* reason = kernel->refuses(params, info);
-    if (reason == nullptr) return *kernel;
+    if (reason == nullptr) return kernel;
     if (rejections != nullptr) rejections->push_back({kernel->family, reason});
   }
+  return nullptr;
+}
+
+template <typename Params>
+const char* forced_for(const Params& params) {
+  return problem(params).device == DeviceType::kCUDA ? forced_family() : nullptr;
+}
+
+}  // namespace
+
+const ForwardKernel* find_kernel(const std::vector<const ForwardKernel*>& kernels, const ForwardParams& params,
+                                 const DeviceInfo& info) {
+  return first_of(kernels, params, info, forced_for(params), nullptr);
+}
+
+template <typename Params>
+const Kernel<Params>& select_kernel(const std::vector<const Kernel<Params>*>& kernels, const Params& params,
+                                    const DeviceInfo& info, std::vector<Rejection>* rejections) {
+  const char* const forced = forced_for(params);
+  if (const Kernel<Params>* found = first_of(kernels, params, info, forced, rejections)) return *found;
   std::string reasons = all_reasons(kernels, params, info, forced);  // which a call that finds a kernel has no use for
   if (forced != nullptr) {
     if (reasons.empty()) reasons = "there is no such family, accepted are " + families(kernels);

@@ -24,6 +24,13 @@ FLASH_ATTN_EXPORT bool is_forced(const char* family);
 /// may not; anything else throws.
 FLASH_ATTN_EXPORT bool allows_reduced_float32();
 
+/// The only family of CUDA kernels that FLASH_ATTN_FORCE allows; null: all are.
+const char* forced_family();
+
+/// As select_kernel; null if none takes the problem.
+const ForwardKernel* find_kernel(const std::vector<const ForwardKernel*>& kernels, const ForwardParams& params,
+                                 const DeviceInfo& info);
+
 /// The kernel for `params`. FLASH_ATTN_FORCE=<family> allows only that family on CUDA and throws with its reason if it
 /// refuses. `rejections`, if given, collects why each earlier family did not take the problem.
 template <typename Params>

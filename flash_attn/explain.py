@@ -253,6 +253,11 @@ class _SeenCache:
             copies = [f"q, because its last stride is {q.stride(-1)} and not 1"]
             given["q"] = q.contiguous()
         plan = _C.plan_cache({name: _describe(x) for name, x in given.items()}, options)
+        if (gathered := plan.pop("copied_bytes", 0)) > 0:
+            copies.append(
+                f"keys and values of the cache, {_bytes(gathered)} of rows that follow each other, because kernels for"
+                " many query rows do not read them where they lie"
+            )
         outputs = empty_outputs(q.to("meta"), given["v_cache"].to("meta"), False, "cu_seqlens_q" in given)
         parts = [f"{name} {tuple(x.shape)}" for name, x in given.items()]
         self.explanation = Call(

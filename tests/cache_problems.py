@@ -64,7 +64,7 @@ def random_cache_problem(seed: int, dtypes: tuple[torch.dtype, ...] = problems.D
 
     capacity = rng.choice((1, 16, rng.randint(1, 100), rng.randint(100, 500)))
     page_size = rng.choice((1, 4, 16, 16, 32, 48, 64, 256)) if sometimes(0.5) else 0
-    seqlen_q = rng.choice((1, 1, 1, 2, 3, 5, 16, 40))
+    seqlen_q = rng.choice((1, 1, 1, 2, 3, 5, 16, 40, 200))
     appended = min(capacity, rng.choice((seqlen_q, 1, rng.randint(1, 20)))) if sometimes(0.5) else 0
     batch = rng.choice((1, 2, 3, 5))
     most = capacity - appended

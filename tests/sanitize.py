@@ -120,6 +120,8 @@ def caches(head_dim: int, dtype: torch.dtype) -> list[CacheProblem]:
         replace(paged, lengths=(3000, 20), capacity=3072, seqlen_q=16, appended=16),
         replace(base, lengths=(70,) * 100, capacity=96, heads=4, page_size=32),
         replace(base, lengths=(900, 20), capacity=960, seqlen_q=40, appended=40),
+        replace(paged, lengths=(100, 0, 120, 77), heads=16, seqlen_q=200, appended=200, leftpad=True),  # are copied
+        replace(base, heads=16, seqlen_q=200, appended=0, batch_index=True, leftpad=True, slopes="batch"),
         replace(base, lengths=(1024,), capacity=1024, heads=32, heads_k=8, appended=0, full=True),
         replace(base, lengths=(1000,) * 4, capacity=1000, heads=32, heads_k=1, seqlen_q=2, appended=0, full=True),
     ]

@@ -8,64 +8,19 @@ from typing import Any
 import pytest
 
 from introspection import _C, CUDA_FAMILIES
-from plans import H200, plan
+from plans import BASE, CACHE_OPTIONS, H200, cache_tensor, plan, plan_cache
 
 pytestmark = [
     pytest.mark.skipif("decode" not in CUDA_FAMILIES, reason="built without the kernels for few query rows"),
     pytest.mark.skipif("FLASH_ATTN_FORCE" in os.environ, reason="a family is forced"),
 ]
 
-BASE = 1 << 20
-OPTIONS: dict[str, Any] = {
-    "max_seqlen_q": 0,
-    "appended": 0,
-    "softmax_scale": None,
-    "causal": 0,
-    "window_left": -1,
-    "window_right": -1,
-    "softcap": 0.0,
-}
-
-
-def _tensor(dtype: str, *shape: int, address: int = BASE) -> tuple[int, str, int, list[int], list[int]]:
-    strides = [1] * len(shape)
-    for i in reversed(range(len(shape) - 1)):
-        strides[i] = strides[i + 1] * shape[i + 1]
-    return address, dtype, 0, list(shape), strides
-
-
-def _plan(
-    rows: int = 1,
-    keys: int = 4096,
-    *,
-    batch: int = 4,
-    heads: int = 32,
-    heads_k: int = 8,
-    head_dim: int = 128,
-    dtype: str = "bfloat16",
-    page_size: int = 0,
-    device: tuple[int, ...] = H200,
-    address: int = BASE,
-    stored: str = "",
-    **more: Any,
-) -> dict[str, Any]:
-    shape = (batch * keys // page_size, page_size) if page_size else (batch, keys)
-    caches = {
-        name: _tensor(stored or dtype, *shape, heads_k, head_dim, address=address + place)
-        for name, place in (("k_cache", 0), ("v_cache", BASE))
-    }
-    tensors = {"q": _tensor(dtype, batch, rows, heads, head_dim), **caches}
-    if page_size:
-        tensors["block_table"] = _tensor("int32", batch, keys // page_size)
-    result: dict[str, Any] = _C.plan_cache(tensors | more, OPTIONS, device)
-    return result
-
 
 @pytest.mark.parametrize(
     "head_dim, kernel", [(8, "d64"), (64, "d64"), (72, "d96"), (128, "d128"), (136, "d192"), (256, "d256")]
 )
 def test_the_smallest_kernel_that_holds_the_head_dim(head_dim: int, kernel: str) -> None:
-    chosen = _plan(head_dim=head_dim)
+    chosen = plan_cache(head_dim=head_dim)
     assert chosen["family"] == "decode" and chosen["kernel"].startswith(f"decode {kernel} 16x")
 
 
@@ -83,7 +38,7 @@ def test_the_smallest_kernel_that_holds_the_head_dim(head_dim: int, kernel: str)
     ],
 )
 def test_what_it_does_not_take(changes: dict[str, Any], reason: str) -> None:
-    chosen = _plan(**changes)
+    chosen = plan_cache(**changes)
     assert chosen["family"] != "decode"
     assert [reason in text for family, text in chosen["rejected"] if family == "decode"] == [True]
 
@@ -91,7 +46,7 @@ def test_what_it_does_not_take(changes: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize("head_dim, kernel", [(16, "d64"), (80, "d128"), (128, "d128"), (192, "d192"), (208, "d256")])
 @pytest.mark.parametrize("rows", [1, 500])
 def test_float8_caches_have_kernels_of_their_own(head_dim: int, kernel: str, rows: int) -> None:
-    chosen = _plan(rows, head_dim=head_dim, stored="float8_e4m3fn")
+    chosen = plan_cache(rows, head_dim=head_dim, stored="float8_e4m3fn")
     assert chosen["family"] == "decode" and chosen["kernel"].startswith(f"decode float8 {kernel} ")
     assert chosen["workspace_bytes"] > 0 and chosen["decisions"]["stages"] >= 2
 
@@ -108,19 +63,19 @@ def test_float8_caches_have_kernels_of_their_own(head_dim: int, kernel: str, row
 )
 def test_what_no_kernel_takes_of_float8(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(RuntimeError, match=reason.replace(".", r"\.")):
-        _plan(stored="float8_e4m3fn", **changes)
+        plan_cache(stored="float8_e4m3fn", **changes)
 
 
 @pytest.mark.parametrize(
     "head_dim, tile", [(64, "64x128"), (80, "64x64"), (128, "64x64"), (192, "64x64"), (256, "64x64")]
 )
 def test_more_than_32_rows_are_a_warpgroups_on_hopper(head_dim: int, tile: str) -> None:
-    assert not _plan(8, head_dim=head_dim)["kernel"].endswith("wgmma")
-    kernel = _plan(9, head_dim=head_dim)["kernel"]
+    assert not plan_cache(8, head_dim=head_dim)["kernel"].endswith("wgmma")
+    kernel = plan_cache(9, head_dim=head_dim)["kernel"]
     assert kernel.endswith(f"{tile} wgmma")
-    assert _plan(9, head_dim=head_dim, stored="float8_e4m3fn")["kernel"].startswith("decode float8")
+    assert plan_cache(9, head_dim=head_dim, stored="float8_e4m3fn")["kernel"].startswith("decode float8")
     for device in ((80, 108, 166912, 40 << 20), (100, 148, 232448, 126 << 20)):
-        assert not _plan(9, head_dim=head_dim, device=device)["kernel"].endswith("wgmma")
+        assert not plan_cache(9, head_dim=head_dim, device=device)["kernel"].endswith("wgmma")
 
 
 def _plan_latent(k_stride: int = 576, v_address: int = BASE, head_dim_v: int = 512, **more: Any) -> dict[str, Any]:
@@ -130,7 +85,9 @@ def _plan_latent(k_stride: int = 576, v_address: int = BASE, head_dim_v: int = 5
         for name, address, columns in (("k_cache", BASE, 576), ("v_cache", v_address, head_dim_v))
     }
     device = more.pop("device", H200)
-    result: dict[str, Any] = _C.plan_cache({"q": _tensor("bfloat16", 4, 1, heads, 576), **caches}, OPTIONS, device)
+    result: dict[str, Any] = _C.plan_cache(
+        {"q": cache_tensor("bfloat16", 4, 1, heads, 576), **caches}, CACHE_OPTIONS, device
+    )
     return result
 
 
@@ -157,28 +114,30 @@ def test_many_rows_whose_values_are_their_keys_are_the_ordinary_kernels() -> Non
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16])
 def test_tiles_have_room_for_the_rows_that_share_keys(rows: int) -> None:
-    assert _plan(rows)["tile"][0] == (16 if rows <= 4 else 32 if rows <= 8 else 64)
+    assert plan_cache(rows)["tile"][0] == (16 if rows <= 4 else 32 if rows <= 8 else 64)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 500])
-def test_of_caches_in_pages_it_takes_any_number_of_rows(rows: int) -> None:
-    chosen = _plan(rows, page_size=16)
+def test_of_caches_in_pages_it_takes_any_number_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "decode")
+    chosen = plan_cache(rows, page_size=16)
     assert chosen["family"] == "decode" and chosen["tile"][0] == (16 if rows == 1 else 64)
+    assert "copied_bytes" not in chosen
 
 
 def test_other_families_refuse_pages() -> None:
-    chosen = _plan(page_size=16, dtype="float32")
+    chosen = plan_cache(page_size=16, dtype="float32")
     assert chosen["family"] == "universal"
     assert {family for family, text in chosen["rejected"] if text == "k and v lie in a cache"} >= {"sm80"}
 
 
 def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None:
-    assert _plan(batch=1, keys=64)["decisions"]["ctas"] <= 3 * 8
-    assert _plan(batch=67)["decisions"]["ctas"] == 2 * 132
-    assert _plan(batch=64)["decisions"]["ctas"] == 512  # a tile each, about half of them at once
-    assert _plan(batch=128)["decisions"]["ctas"] == 512  # two tiles each
-    assert _plan(batch=64, keys=512)["decisions"]["ctas"] == 256  # too short to begin anew
-    small = _plan(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
+    assert plan_cache(batch=1, keys=64)["decisions"]["ctas"] <= 3 * 8
+    assert plan_cache(batch=67)["decisions"]["ctas"] == 2 * 132
+    assert plan_cache(batch=64)["decisions"]["ctas"] == 512  # a tile each, about half of them at once
+    assert plan_cache(batch=128)["decisions"]["ctas"] == 512  # two tiles each
+    assert plan_cache(batch=64, keys=512)["decisions"]["ctas"] == 256  # too short to begin anew
+    small = plan_cache(batch=1)["decisions"]["ctas"]  # of 8 tiles: as many CTAs for each
     assert small % 8 == 0 and small >= 0.95 * 2 * 132
 
 
@@ -196,19 +155,19 @@ def test_no_more_ctas_than_blocks_of_keys_and_as_many_as_the_gpu_holds() -> None
     ],
 )
 def test_few_blocks_of_a_tile_are_a_clusters(changes: dict[str, Any], ctas: int, cluster: int) -> None:
-    for lengths in ({}, {"cache_seqlens": _tensor("int32", changes["batch"])}):
-        decisions = _plan(**changes, **lengths)["decisions"]
+    for lengths in ({}, {"cache_seqlens": cache_tensor("int32", changes["batch"])}):
+        decisions = plan_cache(**changes, **lengths)["decisions"]
         assert decisions["cluster"] == cluster and (decisions["ctas"] == ctas or cluster == 1)
     assert _plan_latent()["decisions"]["cluster"] == 1
 
 
 def test_decisions_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "stages=3,ctas=256,cluster=2")
-    assert _plan(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 3, "cluster": 2}
+    assert plan_cache(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 3, "cluster": 2}
     monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "cluster=4")
-    assert _plan(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 2, "cluster": 4}
+    assert plan_cache(batch=8, keys=1024)["decisions"] == {"ctas": 256, "stages": 2, "cluster": 4}
     monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", "tile=64,warpgroup=0")
-    assert _plan()["kernel"] == "decode d128 64x64"
+    assert plan_cache()["kernel"] == "decode d128 64x64"
 
 
 @pytest.mark.parametrize(
@@ -225,4 +184,4 @@ def test_decisions_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_forced_is_an_error(text: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_DECODE_PLAN", text)
     with pytest.raises(RuntimeError, match=reason):
-        _plan(batch=8, keys=1024)
+        plan_cache(batch=8, keys=1024)

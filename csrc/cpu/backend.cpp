@@ -21,6 +21,7 @@ const Backend& cpu_backend() {
       {&cpu::kBackward},
       {},
       cpu::copy_rows,
+      nullptr,
       cpu::pack_mask,
       nullptr,
       [](int) { return DeviceInfo{}; },

@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "copy_rows.h"
+#include "gather_keys.h"
 #include "mask/band.h"
 #include "mask/packed_mask.h"
 #include "mask/rounded_gradient.h"
@@ -131,6 +132,7 @@ const Backend& cuda_backend() {
 #endif
       },
       cuda::copy_rows,
+      cuda::gather_keys,
       [](const MaskView& mask, void* data, void* stream) {
         const auto cuda_stream = static_cast<cudaStream_t>(stream);
         cuda::mask::pack_with_band(mask, data, cuda_stream);

@@ -1,5 +1,6 @@
 #include "cache.h"
 
+#include "../gathered_cache.h"
 #include "arguments/cache_arguments.h"
 #include "arguments/given.h"
 #include "run.h"
@@ -8,10 +9,29 @@ namespace flash_attn {
 
 namespace {
 
+/// Over caches in q's dtype.
+void run_over_cache(const Backend& backend, ForwardParams& params, const TensorInfo& q_given) {
+  if (!gathers_cache(params, backend.forward, backend.device_info(params.device_index))) {
+    return run(backend.forward, backend, params, q_given);
+  }
+  GatheredCache gathered(params);
+  const NewTensor copies = empty_contiguous(1, &gathered.bytes, DType::kOther, q_given, "copies of the cache's rows");
+  gathered.place(copies.info.data);
+  {
+    const DeviceScope scope(backend, params.device_index);
+    backend.gather_keys(gathered.gather, scope.stream());
+  }
+  run(backend.forward, backend, gathered.params, q_given);
+}
+
+void run_over_cache(const Backend& backend, Float8Params& params, const TensorInfo& q_given) {
+  run(backend.float8, backend, params, q_given);
+}
+
 template <typename Params>
-Results attend(const std::vector<const Kernel<Params>*>& kernels, Params params, const TensorInfo& q_given) {
+Results attend(const Backend& backend, Params params, const TensorInfo& q_given) {
   Results results = empty_results(params, q_given, /*heads_first=*/false);
-  if (results.lse.numel() > 0) run(kernels, backend_of(params.device), params, q_given);
+  if (results.lse.numel() > 0) run_over_cache(backend, params, q_given);
   return results;
 }
 
@@ -25,9 +45,8 @@ void attend_cache(StableIValue* values, uint64_t, uint64_t) {
   const CacheArguments& arguments = given.arguments();
   const ForwardParams params = make_cache_params(arguments);
   const Backend& backend = backend_of(params.device);
-  Results results = is_float8(arguments.k_cache)
-                        ? attend(backend.float8, make_float8_params(arguments, params), q_given)
-                        : attend(backend.forward, params, q_given);
+  Results results = is_float8(arguments.k_cache) ? attend(backend, make_float8_params(arguments, params), q_given)
+                                                 : attend(backend, params, q_given);
   put_results(values, std::move(results.out), std::move(results.lse));
 }
 
@@ -54,8 +73,8 @@ void append_and_attend(StableIValue* values, uint64_t, uint64_t) {
     params.q = turn.copies[0].to = tensor_view(turned_q.info, false);
     copy_rows(turn, arguments.q);
   }
-  Results results = float8 ? attend(backend.float8, make_float8_params(attention, params), q_given)
-                           : attend(backend.forward, params, q_given);
+  Results results =
+      float8 ? attend(backend, make_float8_params(attention, params), q_given) : attend(backend, params, q_given);
   put_results(values, std::move(results.out), std::move(results.lse));
 }
 

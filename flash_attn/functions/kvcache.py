@@ -72,6 +72,10 @@ def flash_attn_with_kvcache(
     Sequence b has rows 0 .. cache_seqlens[b] - 1 of the cache; k and v become rows cache_seqlens[b] and on. The caller
     counts cache_seqlens up afterwards. There is no gradient: a backward pass through the result raises.
 
+    Many query rows over a cache with block_table, cache_batch_idx or cache_leftpad, in bfloat16 or float16 on a GPU,
+    read a copy of the rows that are used, where that is faster. Meanwhile it takes memory for batch x (rows that a
+    sequence has room for) keys and values, at most as many as the cache has; :func:`flash_attn.explain` says how much.
+
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float64, float32, bfloat16 or float16.
         k_cache: (entries, seqlen_cache, num_heads_k, head_dim) of q's dtype, or with block_table (pages, page_size,
