@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "../../common/dependent_launch.h"
 #include "bias.h"
 #include "loader.h"
 #include "schedule/turns.h"
@@ -32,7 +33,6 @@ struct BackwardBlock : BackwardLoader<Config> {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
   static constexpr int kKeyTiles = Config::kKeyTiles, kQueryTiles = Config::kQueryTiles;
   static constexpr int kQuerySteps = Config::kWarpQueries / 16;
-  static_assert(Config::kRules != Rules::kDropout || kStages > 1, "it is drawn between S and dP");
 
   const std::conditional_t<Config::kBias, BiasRules<Config>, GradientRules<Config>> rules;
   float dk[kKeyTiles][Config::kColumnTiles][4], dv[kKeyTiles][Config::kColumnTiles][4];
@@ -91,12 +91,17 @@ struct BackwardBlock : BackwardLoader<Config> {
           address_by_columns<Tile>(shared + Config::kDo + stage * Config::kQueryBytes, query, at),
           [&](int n) { return rules.start(minus_delta, n, uint32_t(at)); });
     };
+    const auto draw_beside = [&] {  // these products
+      if constexpr (Config::kRules == Rules::kDropout) rules.draw_kept(kept, head, place);
+    };
     if constexpr (kStages > 1) {
       multiply_s();
-      if constexpr (Config::kRules == Rules::kDropout) rules.draw_kept(kept, head, place);  // beside these products
+      draw_beside();
       multiply_dp();
     } else {  // dO is loaded first
       multiply_dp();
+      if constexpr (Config::kEarlyTurns) end_last_turn();
+      draw_beside();
       multiply_s();
     }
     if constexpr (Config::kRules == Rules::kDropout) kept.exchange(int(at));
@@ -227,7 +232,8 @@ struct BackwardBlock : BackwardLoader<Config> {
     return static_cast<int**>(__cvta_shared_to_generic(shared + Config::kAddedTurns))[warp()];
   }
 
-  /// Says that it is there: not before the next step's scores, by when it is, and saying so takes no time.
+  /// Says that it is there: not before the next step's scores, or the first half of them, by when it is, and saying so
+  /// takes no time.
   SM80_DEVICE void end_last_turn() const {
     if (params.turns != nullptr && step > 0) end_turn(added_turn());
   }
@@ -239,12 +245,13 @@ struct BackwardBlock : BackwardLoader<Config> {
     if constexpr (Config::kMasks) {
       if (p.mask.data != nullptr) this->clear_blind_queries(stage);
     }
-    if (rules.is_blind(warp_place())) {
+    const bool blind = rules.is_blind(warp_place());
+    if (blind) {
       clear_scores(stage);
     } else {
       compute_scores(stage);
     }
-    end_last_turn();
+    if (!Config::kEarlyTurns || blind) end_last_turn();
     if constexpr (kStages > 1) this->template load_next<kDo, kQ>();
     if (step > 0) barrier_wait(scores_read(), uint32_t(step - 1) & 1);
     store_scores();
@@ -280,8 +287,9 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     bool more = tile.num_m_blocks > 0;
     if (Config::kMasks && more && is_hidden<Config>(params, tile, head, m_block)) more = advance(head, m_block);
+    if (more) this->load_keys();  // arrive with the first dO
+    grid_dependency_wait();       // for what the kernel before prepares of query rows
     if (more) {
-      this->load_keys();  // arrive with the first dO
       this->load_queries(kDo, head, m_block, 0);
       if constexpr (!Config::kTogether) this->arrive_loaded(kDo, 0);
       this->load_queries(kQ, head, m_block, 0);
@@ -376,9 +384,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     asm volatile("" : "+r"(shared));  // one register, rather than its computation wherever it is used
     // In shared memory: registers are for accumulators.
     BackwardTile& tile = *static_cast<BackwardTile*>(__cvta_shared_to_generic(shared + Config::kTile));
+    grid_launch_dependents();
     {
       BackwardTile found;
-      if (!find_tile<Config>(params, found)) return;
+      if (!find_tile<Config>(params, found)) {
+        grid_dependency_wait();  // that this kernel has ended says that the one before has
+        return;
+      }
       if (threadIdx.x == 0) tile = found;
       __syncthreads();  // all see the tile
     }

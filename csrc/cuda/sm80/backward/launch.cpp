@@ -43,6 +43,17 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   return params;
 }
 
+/// May start before the rows are prepared, see kernel.h. There are fewer than 2^31 blocks: refusals.h.
+void launch_tiles(const BackwardPlan& plan, const BackwardKernelParams& params, cudaStream_t stream) {
+  const BackwardVariant& variant = *plan.variant;
+  auto* const kernel = variant.kernel[params.problem.forward.dtype == DType::kBFloat16 ? 0 : 1];
+  cuda::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   variant.shared_bytes),
+              variant.name);
+  cuda::launch_dependent(kernel, dim3(unsigned(plan.num_tiles * plan.parts)), 32 * variant.warps, variant.shared_bytes,
+                         stream, params, variant.name);
+}
+
 void launch_mask_gradient(const MaskGradientVariant& variant, const BackwardKernelParams& params, cudaStream_t stream) {
   const MaskView& mask = params.problem.forward.mask;
   const MaskGradientParams arguments{params, int(ceil_div(mask.row_size, variant.block_m)),
@@ -71,8 +82,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
   const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
                            problem.dslopes == nullptr && !plan.adds_mask_gradient;
   if (!dmask_alone) {
-    cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params,
-                        plan.num_tiles * plan.parts, 32 * variant.warps, variant.shared_bytes, stream, variant.name);
+    launch_tiles(plan, params, stream);
     if (plan.parts > 1) store_keys(params, plan.num_tiles, stream);
   }
   if (plan.mask_gradient != nullptr) launch_mask_gradient(*plan.mask_gradient, params, stream);

@@ -11,7 +11,6 @@ namespace flash_attn::cuda::sm80 {
 
 struct BackwardKernelParams {
   BackwardParams problem;
-  int64_t first_block;                        // see launch_blocks()
   int block_m, block_n;                       // rows of a block of queries, of keys
   int num_m_blocks, num_n_blocks;             // of a sequence; of packed ones, of all together
   int columns;                                // of dq_accum: the head dimension that the kernel is for

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../../philox.h"
+#include "../../common/dependent_launch.h"
 #include "schedule/place.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -26,9 +27,12 @@ struct BackwardTile {
 
 /// Blocks that wait for others are numbered as they start.
 SM80_DEVICE uint32_t tile_index(const BackwardKernelParams& params) {
-  if (params.turns == nullptr) return uint32_t(params.first_block) + blockIdx.x;
+  if (params.turns == nullptr) return blockIdx.x;
   __shared__ int drawn;
-  if (threadIdx.x == 0) drawn = atomicAdd(params.next_tile, 1);
+  if (threadIdx.x == 0) {
+    grid_dependency_wait();  // for who clears it
+    drawn = atomicAdd(params.next_tile, 1);
+  }
   __syncthreads();
   return uint32_t(drawn);
 }

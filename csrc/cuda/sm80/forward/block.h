@@ -145,9 +145,13 @@ struct ForwardBlock {
     wait_tile();
     load_next<!kSameAhead>(k_slot);
   }
-  /// K of the next tile, which k_slot moves to.
-  SM80_DEVICE void wait_k() {
+  /// K of the next tile, `block`, which k_slot moves to.
+  SM80_DEVICE void wait_k(int block) {
     wait_tile();
+    if constexpr (kBias && Config::kHasP) {
+      load_bias(block);
+      cp_async_commit();
+    }
     load_next<kSameAhead>(slot_after(k_slot, 1));
     k_slot = slot_after(k_slot, 2);
   }
@@ -228,7 +232,8 @@ struct ForwardBlock {
   /// Likewise: what of attn_mask it will need.
   SM80_DEVICE void load_mask(int col);
 
-  // Of Rules::kBias: each warp's rows of the mask, by cp.async, in the group of copies after it.
+  // Of Rules::kBias: each warp's rows and keys of the mask, by cp.async. Where P is in shared memory biases take its
+  // place, from when all are done with it until the warp has its own; else they have a place of their own.
 
   using BiasTile = SharedTile<kBlockN>;
   /// Of a tile; `block` before block_begin(): there is none.
@@ -298,7 +303,7 @@ struct ForwardBlock {
   SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
     apply_rules(col);
-    if constexpr (kBias) load_bias(visited_block(block - 1));
+    if constexpr (kBias && !Config::kHasP) load_bias(visited_block(block - 1));
     if constexpr (kBias || kExtended) {
       if (may_have_unseen_v(block)) tell_seen_columns(columns_of_scores());
     }
@@ -320,7 +325,7 @@ struct ForwardBlock {
   SM80_DEVICE void begin_tile(int block) {
     load_mask(block * kBlockN + warp_key());
     draw_kept(block * kBlockN + warp_key());
-    wait_k();
+    wait_k(block);
   }
 
   SM80_DEVICE void run() {
@@ -340,7 +345,7 @@ struct ForwardBlock {
       load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
       for (;;) {
         if constexpr (kMask) {
-          if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN);
+          if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN + warp_key());
         }
         multiply_qk();
         finish_tile(block);
