@@ -143,17 +143,23 @@ def test_dropout_masks_and_biases_have_kernels_of_their_own(head_dim: int, devic
     assert kernels(_mask("float32")) == ["extended", "extended"]
 
 
-# Of head dims 192 and 256: whose forward kernels, and whose backward kernels for dropout, are their own.
+# Head dims that have forward kernels of their own for rules of scores, and backward kernels for dropout.
 @pytest.mark.parametrize(
     "device, forward, backward",
-    [(A100, True, ()), (RTX_4090, False, ()), (H200, True, (192, 256)), (B200, True, (256,))],
-    ids=["sm_80", "sm_89", "sm_90", "sm_100"],
+    [
+        (A100, (192, 256), ()),
+        (RTX_4090, (192,), ()),
+        (H200, (192, 256), (192, 256)),
+        (B200, (192, 256), (256,)),
+        (RTX_5090, (), ()),
+    ],
+    ids=["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"],
 )
 @pytest.mark.parametrize("head_dim", (192, 256))
 def test_rules_of_large_heads_have_kernels_where_shared_memory_holds_them(
     head_dim: int,
     device: tuple[int, int, int, int],
-    forward: bool,
+    forward: tuple[int, ...],
     backward: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -164,7 +170,7 @@ def test_rules_of_large_heads_have_kernels_where_shared_memory_holds_them(
         ("bias", _mask("bfloat16"), {}),
     ):
         choice = plan(head_dim=head_dim, device=device, tensors=tensors, **options)  # type: ignore[arg-type]
-        assert choice["forward"]["kernel"].split()[-1] == (rule if forward else "extended")
+        assert choice["forward"]["kernel"].split()[-1] == (rule if head_dim in forward else "extended")
         own = rule == "dropout" and head_dim in backward
         assert choice["backward"]["kernel"].split()[-1] == (rule if own else "extended")
 

@@ -8,6 +8,10 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+QuerySteps query_steps(const TensorView& view, int block_m) {
+  return {2 * view.head, 2 * view.row, 2 * view.row * block_m};
+}
+
 BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParams& problem) {
   const ForwardParams& p = problem.forward;
   const BackwardVariant& variant = *plan.variant;
@@ -26,6 +30,8 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   params.falls = plan.ordered && plan.spread == 0;
   params.spread = plan.spread;
   params.aligned = plan.aligned;
+  params.q = query_steps(p.q, variant.block_m);
+  params.dout = query_steps(problem.dout, variant.block_m);
   params.share_rows = plan.share_rows;
   params.dq_accum = reinterpret_cast<float*>(workspace);
   params.minus_lse = reinterpret_cast<float*>(workspace + plan.minus_lse);

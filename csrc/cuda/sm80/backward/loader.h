@@ -19,6 +19,9 @@ struct BackwardLoader : BackwardWalk<Config> {
 
   using Base::Base;
 
+  SM80_DEVICE uint32_t loading_thread() const {
+    return Config::kFewRegisters || Config::kBias ? fresh_thread(step) : threadIdx.x;
+  }
   template <int kRows>
   SM80_DEVICE void load(uint32_t to, const TensorView& view, bool packed, int64_t sequence_row, int first, int begin,
                         int end, int of_head, int64_t columns) const {
@@ -26,8 +29,8 @@ struct BackwardLoader : BackwardWalk<Config> {
         static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
     const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
     load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
-        Config::kFewRegisters || Config::kBias ? fresh_thread(step) : threadIdx.x, shared + to, source, view.row,
-        int(columns), params.aligned, begin <= first && end - first >= kRows, exists);
+        loading_thread(), shared + to, source, view.row, int(columns), params.aligned,
+        begin <= first && end - first >= kRows, exists);
   }
 
   SM80_DEVICE void load_keys() const {
@@ -85,13 +88,38 @@ struct BackwardLoader : BackwardWalk<Config> {
     __syncthreads();  // the rows are 0
   }
 
+  /// Q or dO of a block of query rows, whose rows consist of 16-byte pieces.
+  SM80_DEVICE void copy_queries(Side side, int of_head, int block, int stage) const {
+    using Copy = TileCopy<kBlockM, Config::kHeadDim, Config::kThreads>;
+    const QuerySteps& steps = side == kQ ? params.q : params.dout;
+    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v);
+    const uint32_t thread = loading_thread(), row = uint32_t(Copy::row(thread)), chunk = uint32_t(Copy::chunk(thread));
+    const char* const from = (side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(of_head)} * steps.head +
+                             uint64_t{uint32_t(block)} * steps.block + (uint64_t{row} * steps.row + 16 * chunk);
+    const uint32_t to =
+        shared + (side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes + Copy::offset(thread);
+    const int first = tile.row_begin - block * kBlockM, last = tile.row_end - block * kBlockM;
+    if ((first <= 0) & (last >= kBlockM) & (columns == Config::kHeadDim)) {
+      Copy::copy(to, from, Copy::kStep * steps.row);
+    } else {
+      Copy::template copy_part<Copy::kRowsAtOnce>(to, from, Copy::kStep * steps.row, columns - 8 * int(chunk),
+                                                  [&](int further) {
+                                                    const int at = int(row) + further;
+                                                    return at >= first && at < last;
+                                                  });
+    }
+  }
+
   /// Q and lse of a block of query rows, or dO and delta.
   SM80_DEVICE void load_queries(Side side, int of_head, int block, int stage) const {
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const int first = block * kBlockM;
-    load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
-                  side == kQ ? p.q : params.problem.dout, packed, tile.sequence.q_row, first, tile.row_begin,
-                  tile.row_end, of_head, side == kQ ? p.head_dim : p.head_dim_v);
+    if constexpr (Config::kExtended || Config::kBias) {
+      const bool packed = p.cu_seqlens_q != nullptr;
+      load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
+                    side == kQ ? p.q : params.problem.dout, packed, tile.sequence.q_row, block * kBlockM,
+                    tile.row_begin, tile.row_end, of_head, side == kQ ? p.head_dim : p.head_dim_v);
+    } else {
+      copy_queries(side, of_head, block, stage);
+    }
     if (threadIdx.x < kBlockM / 4) {
       const float* from = (side == kQ ? params.minus_lse : params.minus_delta) + accum_block(of_head, block) * kBlockM;
       cp_async_16(shared + (side == kQ ? Config::kLse : Config::kDelta) + stage * Config::kStatisticBytes +
@@ -102,7 +130,11 @@ struct BackwardLoader : BackwardWalk<Config> {
 
   SM80_DEVICE void arrive_loaded(Side side, int stage) const {
     if constexpr (Config::kExtended) barrier_arrive(full(side, stage));  // what was not copied asynchronously is there
-    barrier_arrive_after_copies(full(side, stage));
+    // Of an address that is not known to be the same in all lanes ptxas makes a loop.
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      if (s == stage) barrier_arrive_after_copies(full(side, s));
+    }
   }
 
   /// The next step's, into its stage as soon as all warps have left that.
