@@ -256,7 +256,7 @@ struct BackwardBlock : BackwardLoader<Config> {
     if (step > 0) barrier_wait(scores_read(), uint32_t(step - 1) & 1);
     store_scores();
     barrier_arrive_warp(scores_written());
-    if (!rules.is_blind(warp_place())) {
+    if (!blind) {
       add_own_queries(dv, p_t, Config::kDo, stage);
       add_own_queries(dk, ds_t, Config::kQ, stage);
     }
@@ -290,9 +290,10 @@ struct BackwardBlock : BackwardLoader<Config> {
     if (more) this->load_keys();  // arrive with the first dO
     grid_dependency_wait();       // for what the kernel before prepares of query rows
     if (more) {
-      this->load_queries(kDo, head, m_block, 0);
+      const auto first = this->query_block(head, m_block);
+      this->load_queries(kDo, first, 0);
       if constexpr (!Config::kTogether) this->arrive_loaded(kDo, 0);
-      this->load_queries(kQ, head, m_block, 0);
+      this->load_queries(kQ, first, 0);
       this->arrive_loaded(kQ, 0);
     }
 #pragma unroll 1

@@ -88,17 +88,28 @@ struct BackwardLoader : BackwardWalk<Config> {
     __syncthreads();  // the rows are 0
   }
 
+  /// A block of query rows to be loaded: what both of its tiles ask for.
+  struct QueryBlock {
+    int head, block;
+    int first, last;  // of its rows, those that see some of the keys
+    int64_t row;      // in the statistics
+  };
+  SM80_DEVICE QueryBlock query_block(int of_head, int block) const {
+    const int row = block * kBlockM;
+    return {of_head, block, tile.row_begin - row, tile.row_end - row, int64_t{accum_block(of_head, block)} * kBlockM};
+  }
+
   /// Q or dO of a block of query rows, whose rows consist of 16-byte pieces.
-  SM80_DEVICE void copy_queries(Side side, int of_head, int block, int stage) const {
+  SM80_DEVICE void copy_queries(Side side, const QueryBlock& from_block, int stage) const {
     using Copy = TileCopy<kBlockM, Config::kHeadDim, Config::kThreads>;
     const QuerySteps& steps = side == kQ ? params.q : params.dout;
-    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v);
+    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v), first = from_block.first, last = from_block.last;
     const uint32_t thread = loading_thread(), row = uint32_t(Copy::row(thread)), chunk = uint32_t(Copy::chunk(thread));
-    const char* const from = (side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(of_head)} * steps.head +
-                             uint64_t{uint32_t(block)} * steps.block + (uint64_t{row} * steps.row + 16 * chunk);
+    const char* const from = (side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(from_block.head)} * steps.head +
+                             uint64_t{uint32_t(from_block.block)} * steps.block +
+                             (uint64_t{row} * steps.row + 16 * chunk);
     const uint32_t to =
         shared + (side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes + Copy::offset(thread);
-    const int first = tile.row_begin - block * kBlockM, last = tile.row_end - block * kBlockM;
     if ((first <= 0) & (last >= kBlockM) & (columns == Config::kHeadDim)) {
       Copy::copy(to, from, Copy::kStep * steps.row);
     } else {
@@ -111,20 +122,19 @@ struct BackwardLoader : BackwardWalk<Config> {
   }
 
   /// Q and lse of a block of query rows, or dO and delta.
-  SM80_DEVICE void load_queries(Side side, int of_head, int block, int stage) const {
+  SM80_DEVICE void load_queries(Side side, const QueryBlock& from, int stage) const {
     if constexpr (Config::kExtended || Config::kBias) {
-      const bool packed = p.cu_seqlens_q != nullptr;
       load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
-                    side == kQ ? p.q : params.problem.dout, packed, tile.sequence.q_row, block * kBlockM,
-                    tile.row_begin, tile.row_end, of_head, side == kQ ? p.head_dim : p.head_dim_v);
+                    side == kQ ? p.q : params.problem.dout, p.cu_seqlens_q != nullptr, tile.sequence.q_row,
+                    from.block * kBlockM, tile.row_begin, tile.row_end, from.head,
+                    side == kQ ? p.head_dim : p.head_dim_v);
     } else {
-      copy_queries(side, of_head, block, stage);
+      copy_queries(side, from, stage);
     }
     if (threadIdx.x < kBlockM / 4) {
-      const float* from = (side == kQ ? params.minus_lse : params.minus_delta) + accum_block(of_head, block) * kBlockM;
       cp_async_16(shared + (side == kQ ? Config::kLse : Config::kDelta) + stage * Config::kStatisticBytes +
                       16 * int(threadIdx.x),
-                  from + 4 * int(threadIdx.x));
+                  (side == kQ ? params.minus_lse : params.minus_delta) + from.row + 4 * int(threadIdx.x));
     }
   }
 
@@ -143,11 +153,12 @@ struct BackwardLoader : BackwardWalk<Config> {
     int next_head = head, next_block = m_block;
     if (!advance(next_head, next_block)) return;
     const int stage = (step + 1) % kStages;
+    const QueryBlock next = query_block(next_head, next_block);
     const auto load_side = [&](Side side) {
       if (step + 1 >= kStages && !(Config::kTogether && side == kQ)) {
         barrier_wait(empty(side, stage), uint32_t((step + 1) / kStages - 1) & 1);
       }
-      load_queries(side, next_head, next_block, stage);
+      load_queries(side, next, stage);
       if (!(Config::kTogether && side == kDo)) arrive_loaded(side, stage);
     };
     (load_side(kSides), ...);
