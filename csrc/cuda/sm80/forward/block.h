@@ -109,11 +109,6 @@ struct ForwardBlock {
     return (slot == slots_begin() ? slots_end() : slot) - Config::kSlotBytes;
   }
 
-  SM80_DEVICE const Element* source_of(const TensorView& view) const {
-    return static_cast<const Element*>(view.data) + tile.batch_offset(view, p.cu_seqlens_k != nullptr) +
-           int64_t{tile.kv_head} * view.head + tile.sequence.k_row * view.row;
-  }
-
   SM80_DEVICE int block_begin() const { return Config::kFewRegisters ? tile.block_begin : first_block; }
   SM80_DEVICE int full_begin() const { return Config::kFewRegisters ? tile.full_begin : first_full; }
   SM80_DEVICE int full_end() const { return Config::kFewRegisters ? tile.full_end : last_full; }
