@@ -74,17 +74,6 @@ SM80_DEVICE void cp_async_16_or_zeros(uint32_t address, const void* source, bool
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(read ? 16 : 0)
                : "memory");
 }
-/// The same, or nothing.
-SM80_DEVICE void cp_async_16_if(uint32_t address, const void* source, uint32_t copies) {
-  asm volatile(
-      "{\n"
-      ".reg .pred copies;\n"
-      "setp.ne.u32 copies, %2, 0;\n"
-      "@copies cp.async.cg.shared.global [%0], [%1], 16;\n"
-      "}" ::"r"(address),
-      "l"(source), "r"(copies)
-      : "memory");
-}
 SM80_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Until at most kPending of this thread's groups are under way.
 template <int kPending>

@@ -1,6 +1,7 @@
 // Tiles of a block's tensors, from global to shared memory.
 #pragma once
 
+#include "../copy_part.h"
 #include "../tile_copy.h"
 #include "schedule/walk.h"
 
