@@ -270,7 +270,7 @@ struct BackwardBlock : BackwardLoader<Config> {
     store_scores();
     barrier_arrive_warp(scores_written());
     if constexpr (Config::kTogether) this->find_pieces(next);
-    if (!blind) {
+    if (!(Config::kFewRegisters ? rules.is_blind(warp_place()) : blind)) {
       add_own_queries(dv, p_t, Config::kDo, stage, copy_beside(kDo));
       add_own_queries(dk, ds_t, Config::kQ, stage, copy_beside(kQ));
     } else {
