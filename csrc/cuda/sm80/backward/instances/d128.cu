@@ -6,7 +6,6 @@ namespace {
 const BackwardVariant kVariants[] = {
     backward_variant<128, 128, 64, 2, 2, 2, 1, Rules::kPlain, kGpus163Kb | kGpus227Kb>("mma d128 64x128 w8",
                                                                                        {610, 6000}),
-    backward_variant<128, 64, 64, 2, 2, 1, 2, Rules::kPlain, kGpus90>("mma d128 64x64 w4 s1", {100, 6000}),
     backward_variant<128, 128, 64, 2, 2, 2, 1, Rules::kDropout, kGpus163Kb | kGpus227Kb>("mma d128 64x128 w8 dropout",
                                                                                          {510, 6000}),
     backward_variant<128, 128, 64, 2, 2, 2, 1, Rules::kMask, kGpus163Kb | kGpus227Kb>("mma d128 64x128 w8 mask",

@@ -6,7 +6,6 @@ namespace {
 const BackwardVariant kVariants[] = {
     backward_variant<64, 128, 128, 2, 2, 2, 1, Rules::kPlain, kGpus163Kb | kGpus227Kb>("mma d64 128x128 w8",
                                                                                        {565, 6000}),
-    backward_variant<64, 64, 128, 2, 2, 1, 2, Rules::kPlain, kGpus90>("mma d64 128x64 w4 s1", {100, 6000}),
     backward_variant<64, 128, 128, 2, 2, 2, 1, Rules::kDropout, kGpus163Kb | kGpus227Kb>("mma d64 128x128 w8 dropout",
                                                                                          {480, 6000}),
     backward_variant<64, 128, 128, 2, 2, 2, 1, Rules::kMask, kGpus163Kb | kGpus227Kb>("mma d64 128x128 w8 mask",
