@@ -15,14 +15,14 @@
 
 #include "../../common/dependent_launch.h"
 #include "bias.h"
-#include "loader.h"
+#include "epilogue.h"
 #include "schedule/turns.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Config>
-struct BackwardBlock : BackwardLoader<Config> {
-  using Base = BackwardLoader<Config>;
+struct BackwardBlock : BackwardEpilogue<Config> {
+  using Base = BackwardEpilogue<Config>;
   using Base::kQ, Base::kDo, Base::full, Base::empty, Base::phase, Base::scores_written, Base::scores_read;
   using Base::lane, Base::warp, Base::add_slope_sum, Base::slope_sum, Base::store_slope_sum, Base::warp_key,
       Base::warp_q, Base::advance, Base::accum_block;
@@ -328,68 +328,16 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     end_last_turn();
     if (params.parts > 1) {
-      store_part(params.dk_parts, dk, float(p.softmax_scale));
-      store_part(params.dv_parts, dv, dv_scale());
+      this->store_part(params.dk_parts, dk, float(p.softmax_scale));
+      this->store_part(params.dv_parts, dv, this->dv_scale());
       return;
     }
     __syncthreads();  // all warps are done with K and V
-    stage_gradient(Config::kK, dk, float(p.softmax_scale));
-    stage_gradient(Config::kV, dv, dv_scale());
+    this->stage_gradient(Config::kK, dk, float(p.softmax_scale));
+    this->stage_gradient(Config::kV, dv, this->dv_scale());
     __syncthreads();  // dK and dV are in their places
-    store_gradient(Config::kK, params.problem.dk, p.head_dim);
-    store_gradient(Config::kV, params.problem.dv, p.head_dim_v);
-  }
-
-  // -- epilogue
-
-  /// P of dV is without it.
-  SM80_DEVICE float dv_scale() const { return Config::kDrops ? tile.dropout_scale : 1.f; }
-
-  SM80_DEVICE void store_part(float* parts, const float (&acc)[kKeyTiles][Config::kColumnTiles][4], float scale) const {
-    float* const to = parts + int64_t{tile.part} * (kBlockN * Config::kHeadDim);
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Config::kColumnTiles; ++n) {
-        const int column = 2 * (n / 2 * Config::kWarpsQ + warp_q()) + n % 2;
-        store_accumulated(to + ((warp_key() / 16 + m) * (Config::kHeadDim / 8) + column) * 128, lane(), acc[m][n],
-                          scale);
-      }
-    }
-  }
-
-  SM80_DEVICE void stage_gradient(uint32_t to, const float (&acc)[kKeyTiles][Config::kColumnTiles][4],
-                                  float scale) const {
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Config::kColumnTiles; n += 2) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = pack<Element>(acc[m][n + i / 2][i % 2 * 2] * scale, acc[m][n + i / 2][i % 2 * 2 + 1] * scale);
-        }
-        store_fragment<Tile>(shared + to, warp_key() + 16 * m, n / 2 * Config::kWarpsQ + warp_q(), lane(), x);
-      }
-    }
-  }
-
-  SM80_DEVICE void store_gradient(uint32_t from, const TensorView& view, int64_t columns) const {
-    if (view.data == nullptr) return;
-    Element* const to = static_cast<Element*>(view.data) + row_offset(view, p.cu_seqlens_k != nullptr, tile.batch,
-                                                                      tile.sequence.k_row + tile.n_begin, tile.head_k);
-#pragma unroll 2
-    for (int i = int(threadIdx.x); i < kBlockN * Tile::kChunks; i += Config::kThreads) {
-      const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-      if (row >= tile.stored_keys || 8 * chunk >= int(columns)) continue;
-      uint4 x{0, 0, 0, 0};
-      if (row < tile.keys) {
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(shared + from + Tile::offset(row, chunk)));
-      }
-      store_piece<Config::kExtended>(to + row * view.row + 8 * chunk, x, int(columns) - 8 * chunk, params.aligned);
-    }
+    this->store_gradient(Config::kK, params.problem.dk, p.head_dim);
+    this->store_gradient(Config::kV, params.problem.dv, p.head_dim_v);
   }
 };
 
