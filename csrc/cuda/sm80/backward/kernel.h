@@ -27,7 +27,6 @@ struct BackwardBlock : BackwardEpilogue<Config> {
   using Base::lane, Base::warp, Base::add_slope_sum, Base::slope_sum, Base::store_slope_sum, Base::warp_key,
       Base::warp_q, Base::advance, Base::accum_block;
   using Base::params, Base::p, Base::tile, Base::shared, Base::head, Base::m_block, Base::step;
-  using typename Base::Side;
   using Element = typename Config::Element;
   using Tile = SharedTile<Config::kHeadDim>;
   using ScoreTile = SharedTile<Config::kBlockM>;  // (keys, queries)
@@ -138,15 +137,13 @@ struct BackwardBlock : BackwardEpilogue<Config> {
     return shared + tiles + stage * Config::kQueryBytes + Tile::offset(row + at % 16, 2 * warp_q() + at / 16);
   }
 
-  /// dV += P^T dO or dK += dS^T Q; `beside(k)` after each sixteen queries.
-  template <typename Accumulators, typename Fragments, typename Beside>
-  SM80_DEVICE void add_own_queries(Accumulators& acc, const Fragments& a, uint32_t tiles, int stage,
-                                   const Beside& beside) const {
+  /// dV += P^T dO or dK += dS^T Q.
+  template <typename Accumulators, typename Fragments>
+  SM80_DEVICE void add_own_queries(Accumulators& acc, const Fragments& a, uint32_t tiles, int stage) const {
     const uint32_t b = query_rows(tiles, stage, warp_q() * Config::kWarpQueries);
 #pragma unroll
     for (int k = 0; k < kQuerySteps; ++k) {
       multiply_step<Element, Config::kHeadDim, Config::kWarpsQ>(acc, a[k], b + k * 16 * Tile::kRowBytes);
-      beside(k);
     }
   }
 
@@ -255,29 +252,14 @@ struct BackwardBlock : BackwardEpilogue<Config> {
       compute_scores(stage);
     }
     if (!Config::kEarlyTurns || blind) end_last_turn();
-    [[maybe_unused]] typename Base::NextCopies next;
-    const auto copy_beside = [&](Side side) {
-      return [&, side](int k) {
-        if constexpr (Config::kTogether) this->copy_share(next, side, k, kQuerySteps);
-      };
-    };
-    if constexpr (Config::kTogether) {
-      next = this->begin_next();
-    } else if constexpr (kStages > 1) {
-      this->template load_next<kDo, kQ>();
-    }
+    if constexpr (kStages > 1) this->template load_next<kDo, kQ>();
     if (step > 0) barrier_wait(scores_read(), uint32_t(step - 1) & 1);
     store_scores();
     barrier_arrive_warp(scores_written());
-    if constexpr (Config::kTogether) this->find_pieces(next);
     if (!(Config::kFewRegisters ? rules.is_blind(warp_place()) : blind)) {
-      add_own_queries(dv, p_t, Config::kDo, stage, copy_beside(kDo));
-      add_own_queries(dk, ds_t, Config::kQ, stage, copy_beside(kQ));
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuerySteps; ++k) copy_beside(kDo)(k), copy_beside(kQ)(k);
+      add_own_queries(dv, p_t, Config::kDo, stage);
+      add_own_queries(dk, ds_t, Config::kQ, stage);
     }
-    if constexpr (Config::kTogether) this->end_next(next);
     barrier_wait(scores_written(), uint32_t(step) & 1);
     add_other_queries(dv, Config::kP, Config::kDo, stage);
     if constexpr (Config::kBias) barrier_arrive_warp(this->p_read());
