@@ -143,6 +143,38 @@ def test_dropout_masks_and_biases_have_kernels_of_their_own(head_dim: int, devic
     assert kernels(_mask("float32")) == ["extended", "extended"]
 
 
+# Head dims that have forward kernels of their own for rules of scores, and backward kernels for dropout.
+@pytest.mark.parametrize(
+    "device, forward, backward",
+    [
+        (A100, (192, 256), ()),
+        (RTX_4090, (192,), ()),
+        (H200, (192, 256), (192, 256)),
+        (B200, (192, 256), (256,)),
+        (RTX_5090, (), ()),
+    ],
+    ids=["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"],
+)
+@pytest.mark.parametrize("head_dim", (192, 256))
+def test_rules_of_large_heads_have_kernels_where_shared_memory_holds_them(
+    head_dim: int,
+    device: tuple[int, int, int, int],
+    forward: tuple[int, ...],
+    backward: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+    for rule, tensors, options in (
+        ("dropout", RNG_STATE, {"dropout_p": 0.1}),
+        ("mask", _mask("bool"), {}),
+        ("bias", _mask("bfloat16"), {}),
+    ):
+        choice = plan(head_dim=head_dim, device=device, tensors=tensors, **options)  # type: ignore[arg-type]
+        assert choice["forward"]["kernel"].split()[-1] == (rule if head_dim in forward else "extended")
+        own = rule == "dropout" and head_dim in backward
+        assert choice["backward"]["kernel"].split()[-1] == (rule if own else "extended")
+
+
 README = Path(__file__).parents[1] / "csrc/cuda/sm80/README.md"
 
 
@@ -204,6 +236,20 @@ def test_query_rows_of_few_tiles_are_shared_out() -> None:
     assert few["decisions"]["parts"] >= 2
     assert "parts" not in plan(1, 1, 4096, device=A100, deterministic=True)["backward"]["decisions"]
     assert "parts" not in plan(4, 16, 4096, device=A100)["backward"]["decisions"]
+
+
+def test_blocks_of_keys_begin_with_rows_of_their_own_where_others_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+
+    def spread(batch: int, heads: int, seqlen: int) -> int:
+        choice = plan(batch, heads, seqlen, 256, deterministic=True)["backward"]
+        assert choice["kernel"] == "mma d256 128x64 w8 s1"  # twice as many blocks of keys as of query rows
+        return int(choice["decisions"]["spread"])
+
+    assert spread(4, 8, 4096) == 32
+    assert spread(32, 8, 512) == 4
+    assert spread(1, 1, 4096) == 64  # all at a time: nobody else is there
+    assert spread(1, 8, 16384) == 64  # half of what the GPU holds
 
 
 def test_rows_of_few_blocks_are_shared_out() -> None:

@@ -29,6 +29,9 @@ struct TileCopy {
   static constexpr int kGroup = kPower < kThreads / 8 ? kPower : kThreads / 8;
   static constexpr int kStep = kThreads / kGroup;
   static_assert(kThreads % kGroup == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+  // That the compiler sees of a copy of a part: where a thread has one piece of a row ptxas would order all of a
+  // backward step otherwise, and slower, if it saw more; where it has several, registers are spilled if it sees less.
+  static constexpr int kRowsAtOnce = Tile::kChunks > kGroup ? 4 : 1;
 
   /// A thread's first piece.
   SM80_DEVICE static int row(uint32_t thread) { return int(thread) / kGroup; }
@@ -91,12 +94,9 @@ SM80_DEVICE void load_tile(uint32_t thread, uint32_t tile, const Element* source
       return;
     }
   }
-  // Where a thread has one piece of a row ptxas would order all of a backward step otherwise, and slower, if it saw
-  // more of this; where it has several, registers are spilled if it sees less.
-  constexpr int kRowsAtOnce = Tile::kChunks > kGroup ? 4 : 1;
-  Copy::template copy_part<kRowsAtOnce>(to, reinterpret_cast<const char*>(from),
-                                        kStep * row_stride * int(sizeof(Element)), columns - 8 * chunk,
-                                        [&](int further) { return exists(row + further); });
+  Copy::template copy_part<Copy::kRowsAtOnce>(to, reinterpret_cast<const char*>(from),
+                                              kStep * row_stride * int(sizeof(Element)), columns - 8 * chunk,
+                                              [&](int further) { return exists(row + further); });
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -85,13 +85,15 @@ struct KeptScores {
 /// Of kMTiles x kNTiles fragments, for P as the A operand of P V.
 template <int kMTiles, int kNTiles>
 struct KeptFragments : KeptScores<false, kMTiles, kNTiles / 2> {
-  static_assert(kNTiles % 8 == 0);
+  static_assert(kNTiles % 4 == 0);
 
   /// Ones in the halves of word `pair` of row tile m that are kept.
   FLASH_ATTN_DEVICE uint32_t mask(int m, int pair) const {
-    // The bits of pairs n and n + 8 become signs of bytes, which prmt spreads over halves of words.
-    const uint32_t x = this->bits[m * (kNTiles / 8) + pair / 16] << (7 - pair % 8);
-    return pair % 16 < 8 ? permute_bytes<0xaa88>(x) : permute_bytes<0xbb99>(x);
+    // The bits of eight pairs, of two blocks, are bytes of either half of a word. Those of one pair become signs of
+    // bytes, which prmt spreads over halves of words.
+    const int eight = m * (kNTiles / 4) + pair / 8;
+    const uint32_t x = this->bits[eight / 2] << (7 - pair % 8);
+    return eight % 2 == 0 ? permute_bytes<0xaa88>(x) : permute_bytes<0xbb99>(x);
   }
 };
 

@@ -30,6 +30,7 @@ Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   if (chosen.parts > 1) plan.decide("parts", chosen.parts);
   if (chosen.row_shares() > 1) plan.decide("row_shares", chosen.row_shares());
   if (chosen.ordered) plan.decide("dq", "added in a fixed order");
+  if (chosen.spread > 0) plan.decide("spread", chosen.spread);
   if (chosen.packs_mask) plan.decide("mask", params.forward.mask.packed != nullptr ? "prepared" : "packed first");
   if (!chosen.aligned) plan.decide("loads", "by element");
   return plan;

@@ -32,12 +32,15 @@ struct BackwardConfig {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
   static constexpr bool kFewRegisters = true;
 #else
-  static constexpr bool kFewRegisters = false;
+  static constexpr bool kFewRegisters = kRules_ == Rules::kDropout && kStages == 1;
 #endif
   static constexpr bool kSpareRegister = !kFewRegisters && (kRules_ == Rules::kPlain || kRules_ == Rules::kDropout);
   // Q and dO of a step have one barrier [320 instead of 313 TFLOP/s at head dim 128, H200]; with one stage each is
   // loaded anew as soon as it has been used.
   static constexpr bool kTogether = kStages > 1 && kSpareRegister;
+  // In a fixed order, turns are passed on between dP and S: in a tile of more query rows than keys two blocks add to
+  // the same rows in each step, one behind the other, and have to be done with it in half a step each.
+  static constexpr bool kEarlyTurns = kStages == 1;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that registers are bounded for
   static constexpr Rules kRules = kRules_;
   static constexpr bool kExtended = kRules == Rules::kExtended, kBias = kRules == Rules::kBias,

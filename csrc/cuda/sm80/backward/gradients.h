@@ -51,14 +51,15 @@ struct GradientRules {
   /// Whether some query of the warp does not see some key of it.
   SM80_DEVICE bool is_partial(const WarpPlace& at) const {
     const int last_key = at.key + Config::kWarpKeys - 1, last_row = at.row + Config::kWarpQueries - 1;
-    return last_key >= tile.keys || last_row >= tile.row_end || at.key - last_row < tile.low ||
-           last_key - at.row > tile.high;
+    return (last_key >= tile.keys) | (last_row >= tile.row_end) | (at.key - last_row < tile.low) |
+           (last_key - at.row > tile.high);
   }
 
   /// Whether no query of the warp sees a key of it.
   SM80_DEVICE bool is_blind(const WarpPlace& at) const {
     const int last_key = at.key + Config::kWarpKeys - 1, last_row = at.row + Config::kWarpQueries - 1;
-    return at.key >= tile.keys || last_key - at.row < tile.low || at.key - last_row > tile.high;
+    const bool before = (at.key >= tile.keys) | (last_key - at.row < tile.low);
+    return before || at.key - last_row > tile.high;
   }
 
   /// Which queries a lane's key sees, as columns of the fragments.

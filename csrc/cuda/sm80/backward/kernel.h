@@ -13,15 +13,16 @@
 
 #include <type_traits>
 
+#include "../../common/dependent_launch.h"
 #include "bias.h"
-#include "loader.h"
+#include "epilogue.h"
 #include "schedule/turns.h"
 
 namespace flash_attn::cuda::sm80 {
 
 template <typename Config>
-struct BackwardBlock : BackwardLoader<Config> {
-  using Base = BackwardLoader<Config>;
+struct BackwardBlock : BackwardEpilogue<Config> {
+  using Base = BackwardEpilogue<Config>;
   using Base::kQ, Base::kDo, Base::full, Base::empty, Base::phase, Base::scores_written, Base::scores_read;
   using Base::lane, Base::warp, Base::add_slope_sum, Base::slope_sum, Base::store_slope_sum, Base::warp_key,
       Base::warp_q, Base::advance, Base::accum_block;
@@ -32,7 +33,6 @@ struct BackwardBlock : BackwardLoader<Config> {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
   static constexpr int kKeyTiles = Config::kKeyTiles, kQueryTiles = Config::kQueryTiles;
   static constexpr int kQuerySteps = Config::kWarpQueries / 16;
-  static_assert(Config::kRules != Rules::kDropout || kStages > 1, "it is drawn between S and dP");
 
   const std::conditional_t<Config::kBias, BiasRules<Config>, GradientRules<Config>> rules;
   float dk[kKeyTiles][Config::kColumnTiles][4], dv[kKeyTiles][Config::kColumnTiles][4];
@@ -91,12 +91,17 @@ struct BackwardBlock : BackwardLoader<Config> {
           address_by_columns<Tile>(shared + Config::kDo + stage * Config::kQueryBytes, query, at),
           [&](int n) { return rules.start(minus_delta, n, uint32_t(at)); });
     };
+    const auto draw_beside = [&] {  // these products
+      if constexpr (Config::kRules == Rules::kDropout) rules.draw_kept(kept, head, place);
+    };
     if constexpr (kStages > 1) {
       multiply_s();
-      if constexpr (Config::kRules == Rules::kDropout) rules.draw_kept(kept, head, place);  // beside these products
+      draw_beside();
       multiply_dp();
     } else {  // dO is loaded first
       multiply_dp();
+      if constexpr (Config::kEarlyTurns) end_last_turn();
+      draw_beside();
       multiply_s();
     }
     if constexpr (Config::kRules == Rules::kDropout) kept.exchange(int(at));
@@ -227,7 +232,8 @@ struct BackwardBlock : BackwardLoader<Config> {
     return static_cast<int**>(__cvta_shared_to_generic(shared + Config::kAddedTurns))[warp()];
   }
 
-  /// Says that it is there: not before the next step's scores, by when it is, and saying so takes no time.
+  /// Says that it is there: not before the next step's scores, or the first half of them, by when it is, and saying so
+  /// takes no time.
   SM80_DEVICE void end_last_turn() const {
     if (params.turns != nullptr && step > 0) end_turn(added_turn());
   }
@@ -239,17 +245,18 @@ struct BackwardBlock : BackwardLoader<Config> {
     if constexpr (Config::kMasks) {
       if (p.mask.data != nullptr) this->clear_blind_queries(stage);
     }
-    if (rules.is_blind(warp_place())) {
+    const bool blind = rules.is_blind(warp_place());
+    if (blind) {
       clear_scores(stage);
     } else {
       compute_scores(stage);
     }
-    end_last_turn();
+    if (!Config::kEarlyTurns || blind) end_last_turn();
     if constexpr (kStages > 1) this->template load_next<kDo, kQ>();
     if (step > 0) barrier_wait(scores_read(), uint32_t(step - 1) & 1);
     store_scores();
     barrier_arrive_warp(scores_written());
-    if (!rules.is_blind(warp_place())) {
+    if (!(Config::kFewRegisters ? rules.is_blind(warp_place()) : blind)) {
       add_own_queries(dv, p_t, Config::kDo, stage);
       add_own_queries(dk, ds_t, Config::kQ, stage);
     }
@@ -280,11 +287,13 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     bool more = tile.num_m_blocks > 0;
     if (Config::kMasks && more && is_hidden<Config>(params, tile, head, m_block)) more = advance(head, m_block);
+    if (more) this->load_keys();  // arrive with the first dO
+    grid_dependency_wait();       // for what the kernel before prepares of query rows
     if (more) {
-      this->load_keys();  // arrive with the first dO
-      this->load_queries(kDo, head, m_block, 0);
+      const auto first = this->query_block(head, m_block);
+      this->load_queries(kDo, first, 0);
       if constexpr (!Config::kTogether) this->arrive_loaded(kDo, 0);
-      this->load_queries(kQ, head, m_block, 0);
+      this->load_queries(kQ, first, 0);
       this->arrive_loaded(kQ, 0);
     }
 #pragma unroll 1
@@ -301,68 +310,16 @@ struct BackwardBlock : BackwardLoader<Config> {
     }
     end_last_turn();
     if (params.parts > 1) {
-      store_part(params.dk_parts, dk, float(p.softmax_scale));
-      store_part(params.dv_parts, dv, dv_scale());
+      this->store_part(params.dk_parts, dk, float(p.softmax_scale));
+      this->store_part(params.dv_parts, dv, this->dv_scale());
       return;
     }
     __syncthreads();  // all warps are done with K and V
-    stage_gradient(Config::kK, dk, float(p.softmax_scale));
-    stage_gradient(Config::kV, dv, dv_scale());
+    this->stage_gradient(Config::kK, dk, float(p.softmax_scale));
+    this->stage_gradient(Config::kV, dv, this->dv_scale());
     __syncthreads();  // dK and dV are in their places
-    store_gradient(Config::kK, params.problem.dk, p.head_dim);
-    store_gradient(Config::kV, params.problem.dv, p.head_dim_v);
-  }
-
-  // -- epilogue
-
-  /// P of dV is without it.
-  SM80_DEVICE float dv_scale() const { return Config::kDrops ? tile.dropout_scale : 1.f; }
-
-  SM80_DEVICE void store_part(float* parts, const float (&acc)[kKeyTiles][Config::kColumnTiles][4], float scale) const {
-    float* const to = parts + int64_t{tile.part} * (kBlockN * Config::kHeadDim);
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Config::kColumnTiles; ++n) {
-        const int column = 2 * (n / 2 * Config::kWarpsQ + warp_q()) + n % 2;
-        store_accumulated(to + ((warp_key() / 16 + m) * (Config::kHeadDim / 8) + column) * 128, lane(), acc[m][n],
-                          scale);
-      }
-    }
-  }
-
-  SM80_DEVICE void stage_gradient(uint32_t to, const float (&acc)[kKeyTiles][Config::kColumnTiles][4],
-                                  float scale) const {
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Config::kColumnTiles; n += 2) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = pack<Element>(acc[m][n + i / 2][i % 2 * 2] * scale, acc[m][n + i / 2][i % 2 * 2 + 1] * scale);
-        }
-        store_fragment<Tile>(shared + to, warp_key() + 16 * m, n / 2 * Config::kWarpsQ + warp_q(), lane(), x);
-      }
-    }
-  }
-
-  SM80_DEVICE void store_gradient(uint32_t from, const TensorView& view, int64_t columns) const {
-    if (view.data == nullptr) return;
-    Element* const to = static_cast<Element*>(view.data) + row_offset(view, p.cu_seqlens_k != nullptr, tile.batch,
-                                                                      tile.sequence.k_row + tile.n_begin, tile.head_k);
-#pragma unroll 2
-    for (int i = int(threadIdx.x); i < kBlockN * Tile::kChunks; i += Config::kThreads) {
-      const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-      if (row >= tile.stored_keys || 8 * chunk >= int(columns)) continue;
-      uint4 x{0, 0, 0, 0};
-      if (row < tile.keys) {
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(shared + from + Tile::offset(row, chunk)));
-      }
-      store_piece<Config::kExtended>(to + row * view.row + 8 * chunk, x, int(columns) - 8 * chunk, params.aligned);
-    }
+    this->store_gradient(Config::kK, params.problem.dk, p.head_dim);
+    this->store_gradient(Config::kV, params.problem.dv, p.head_dim_v);
   }
 };
 
@@ -376,9 +333,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     asm volatile("" : "+r"(shared));  // one register, rather than its computation wherever it is used
     // In shared memory: registers are for accumulators.
     BackwardTile& tile = *static_cast<BackwardTile*>(__cvta_shared_to_generic(shared + Config::kTile));
+    grid_launch_dependents();
     {
       BackwardTile found;
-      if (!find_tile<Config>(params, found)) return;
+      if (!find_tile<Config>(params, found)) {
+        grid_dependency_wait();  // that this kernel has ended says that the one before has
+        return;
+      }
       if (threadIdx.x == 0) tile = found;
       __syncthreads();  // all see the tile
     }

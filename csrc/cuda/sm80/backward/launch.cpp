@@ -8,6 +8,10 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+QuerySteps query_steps(const TensorView& view, int block_m) {
+  return {2 * view.head, 2 * view.row, 2 * view.row * block_m};
+}
+
 BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParams& problem) {
   const ForwardParams& p = problem.forward;
   const BackwardVariant& variant = *plan.variant;
@@ -26,6 +30,8 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   params.falls = plan.ordered && plan.spread == 0;
   params.spread = plan.spread;
   params.aligned = plan.aligned;
+  params.q = query_steps(p.q, variant.block_m);
+  params.dout = query_steps(problem.dout, variant.block_m);
   params.share_rows = plan.share_rows;
   params.dq_accum = reinterpret_cast<float*>(workspace);
   params.minus_lse = reinterpret_cast<float*>(workspace + plan.minus_lse);
@@ -41,6 +47,17 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
   }
   if (problem.dslopes != nullptr) params.slope_sums = reinterpret_cast<float*>(workspace + plan.slope_sums);
   return params;
+}
+
+/// May start before the rows are prepared, see kernel.h. There are fewer than 2^31 blocks: refusals.h.
+void launch_tiles(const BackwardPlan& plan, const BackwardKernelParams& params, cudaStream_t stream) {
+  const BackwardVariant& variant = *plan.variant;
+  auto* const kernel = variant.kernel[params.problem.forward.dtype == DType::kBFloat16 ? 0 : 1];
+  cuda::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   variant.shared_bytes),
+              variant.name);
+  cuda::launch_dependent(kernel, dim3(unsigned(plan.num_tiles * plan.parts)), 32 * variant.warps, variant.shared_bytes,
+                         stream, params, variant.name);
 }
 
 void launch_mask_gradient(const MaskGradientVariant& variant, const BackwardKernelParams& params, cudaStream_t stream) {
@@ -71,8 +88,7 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
   const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
                            problem.dslopes == nullptr && !plan.adds_mask_gradient;
   if (!dmask_alone) {
-    cuda::launch_blocks(variant.kernel[problem.forward.dtype == DType::kBFloat16 ? 0 : 1], params,
-                        plan.num_tiles * plan.parts, 32 * variant.warps, variant.shared_bytes, stream, variant.name);
+    launch_tiles(plan, params, stream);
     if (plan.parts > 1) store_keys(params, plan.num_tiles, stream);
   }
   if (plan.mask_gradient != nullptr) launch_mask_gradient(*plan.mask_gradient, params, stream);

@@ -19,6 +19,9 @@ struct BackwardLoader : BackwardWalk<Config> {
 
   using Base::Base;
 
+  SM80_DEVICE uint32_t loading_thread() const {
+    return Config::kFewRegisters || Config::kBias ? fresh_thread(step) : threadIdx.x;
+  }
   template <int kRows>
   SM80_DEVICE void load(uint32_t to, const TensorView& view, bool packed, int64_t sequence_row, int first, int begin,
                         int end, int of_head, int64_t columns) const {
@@ -26,8 +29,8 @@ struct BackwardLoader : BackwardWalk<Config> {
         static_cast<const Element*>(view.data) + row_offset(view, packed, tile.batch, sequence_row + first, of_head);
     const auto exists = [=](int row) { return row >= begin - first && row < end - first; };
     load_tile<kRows, Config::kHeadDim, Config::kThreads, Config::kExtended>(
-        Config::kFewRegisters || Config::kBias ? fresh_thread(step) : threadIdx.x, shared + to, source, view.row,
-        int(columns), params.aligned, begin <= first && end - first >= kRows, exists);
+        loading_thread(), shared + to, source, view.row, int(columns), params.aligned,
+        begin <= first && end - first >= kRows, exists);
   }
 
   SM80_DEVICE void load_keys() const {
@@ -85,24 +88,63 @@ struct BackwardLoader : BackwardWalk<Config> {
     __syncthreads();  // the rows are 0
   }
 
+  /// A block of query rows to be loaded: what both of its tiles ask for.
+  struct QueryBlock {
+    int head, block;
+    int first, last;  // of its rows, those that see some of the keys
+    int64_t row;      // in the statistics
+  };
+  SM80_DEVICE QueryBlock query_block(int of_head, int block) const {
+    const int row = block * kBlockM;
+    return {of_head, block, tile.row_begin - row, tile.row_end - row, int64_t{accum_block(of_head, block)} * kBlockM};
+  }
+
+  /// Q or dO of a block of query rows, whose rows consist of 16-byte pieces.
+  SM80_DEVICE void copy_queries(Side side, const QueryBlock& from_block, int stage) const {
+    using Copy = TileCopy<kBlockM, Config::kHeadDim, Config::kThreads>;
+    const QuerySteps& steps = side == kQ ? params.q : params.dout;
+    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v), first = from_block.first, last = from_block.last;
+    const uint32_t thread = loading_thread(), row = uint32_t(Copy::row(thread)), chunk = uint32_t(Copy::chunk(thread));
+    const char* const from = (side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(from_block.head)} * steps.head +
+                             uint64_t{uint32_t(from_block.block)} * steps.block +
+                             (uint64_t{row} * steps.row + 16 * chunk);
+    const uint32_t to =
+        shared + (side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes + Copy::offset(thread);
+    if ((first <= 0) & (last >= kBlockM) & (columns == Config::kHeadDim)) {
+      Copy::copy(to, from, Copy::kStep * steps.row);
+    } else {
+      Copy::template copy_part<Copy::kRowsAtOnce>(to, from, Copy::kStep * steps.row, columns - 8 * int(chunk),
+                                                  [&](int further) {
+                                                    const int at = int(row) + further;
+                                                    return at >= first && at < last;
+                                                  });
+    }
+  }
+
   /// Q and lse of a block of query rows, or dO and delta.
-  SM80_DEVICE void load_queries(Side side, int of_head, int block, int stage) const {
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const int first = block * kBlockM;
-    load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
-                  side == kQ ? p.q : params.problem.dout, packed, tile.sequence.q_row, first, tile.row_begin,
-                  tile.row_end, of_head, side == kQ ? p.head_dim : p.head_dim_v);
+  SM80_DEVICE void load_queries(Side side, const QueryBlock& from, int stage) const {
+    if constexpr (Config::kExtended || Config::kBias) {
+      load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
+                    side == kQ ? p.q : params.problem.dout, p.cu_seqlens_q != nullptr, tile.sequence.q_row,
+                    from.block * kBlockM, tile.row_begin, tile.row_end, from.head,
+                    side == kQ ? p.head_dim : p.head_dim_v);
+    } else {
+      copy_queries(side, from, stage);
+    }
     if (threadIdx.x < kBlockM / 4) {
-      const float* from = (side == kQ ? params.minus_lse : params.minus_delta) + accum_block(of_head, block) * kBlockM;
       cp_async_16(shared + (side == kQ ? Config::kLse : Config::kDelta) + stage * Config::kStatisticBytes +
                       16 * int(threadIdx.x),
-                  from + 4 * int(threadIdx.x));
+                  (side == kQ ? params.minus_lse : params.minus_delta) + from.row + 4 * int(threadIdx.x));
     }
   }
 
   SM80_DEVICE void arrive_loaded(Side side, int stage) const {
     if constexpr (Config::kExtended) barrier_arrive(full(side, stage));  // what was not copied asynchronously is there
-    barrier_arrive_after_copies(full(side, stage));
+    // Of an address that is not known to be the same in all lanes ptxas makes a loop.
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      if (s == stage) barrier_arrive_after_copies(full(side, s));
+    }
   }
 
   /// The next step's, into its stage as soon as all warps have left that.
@@ -111,11 +153,12 @@ struct BackwardLoader : BackwardWalk<Config> {
     int next_head = head, next_block = m_block;
     if (!advance(next_head, next_block)) return;
     const int stage = (step + 1) % kStages;
+    const QueryBlock next = query_block(next_head, next_block);
     const auto load_side = [&](Side side) {
       if (step + 1 >= kStages && !(Config::kTogether && side == kQ)) {
         barrier_wait(empty(side, stage), uint32_t((step + 1) / kStages - 1) & 1);
       }
-      load_queries(side, next_head, next_block, stage);
+      load_queries(side, next, stage);
       if (!(Config::kTogether && side == kDo)) arrive_loaded(side, stage);
     };
     (load_side(kSides), ...);

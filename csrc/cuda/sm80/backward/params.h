@@ -9,9 +9,13 @@
 
 namespace flash_attn::cuda::sm80 {
 
+/// Bytes of q or dout from one head, one row and one block of rows to the next.
+struct QuerySteps {
+  int64_t head, row, block;
+};
+
 struct BackwardKernelParams {
   BackwardParams problem;
-  int64_t first_block;                        // see launch_blocks()
   int block_m, block_n;                       // rows of a block of queries, of keys
   int num_m_blocks, num_n_blocks;             // of a sequence; of packed ones, of all together
   int columns;                                // of dq_accum: the head dimension that the kernel is for
@@ -23,7 +27,8 @@ struct BackwardKernelParams {
   // query blocks.
   bool falls;
   int spread;
-  bool aligned;             // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  bool aligned;  // rows of all tensors consist of whole, aligned pieces of 16 bytes
+  QuerySteps q, dout;
   bool adds_mask_gradient;  // each dS to attn_mask's gradient, as it comes
   // Workspace. A query head's blocks lie together, those of (batch, head) by batch and then head.
   float* dq_accum;  // (heads, blocks, block_m x columns), a block in the order of accumulator fragments, see dq_place()

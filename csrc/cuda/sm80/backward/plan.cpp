@@ -163,8 +163,11 @@ double lay_out(const BackwardParams& params, const DeviceInfo& device, BackwardP
   plan.ordered = p.deterministic && params.dq.data != nullptr;
   if (plan.ordered && p.is_dense() && !p.has_window()) {
     // Those of a group wait for each other and have to run at a time: half of what the GPU holds, whatever else runs.
+    // Where other heads fill the GPU, no two of them begin with the same query rows.
     const int64_t at_a_time = std::max(1, device.num_sms * blocks_per_sm(*plan.variant, device) / 2);
-    plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, at_a_time)));
+    const bool filled = p.batch * p.num_heads_k * plan.num_m_blocks >= 4 * at_a_time;
+    const int64_t most = filled ? std::min(at_a_time, plan.num_m_blocks) : at_a_time;
+    plan.spread = int(ceil_div(plan.num_n_blocks, ceil_div(plan.num_n_blocks, most)));
   }
   plan.share_rows = choose_share_rows(plan, device);
   return choose_parts(params, device, plan);

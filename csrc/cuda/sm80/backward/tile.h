@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../../philox.h"
+#include "../../common/dependent_launch.h"
 #include "schedule/place.h"
 
 namespace flash_attn::cuda::sm80 {
@@ -17,7 +18,8 @@ struct BackwardTile {
   int m_start;                // the first to be worked on
   int head_begin, head_end;   // query heads that read the keys
   int part;                   // number of what it adds up of dk and dv, see BackwardKernelParams
-  int64_t first_m_block;      // of head_begin, in dq_accum and the statistics
+  int first_m_block;          // of head_begin, in dq_accum and the statistics
+  const char *q, *dout;       // the sequence's first row of head 0
   int64_t key_block;          // this one's number for head_begin, see first_n_block()
   float dropout_scale;        // 1 without dropout
   Dropout dropout;
@@ -26,9 +28,12 @@ struct BackwardTile {
 
 /// Blocks that wait for others are numbered as they start.
 SM80_DEVICE uint32_t tile_index(const BackwardKernelParams& params) {
-  if (params.turns == nullptr) return uint32_t(params.first_block) + blockIdx.x;
+  if (params.turns == nullptr) return blockIdx.x;
   __shared__ int drawn;
-  if (threadIdx.x == 0) drawn = atomicAdd(params.next_tile, 1);
+  if (threadIdx.x == 0) {
+    grid_dependency_wait();  // for who clears it
+    drawn = atomicAdd(params.next_tile, 1);
+  }
   __syncthreads();
   return uint32_t(drawn);
 }
@@ -108,7 +113,11 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
   const int group = int(p.num_heads) / int(p.num_heads_k);
   tile.head_begin = tile.head_k * group;
   tile.head_end = tile.head_begin + group;
-  tile.first_m_block = first_m_block(params, s, tile.batch, tile.head_begin);
+  tile.first_m_block = int(first_m_block(params, s, tile.batch, tile.head_begin));
+  const bool packed = p.cu_seqlens_q != nullptr;
+  tile.q = static_cast<const char*>(p.q.data) + 2 * row_offset(p.q, packed, tile.batch, s.q_row, 0);
+  const TensorView& dout = params.problem.dout;
+  tile.dout = static_cast<const char*>(dout.data) + 2 * row_offset(dout, packed, tile.batch, s.q_row, 0);
   if constexpr (Config::kExtended) {
     tile.key_block = first_n_block(params, s, tile.batch, tile.head_begin) + tile.n_block;
   }

@@ -109,11 +109,6 @@ struct ForwardBlock {
     return (slot == slots_begin() ? slots_end() : slot) - Config::kSlotBytes;
   }
 
-  SM80_DEVICE const Element* source_of(const TensorView& view) const {
-    return static_cast<const Element*>(view.data) + tile.batch_offset(view, p.cu_seqlens_k != nullptr) +
-           int64_t{tile.kv_head} * view.head + tile.sequence.k_row * view.row;
-  }
-
   SM80_DEVICE int block_begin() const { return Config::kFewRegisters ? tile.block_begin : first_block; }
   SM80_DEVICE int full_begin() const { return Config::kFewRegisters ? tile.full_begin : first_full; }
   SM80_DEVICE int full_end() const { return Config::kFewRegisters ? tile.full_end : last_full; }
@@ -145,9 +140,13 @@ struct ForwardBlock {
     wait_tile();
     load_next<!kSameAhead>(k_slot);
   }
-  /// K of the next tile, which k_slot moves to.
-  SM80_DEVICE void wait_k() {
+  /// K of the next tile, `block`, which k_slot moves to.
+  SM80_DEVICE void wait_k(int block) {
     wait_tile();
+    if constexpr (kBias && Config::kHasP) {
+      load_bias(block);
+      cp_async_commit();
+    }
     load_next<kSameAhead>(slot_after(k_slot, 1));
     k_slot = slot_after(k_slot, 2);
   }
@@ -228,7 +227,8 @@ struct ForwardBlock {
   /// Likewise: what of attn_mask it will need.
   SM80_DEVICE void load_mask(int col);
 
-  // Of Rules::kBias: each warp's rows of the mask, by cp.async, in the group of copies after it.
+  // Of Rules::kBias: each warp's rows and keys of the mask, by cp.async. Where P is in shared memory biases take its
+  // place, from when all are done with it until the warp has its own; else they have a place of their own.
 
   using BiasTile = SharedTile<kBlockN>;
   /// Of a tile; `block` before block_begin(): there is none.
@@ -298,7 +298,7 @@ struct ForwardBlock {
   SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
     apply_rules(col);
-    if constexpr (kBias) load_bias(visited_block(block - 1));
+    if constexpr (kBias && !Config::kHasP) load_bias(visited_block(block - 1));
     if constexpr (kBias || kExtended) {
       if (may_have_unseen_v(block)) tell_seen_columns(columns_of_scores());
     }
@@ -320,7 +320,7 @@ struct ForwardBlock {
   SM80_DEVICE void begin_tile(int block) {
     load_mask(block * kBlockN + warp_key());
     draw_kept(block * kBlockN + warp_key());
-    wait_k();
+    wait_k(block);
   }
 
   SM80_DEVICE void run() {
@@ -340,7 +340,7 @@ struct ForwardBlock {
       load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
       for (;;) {
         if constexpr (kMask) {
-          if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN);
+          if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN + warp_key());
         }
         multiply_qk();
         finish_tile(block);

@@ -47,12 +47,14 @@ struct ForwardConfig {
   static constexpr bool kPacks = kWarpsD == 1 && !kExtended &&
                                  (kTight || (kDTiles >= 16 && (kRules == Rules::kDropout || kRules == Rules::kBias)));
   static constexpr bool kBeside = kWarpsD == 1 && !kExtended && !kPacks;
-  // Shared memory, in bytes from its start: Q, the ring; where rows are shared, P and a number a row and warp; biases.
+  // Shared memory, in bytes from its start: Q, the ring; where rows are shared, P, in whose place biases lie until it
+  // comes, and a number a row and warp; else biases.
+  static constexpr bool kHasP = kWarpsD > 1;
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kSlotsEnd = kQueryBytes + kSlots * kSlotBytes;
-  static constexpr int kP = kSlotsEnd, kRowValues = kP + (kWarpsD > 1 ? kBlockM * kBlockN * 2 : 0);
-  static constexpr int kBiases = kRowValues + (kWarpsD > 1 ? kBlockM * kWarpsD * 4 : 0);
-  static constexpr int kTileBytes = kBiases + (kBias ? kBlockM * kBlockN * 2 : 0);
+  static constexpr int kP = kSlotsEnd, kBiases = kP;
+  static constexpr int kRowValues = kP + (kHasP || kBias ? kBlockM * kBlockN * 2 : 0);
+  static constexpr int kTileBytes = kRowValues + (kHasP ? kBlockM * kWarpsD * 4 : 0);
 
 #ifdef __CUDA_ARCH__
   static constexpr bool kHasCode = (kGpus & gpus_of_code(__CUDA_ARCH__)) != 0;

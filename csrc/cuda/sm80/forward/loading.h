@@ -18,9 +18,9 @@ SM80_DEVICE void ForwardBlock<Config>::load_q() {
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::begin_loads() {
   if constexpr (kPointers) {
-    const int row = load_block * kBlockN + KvCopy::row(threadIdx.x), column = 8 * KvCopy::chunk(threadIdx.x);
-    k_from = reinterpret_cast<const char*>(source_of(p.k) + row * p.k.row + column);
-    v_from = reinterpret_cast<const char*>(source_of(p.v) + row * p.v.row + column);
+    const int row = load_block * kBlockN + KvCopy::row(threadIdx.x), chunk = KvCopy::chunk(threadIdx.x);
+    k_from = tile.k + 2 * row * p.k.row + 16 * chunk;
+    v_from = tile.v + 2 * row * p.v.row + 16 * chunk;
   }
 }
 
@@ -75,16 +75,35 @@ SM80_DEVICE void ForwardBlock<Config>::load_part(uint32_t slot) const {
       for (int w = 0; w < kSeenWords; ++w) exist[w] = ~uint64_t{0};
     }
   }
-  load_tile<kBlockN, Config::kHeadDim, Config::kThreads, kExtended>(
-      fresh_thread(load_block), slot, source_of(view) + first * view.row, view.row,
-      int(kOfK ? p.head_dim : p.head_dim_v), params.aligned, !kPointers && all, [&](int row) {
-        bool exists = row >= begin && row < end;
-        if constexpr (kMasks) {
-          const uint64_t word = kSeenWords == 1 || row < 64 ? exist[0] : exist[kSeenWords - 1];
-          exists = exists && (word >> (row % 64) & 1) != 0;
-        }
-        return exists;
-      });
+  const auto exists = [&](int row) {
+    bool there = row >= begin && row < end;
+    if constexpr (kMasks) {
+      const uint64_t word = kSeenWords == 1 || row < 64 ? exist[0] : exist[kSeenWords - 1];
+      there = there && (word >> (row % 64) & 1) != 0;
+    }
+    return there;
+  };
+  const char* const source = kOfK ? tile.k : tile.v;
+  const int columns = int(kOfK ? p.head_dim : p.head_dim_v);
+  const uint32_t thread = fresh_thread(load_block);
+  if constexpr (kExtended) {
+    load_tile<kBlockN, Config::kHeadDim, Config::kThreads, true>(
+        thread, slot, reinterpret_cast<const Element*>(source) + first * view.row, view.row, columns, params.aligned,
+        all, exists);
+  } else {
+    const uint32_t row = uint32_t(KvCopy::row(thread)), chunk = uint32_t(KvCopy::chunk(thread));
+    const char* const from = source +
+                             uint64_t{uint32_t(load_block)} * (kOfK ? params.k_tile_step : params.v_tile_step) +
+                             (2 * uint64_t{row} * view.row + 16 * chunk);
+    const int64_t step = kOfK ? params.k_copy_step : params.v_copy_step;
+    if (all && columns == Config::kHeadDim) {
+      KvCopy::copy(slot + KvCopy::offset(thread), from, step);
+    } else {
+      KvCopy::template copy_part<KvCopy::kRowsAtOnce>(slot + KvCopy::offset(thread), from, step,
+                                                      columns - 8 * int(chunk),
+                                                      [&](int further) { return exists(int(row) + further); });
+    }
+  }
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -1,4 +1,5 @@
 // dq from the sums of the kernels on tiles, and dk and dv where they are in parts.
+#include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
 #include "row_share.h"
 #include "rows.h"
@@ -11,7 +12,6 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 struct StoreParams {
   BackwardKernelParams kernel;
   float scale;
-  int64_t first_block;
 };
 
 /// Of a quad's 4 x 4 words, word[i] of lane j becomes word[j] of lane i.
@@ -67,8 +67,9 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads) store_dq_kernel(const __grid_constant__ StoreParams arguments) {
   const BackwardKernelParams& params = arguments.kernel;
   const ForwardParams& p = params.problem.forward;
+  grid_dependency_wait();  // for dq_accum
   RowShare at;
-  if (!find_row_share(params, arguments.first_block + blockIdx.x, at)) return;
+  if (!find_row_share(params, blockIdx.x, at)) return;
   const int warp = int(threadIdx.x) / 32, column_parts = params.columns / 32;
   const float* const accum = params.dq_accum + (at.block * params.block_m + at.first) * params.columns;
   const TensorView& dq = params.problem.dq;
@@ -88,7 +89,8 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads) store_keys_kernel(const __grid_constant__ StoreParams arguments) {
   const BackwardKernelParams& params = arguments.kernel;
   const ForwardParams& p = params.problem.forward;
-  const uint32_t strips = uint32_t(params.block_n) / 16, index = uint32_t(arguments.first_block) + blockIdx.x;
+  grid_dependency_wait();  // for the parts
+  const uint32_t strips = uint32_t(params.block_n) / 16, index = blockIdx.x;
   const uint32_t strip = index / 2 % strips, block = index / 2 / strips;
   const uint32_t head = block / uint32_t(params.num_n_blocks), number = block - head * uint32_t(params.num_n_blocks);
   const bool is_dk = index % 2 == 0;
@@ -111,18 +113,19 @@ __global__ void __launch_bounds__(kThreads) store_keys_kernel(const __grid_const
 }  // namespace
 
 void store_dq(const BackwardKernelParams& params, cudaStream_t stream) {
-  const StoreParams arguments{params, float(params.problem.forward.softmax_scale), 0};
+  const StoreParams arguments{params, float(params.problem.forward.softmax_scale)};
   auto* const kernel =
       params.problem.forward.dtype == DType::kBFloat16 ? store_dq_kernel<__nv_bfloat16> : store_dq_kernel<__half>;
-  cuda::launch_blocks(kernel, arguments, num_row_shares(params), kThreads, 0, stream, "sm80 backward dq");
+  cuda::launch_dependent(kernel, dim3(unsigned(num_row_shares(params))), kThreads, 0, stream, arguments,
+                         "sm80 backward dq");
 }
 
 void store_keys(const BackwardKernelParams& params, int64_t blocks, cudaStream_t stream) {
-  const StoreParams arguments{params, 1.f, 0};
+  const StoreParams arguments{params, 1.f};
   auto* const kernel =
       params.problem.forward.dtype == DType::kBFloat16 ? store_keys_kernel<__nv_bfloat16> : store_keys_kernel<__half>;
-  cuda::launch_blocks(kernel, arguments, blocks * (params.block_n / 16) * 2, kThreads, 0, stream,
-                      "sm80 backward dk, dv");
+  cuda::launch_dependent(kernel, dim3(unsigned(blocks * (params.block_n / 16) * 2)), kThreads, 0, stream, arguments,
+                         "sm80 backward dk, dv");
 }
 
 }  // namespace flash_attn::cuda::sm80

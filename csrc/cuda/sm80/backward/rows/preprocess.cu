@@ -1,4 +1,5 @@
 // What the kernels on tiles need to know of query rows, and memory that they add to.
+#include "../../../common/dependent_launch.h"
 #include "../../../common/launch.h"
 #include "row_share.h"
 #include "rows.h"
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const BackwardKernelParams& params = arguments.kernel;
   const BackwardParams& problem = params.problem;
   const ForwardParams& p = problem.forward;
+  grid_launch_dependents();
   if (arguments.first_block + blockIdx.x == 0 && threadIdx.x == 0 && params.next_tile != nullptr) *params.next_tile = 0;
   RowShare at;
   if (!find_row_share(params, arguments.first_block + blockIdx.x, at)) return;

@@ -105,7 +105,7 @@ struct BackwardWalk {
 
   /// Number of a block of query rows in dq_accum and the statistics.
   SM80_DEVICE int64_t accum_block(int of_head, int block) const {
-    return tile.first_m_block + int64_t{of_head - tile.head_begin} * params.num_m_blocks + block;
+    return tile.first_m_block + (of_head - tile.head_begin) * params.num_m_blocks + block;
   }
 };
 

@@ -17,6 +17,7 @@ struct ForwardTile {
   int full_begin, full_end;  // keys that all rows see
   int block_begin, block_end;
   int whole_begin, whole_count;  // tiles of keys that exist in full
+  const char *k, *v;             // the sequence's first key of kv_head
   int part_row;                  // first row of the tile's partial results; -1: not split
   Dropout dropout;               // in kernels of Rules::kDropout
 
@@ -54,6 +55,11 @@ SM80_DEVICE bool find_tile(const ForwardKernelParams& params, ForwardTile& tile)
   tile.m_begin = m_block * kBlockM;
   tile.sequence = schedule.alike ? schedule.sequence : sequence_info(p, tile.batch);
   const SequenceInfo& s = tile.sequence;
+  const auto first_key = [&](const TensorView& view) {
+    return static_cast<const char*>(view.data) + 2 * (tile.batch_offset(view, p.cu_seqlens_k != nullptr) +
+                                                      int64_t{tile.kv_head} * view.head + s.k_row * view.row);
+  };
+  tile.k = first_key(p.k), tile.v = first_key(p.v);
   if (tile.m_begin >= s.seqlen_q) return false;  // rows without a query are filled by another kernel
   const int64_t row_end = clamp<int64_t>(tile.m_begin + kBlockM, 0, s.seqlen_q);
   const Range some = visible_columns(p, s, tile.m_begin, row_end);

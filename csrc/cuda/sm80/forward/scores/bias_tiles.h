@@ -1,6 +1,6 @@
 // ForwardBlock: an additive attn_mask by way of shared memory, in kernels of Rules::kBias. Each warp copies and reads
-// its own rows: what it has read of a tile makes room for the next one's, which comes while P V and the next S are
-// computed.
+// those of its own scores. What it has read of a tile makes room for the next one's, which comes while P V and the next
+// S are computed; or for P, and the next one's comes while S is computed.
 #pragma once
 
 #include "../../copy_part.h"
@@ -11,9 +11,9 @@ namespace flash_attn::cuda::sm80 {
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::load_bias(int block) const {
   if (block < block_begin()) return;
-  constexpr int kChunks = BiasTile::kChunks, kStep = 32 / kChunks;
+  constexpr int kChunks = kSubN / 8, kStep = 32 / kChunks;
   const uint32_t thread = fresh_thread(block);
-  const int chunk = int(thread) % kChunks, first = warp_row() + int(thread) % 32 / kChunks;
+  const int chunk = warp_key() / 8 + int(thread) % kChunks, first = warp_row() + int(thread) % 32 / kChunks;
   const int bytes = 2 * min(max(int(tile.sequence.seqlen_k) - block * kBlockN - 8 * chunk, 0), 8);
   const int rows = int(tile.sequence.seqlen_q) - tile.m_begin;
   const Element* const from = static_cast<const Element*>(p.mask.data) + tile.batch * p.mask.batch +
@@ -29,7 +29,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_bias(int block) const {
 
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::add_bias() {
-  cp_async_wait<1>();  // the group after it is of V or of the next K
+  cp_async_wait<1>();  // the group after theirs is of V or of the next K
   __syncwarp();        // the warp's biases are there
   const float scale = float(p.softmax_scale);
   const uint32_t biases = address_by_rows<BiasTile>(q_tile() + Config::kBiases, warp_row(), lane);
@@ -41,7 +41,7 @@ SM80_DEVICE void ForwardBlock<Config>::add_bias() {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         uint32_t x[4];
-        ldmatrix_x4(x, BiasTile::along(biases, n / 2) + m * 16 * BiasTile::kRowBytes);
+        ldmatrix_x4(x, BiasTile::along(biases, warp_key() / 16 + n / 2) + m * 16 * BiasTile::kRowBytes);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           visit(s[m][n + i / 4][i % 4], i % 2 == 0 ? low_half(x[i / 2], Element()) : high_half(x[i / 2], Element()));

@@ -26,7 +26,7 @@ SM80_DEVICE uint32_t ForwardBlock<Config>::columns_of_scores() const {
 
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::limit_mask_bits(int col) {
-  static_assert(kWarpsD == 1 && kNTiles == 8);
+  static_assert(kNTiles <= 8);
   const ColumnBounds bounds(p, tile.sequence);
   const FragmentPlace at = place(col);
   uint32_t columns = 0;  // bit 4 n + c
@@ -48,7 +48,7 @@ SM80_DEVICE void ForwardBlock<Config>::limit_mask_bits(int col) {
     }
     columns |= mask_bits.bits[m] | mask_bits.bits[m] >> 2;
   }
-  columns &= 0x33333333u;
+  columns &= 0x33333333u >> (32 - 4 * kNTiles);
   columns = (columns | columns >> 2) & 0x0f0f0f0fu;
   columns = (columns | columns >> 4) & 0x00ff00ffu;
   tell_seen_columns((columns | columns >> 8) & 0xffffu);
