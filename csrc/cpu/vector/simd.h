@@ -348,6 +348,36 @@ FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
 #endif
 }
 
+#if defined(__AMX_BF16__)
+/// 2^y for what is rounded to bfloat16: off by 9e-5 of itself. It has to be called under a FlushToZero: of numbers that
+/// are not normal a processor makes results a hundred times as slowly.
+FLASH_ATTN_INLINE Vec<float> exp2_short(Vec<float> y) {
+  constexpr __mmask16 kAll(-1);
+  const Vec<float> f = _mm512_maskz_reduce_ps(kAll, y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y - floor(y)
+  const Vec<float> power = ((f * 0.0770671974f + 0.227644822f) * f + 0.695116825f) * f + 1.0f;
+  return _mm512_maskz_scalef_ps(kAll, power, y);  // which takes floor(y) itself
+}
+
+/// Pairs of bfloat16, `even` in the low halves, of numbers that are not negative: rounded half up, and a NaN may become
+/// anything. It takes less than the instruction for it, and than interleaving after that.
+FLASH_ATTN_INLINE Words round_to_pairs(Vec<float> even, Vec<float> odd) {
+  const Words low = (bit_cast<Words>(even) + 0x8000u) >> 16, high = bit_cast<Words>(odd) + 0x8000u;
+  return bit_cast<Words>(_mm512_mask_blend_epi16(0xaaaaaaaau, bit_cast<__m512i>(low), bit_cast<__m512i>(high)));
+}
+
+/// From here to the end of the scope the thread's results that are not normal become 0, as AMX's do.
+class FlushToZero {
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  unsigned before_;
+};
+#endif
+
 /// tanh(x) to a few units in the last place, also near 0: (e^2x - 1) / (e^2x + 1) with e^2x - 1 free of cancellation.
 template <typename T>
 FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
