@@ -79,6 +79,81 @@ void multiply_block(int64_t depth, int step, const uint32_t* a, int64_t lda, con
   if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c_below + 16, c_bytes);
 }
 
+/// Register kTile of 0 to 3: the instructions want their numbers written down.
+template <int kTile, bool kAccumulate>
+FLASH_ATTN_INLINE void start_tile(const float* c, size_t bytes) {
+  static_assert(kTile >= 0 && kTile < 4);
+  if constexpr (kAccumulate) {
+    if constexpr (kTile == 0) _tile_loadd(0, c, bytes);
+    if constexpr (kTile == 1) _tile_loadd(1, c, bytes);
+    if constexpr (kTile == 2) _tile_loadd(2, c, bytes);
+    if constexpr (kTile == 3) _tile_loadd(3, c, bytes);
+  } else {
+    if constexpr (kTile == 0) _tile_zero(0);
+    if constexpr (kTile == 1) _tile_zero(1);
+    if constexpr (kTile == 2) _tile_zero(2);
+    if constexpr (kTile == 3) _tile_zero(3);
+  }
+}
+
+/// Tiles of rows below each other, by kColumns of columns. A store takes as long as a product and waits for the last of
+/// its sum, so that those of two rows of tiles come between the first products of the next two.
+template <int kColumns, bool kAccumulate>
+void multiply_strip(int64_t row_tiles, int64_t depth, int step, const uint32_t* a, int64_t lda, const uint32_t* b,
+                    int64_t ldb, float* c, int64_t ldc) {
+  const size_t a_bytes = size_t(lda) * 4, b_bytes = size_t(ldb) * 4, c_bytes = size_t(ldc) * 4;
+  float* before = nullptr;  // two rows of tiles that are in registers 0 to 3 still
+  settle_memory(a);
+  for (; row_tiles >= 2; row_tiles -= 2) {
+    const uint32_t* const a_below = a + kTileRows * lda;
+    float* const c_below = c + kTileRows * ldc;
+    float* const before_below = before + kTileRows * ldc;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    if (before != nullptr) _tile_stored(0, before, c_bytes);
+    start_tile<0, kAccumulate>(c, c_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns == 2) {
+      _tile_loadd(7, b + 16, b_bytes);
+      if (before != nullptr) _tile_stored(1, before + 16, c_bytes);
+      start_tile<1, kAccumulate>(c + 16, c_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_loadd(5, a_below, a_bytes);
+    if (before != nullptr) _tile_stored(2, before_below, c_bytes);
+    start_tile<2, kAccumulate>(c_below, c_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kColumns == 2) {
+      if (before != nullptr) _tile_stored(3, before_below + 16, c_bytes);
+      start_tile<3, kAccumulate>(c_below + 16, c_bytes);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    for (int64_t k = step; k < depth; k += step) {
+      _tile_loadd(4, a + k, a_bytes);
+      _tile_loadd(6, b + k * ldb, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kColumns == 2) {
+        _tile_loadd(7, b + k * ldb + 16, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_loadd(5, a_below + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    before = c;
+    a += 2 * kTileRows * lda;
+    c += 2 * kTileRows * ldc;
+  }
+  if (before != nullptr) {
+    _tile_stored(0, before, c_bytes);
+    if constexpr (kColumns == 2) _tile_stored(1, before + 16, c_bytes);
+    before += kTileRows * ldc;
+    _tile_stored(2, before, c_bytes);
+    if constexpr (kColumns == 2) _tile_stored(3, before + 16, c_bytes);
+  }
+  if (row_tiles > 0) multiply_block<1, kColumns>(depth, step, a, lda, b, ldb, c, ldc, kAccumulate);
+}
+
 /// `columns` columns of kRows tiles of rows.
 template <int kRows>
 void multiply_rows(int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda, const uint32_t* b,
@@ -100,22 +175,41 @@ inline void transpose_rows(const uint32_t* a, int64_t lda, int64_t depth, uint32
   }
 }
 
+/// A (rows, depth).
+template <bool kAccumulate>
+void multiply_strips(int64_t rows, int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda,
+                     const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  int64_t column = 0;
+  for (; column + 32 <= columns; column += 32) {
+    multiply_strip<2, kAccumulate>(row_tiles, depth, step, a, lda, b + column, ldb, c + column, ldc);
+  }
+  if (column < columns) {
+    multiply_strip<1, kAccumulate>(row_tiles, depth, step, a, lda, b + column, ldb, c + column, ldc);
+  }
+}
+
+/// A (depth, rows), turned for all columns at once.
+inline void multiply_transposed(int64_t rows, int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda,
+                                const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
+    const bool two = rows - row > kTileRows;
+    constexpr int64_t ld = kMaxTransposedPairs;
+    alignas(64) uint32_t transposed[2 * kTileRows * ld];
+    transpose_rows(a + row, lda, depth, transposed, ld);
+    if (two) transpose_rows(a + row + kTileRows, lda, depth, transposed + kTileRows * ld, ld);
+    (two ? multiply_rows<2> : multiply_rows<1>)(columns, depth, step, transposed, ld, b, ldb, c + row * ldc, ldc,
+                                                accumulate);
+  }
+}
+
 template <bool kDepthMajor>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda,
                     const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-    const bool two = rows - row > kTileRows;
-    const uint32_t* a_rows = a + row * lda;
-    int64_t ld = lda;
-    alignas(64) uint32_t transposed[kDepthMajor ? 2 * kTileRows * kMaxTransposedPairs : 1];
-    if constexpr (kDepthMajor) {
-      a_rows = transposed;
-      ld = kMaxTransposedPairs;
-      transpose_rows(a + row, lda, depth, transposed, ld);
-      if (two) transpose_rows(a + row + kTileRows, lda, depth, transposed + kTileRows * ld, ld);
-    }
-    (two ? multiply_rows<2> : multiply_rows<1>)(columns, depth, step, a_rows, ld, b, ldb, c + row * ldc, ldc,
-                                                accumulate);
+  if constexpr (kDepthMajor) {
+    multiply_transposed(rows, columns, depth, step, a, lda, b, ldb, c, ldc, accumulate);
+  } else {
+    (accumulate ? multiply_strips<true> : multiply_strips<false>)(rows, columns, depth, step, a, lda, b, ldb, c, ldc);
   }
 }
 
@@ -125,7 +219,10 @@ void gemm_on_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t*
                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   const int64_t whole = depth / kTilePairs * kTilePairs;
   const int rest = int(depth - whole);
-  if (whole > 0 || rest == 0) {
+  for (int64_t row = 0; depth == 0 && !accumulate && row < rows; ++row) {
+    std::memset(c + row * ldc, 0, size_t(columns) * sizeof(float));
+  }
+  if (whole > 0) {
     multiply_tiles<kDepthMajor>(rows, columns, whole, kTilePairs, a, lda, b, ldb, c, ldc, accumulate);
   }
   if (rest == 0) return;
