@@ -314,11 +314,14 @@ class ForwardTask {
     const Acc keep_scale =
         params_.dropout_p > 0.0 ? Acc(make_dropout(params_.rng_state, params_.dropout_p).scale) : Acc(1);
     const double unit = rules_.extended ? 1.0 : params_.softmax_scale;
-    for (int64_t lane = 0; lane < block.rows; ++lane) {
-      const Acc sum = block.row_sum[lane];
-      x_.factor[lane] = sum == Acc(0) ? Acc(0) : keep_scale / sum;
-      lse(block.begin + lane) =
-          sum == Acc(0) ? -kInfinity<Acc> : Acc(double(block.row_max[lane]) * unit + __builtin_log(double(sum)));
+    for (int64_t lane = 0; lane < block.rows; lane += kLanes<Acc>) {
+      const Vec<Acc> sum = load<Acc>(block.row_sum + lane);
+      store<Acc>(x_.factor + lane, sum == Acc(0) ? Vec<Acc>{} : keep_scale / sum);
+      double maxima[kLanes<Acc>];
+      for (int i = 0; i < kLanes<Acc>; ++i) maxima[i] = double(block.row_max[lane + i]) * unit;
+      Acc values[kLanes<Acc>];
+      store<Acc>(values, sum == Acc(0) ? broadcast<Acc>(-kInfinity<Acc>) : add_log(maxima, sum));
+      for (int64_t i = 0; i < min(kLanes<Acc>, block.rows - lane); ++i) lse(block.begin + lane + i) = values[i];
     }
     for (int64_t lane = block.rows; lane < x_.ldm; ++lane) x_.factor[lane] = Acc(0);
     if (block.rows > 0) {

@@ -88,18 +88,15 @@ struct Softmax {
       constexpr T kMaxRounded = T(1024);
       const Vec<T> start = shift * exponent_scale;
       if (!any_lane<T>((start < -kMaxRounded) | (start > kMaxRounded))) {
-        return sum_pieces<kDrops>(columns, p, kept, between, [&](int64_t n) {
-          return exp2_short(load<T>(s + n * ld) * exponent_scale - start);
-        });
+        return sum_pieces<kDrops>(columns, p, kept, between,
+                                  [&](int64_t n) { return exp2_short(load<T>(s + n * ld) * exponent_scale - start); });
       }
-      return sum_pieces<kDrops>(columns, p, kept, between, [&](int64_t n) {
-        return exp2_short((load<T>(s + n * ld) - shift) * exponent_scale);
-      });
+      return sum_pieces<kDrops>(columns, p, kept, between,
+                                [&](int64_t n) { return exp2_short((load<T>(s + n * ld) - shift) * exponent_scale); });
     }
 #endif
-    return sum_pieces<kDrops>(columns, p, kept, between, [&](int64_t n) {
-      return exp2<T, kPairs>(load<T>(s + n * ld) - shift, exponent_scale);
-    });
+    return sum_pieces<kDrops>(columns, p, kept, between,
+                              [&](int64_t n) { return exp2<T, kPairs>(load<T>(s + n * ld) - shift, exponent_scale); });
   }
 
   /// Of one vector of rows; returns their sums.
