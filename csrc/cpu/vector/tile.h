@@ -168,10 +168,13 @@ FLASH_ATTN_INLINE void turn_pairs(const Rows& src, int64_t r, int64_t c, int64_t
   const int64_t left = src.columns - c;
   if (!src.all_present(r, 2 * W) || left < 2 * W) {
     for (int i = 0; i < 2 * W; ++i) {
-      if (src.present(r + i) && left > 0) {
-        copy_partial<2 * W>(copy[i], from + i * stride, min(2 * W, left));
-      } else {
+      const BFloat16* row = from + i * stride;
+      if (left <= 0 || !src.present(r + i)) {
         std::memset(copy[i], 0, sizeof(copy[i]));
+      } else if (left < 2 * W) {
+        copy_partial<2 * W>(copy[i], row, left);
+      } else {
+        std::memcpy(copy[i], row, sizeof(copy[i]));
       }
     }
     from = copy[0];
