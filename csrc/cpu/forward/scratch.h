@@ -9,7 +9,8 @@ namespace flash_attn::cpu {
 namespace {  // see isa.h
 
 constexpr int64_t kForwardBlockM = forward_block_rows(Isa::FLASH_ATTN_ISA);
-constexpr int64_t kMaxRowBlocks = 384 / kForwardBlockM;  // of a task
+/// Of a task. On AMX it takes as long to pack a tile of keys and values as to form one block's products with it.
+constexpr int64_t kMaxRowBlocks = kOnTiles ? 32 : 4;
 
 /// Query rows [begin, begin + rows) and what the softmax knows of them.
 template <typename Arithmetic>
