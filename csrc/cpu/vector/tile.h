@@ -76,16 +76,13 @@ void pack_rows(const Rows& src, int64_t rows_padded, typename Arithmetic::Operan
   const int64_t operands = (src.columns + Arithmetic::kPack - 1) / Arithmetic::kPack;
   with_operand_storage<Arithmetic>(src.dtype, [&](auto type) {
     const auto* data = static_cast<decltype(type)>(src.data);
-    const int64_t whole = src.columns / (Arithmetic::kPack * kLanes<Operand>)*kLanes<Operand>;
     for (int64_t r = 0; r < rows_padded; ++r) {
-      const auto* from = data + r * src.stride;
-      Operand* const to = dst + r * ld;
-      int64_t c = 0;
-      if (src.present(r)) {
-        for (; c < whole; c += kLanes<Operand>) store_vector(to + c, load_operands<Operand>(from, c, src.columns));
-        for (; c < operands; c += kLanes<Operand>) store_vector(to + c, load_operands<Operand>(from, c, src.columns));
+      const bool present = src.present(r);
+      for (int64_t c = 0; c < ld; c += kLanes<Operand>) {
+        const bool inside = present && c < operands;
+        store_vector(dst + r * ld + c,
+                     inside ? load_operands<Operand>(data + r * src.stride, c, src.columns) : Vec<Operand>{});
       }
-      for (; c < ld; c += kLanes<Operand>) store_vector(to + c, Vec<Operand>{});
     }
   });
 }

@@ -84,6 +84,7 @@ FLASH_ATTN_INLINE void load_transposed(const void* rows, size_t stride, Words (&
     r[4 * quarter + 3] = FLASH_ATTN_UNPACK_PAIRS(2, high01, high23);
   }
 }
+
 FLASH_ATTN_INLINE void load_transposed(const void* rows, size_t stride, Vec<float> (&r)[16]) {
   Words words[16];
   load_transposed(rows, stride, words);
