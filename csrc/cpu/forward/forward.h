@@ -67,6 +67,7 @@ template <typename Arithmetic>
 void forward_task(const void* context, int64_t index, void* scratch) {
   const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
   const MatrixUnit unit;
+  const FlushToZero flush;
   task_of(c, index, scratch).run(c.first_block(index));
 }
 
@@ -75,6 +76,7 @@ template <typename Arithmetic>
 void forward_part(const void* context, int64_t index, void* scratch) {
   const auto& c = *static_cast<const ForwardContext<Arithmetic>*>(context);
   const MatrixUnit unit;
+  const FlushToZero flush;
   const int64_t task = index / c.parts, begin = index % c.parts * c.part_columns;
   task_of(c, task, scratch)
       .run_part(c.first_block(task), {begin, begin + c.part_columns}, c.partials + index * c.partial_size);

@@ -4,86 +4,13 @@
 // lie. All the task's blocks use a tile of k and v before the next is packed.
 #pragma once
 
-#include "../isa.h"
-#include "../parallel.h"
 #include "../scores/online_softmax.h"
 #include "../scores/random.h"
 #include "few_rows.h"
+#include "scratch.h"
 
 namespace flash_attn::cpu {
 namespace {  // see isa.h
-
-constexpr int64_t kForwardBlockM = forward_block_rows(Isa::FLASH_ATTN_ISA);
-constexpr int64_t kMaxRowBlocks = 384 / kForwardBlockM;  // of a task
-
-/// Query rows [begin, begin + rows) and what the softmax knows of them.
-template <typename Arithmetic>
-struct RowBlock {
-  typename Arithmetic::Operand* q_t;            // (head_dim / pack, ldm)
-  typename Arithmetic::Acc* out_t;              // (head_dim_v, ldm)
-  typename Arithmetic::Acc *row_max, *row_sum;  // (ldm)
-  int64_t begin, rows;
-  Range columns;
-};
-
-template <typename T>
-int64_t rows_of_block(const ForwardParams& params) {
-  return max(kLanes<T>, min(kForwardBlockM, round_up(params.seqlen_q, kLanes<T>)));
-}
-
-template <typename Arithmetic>
-struct ForwardScratch {
-  using Acc = typename Arithmetic::Acc;
-  using Operand = typename Arithmetic::Operand;
-  int64_t ldm, ldk, ldv;  // leading dimensions: block rows, operands of head_dim, head_dim_v
-  int64_t row_blocks;     // of a task
-  bool few_rows;          // k, v and p are not packed then, and these are in use:
-  Acc* s_rows;            // (kFewRows, kForwardBlockN)
-  Acc* out_rows;          // (kFewRows, ldv)
-  Operand* k;             // (kForwardBlockN, ldk)
-  Operand* v;             // (head_dim_v, kForwardBlockN), see pack_values
-  Operand* v_clean;       // as v, without the values of dead columns
-  Acc* s;                 // (kForwardBlockN, ldm): scores, then probabilities
-  Operand* p;             // (kForwardBlockN / pack, ldm): probabilities as operands
-  Acc* bias;              // (kForwardBlockN, ldm)
-  uint8_t* bytes;         // (kForwardBlockN, byte_stride(ldm)): bool mask, then dropout
-  Acc* factor;            // (ldm)
-  uint8_t* dead;          // (kForwardBlockN)
-  char* gathered;         // (kForwardBlockN, max(head_dim, head_dim_v)): rows of k or v from their pages
-  RowBlock<Arithmetic> rows[kMaxRowBlocks];
-
-  ForwardScratch(const ForwardParams& params, int64_t row_blocks, Arena& arena) : row_blocks(row_blocks) {
-    constexpr int64_t kPack = Arithmetic::kPack, kN = kForwardBlockN;
-    ldm = rows_of_block<Acc>(params);
-    ldk = round_up((params.head_dim + kPack - 1) / kPack, kPadding<Acc>);
-    ldv = round_up(params.head_dim_v, kPadding<Acc>);
-    few_rows = params.seqlen_q <= kFewRows<Acc>;
-    s_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * kN) : nullptr;
-    out_rows = few_rows ? arena.take<Acc>(kFewRows<Acc> * ldv) : nullptr;
-    const int64_t packed = few_rows ? 0 : kN;
-    k = arena.take<Operand>((packed + kGemmRows) * ldk);  // a product may read rows beyond a tile that starts late
-    v = arena.take<Operand>(packed / kPack * ldv);
-    v_clean =
-        params.mask.data != nullptr || params.window_left >= 0 ? arena.take<Operand>(packed / kPack * ldv) : nullptr;
-    s = arena.take<Acc>(kN * ldm);
-    p = kPack == 1 ? reinterpret_cast<Operand*>(s) : arena.take<Operand>(kN / kPack * ldm);
-    bias = params.mask.data != nullptr ? arena.take<Acc>(kN * ldm) : nullptr;
-    bytes = arena.take<uint8_t>(kN * byte_stride(ldm));
-    factor = arena.take<Acc>(ldm);
-    dead = arena.take<uint8_t>(kN);
-    const int64_t row_bytes = max(params.head_dim, params.head_dim_v) * size_of(params.dtype);
-    gathered = params.cache.block_table != nullptr ? arena.take<char>(kN * row_bytes) : nullptr;
-    for (int64_t i = 0; i < row_blocks; ++i) {
-      rows[i] = {arena.take<Operand>(ldk * ldm),
-                 arena.take<Acc>(ldv * ldm),
-                 arena.take<Acc>(ldm),
-                 arena.take<Acc>(ldm),
-                 0,
-                 0,
-                 {0, 0}};
-    }
-  }
-};
 
 template <typename Arithmetic>
 class ForwardTask {
@@ -135,6 +62,12 @@ class ForwardTask {
   }
 
  private:
+  /// A tile of scores, of one of the row blocks.
+  struct Visit {
+    Tile tile;
+    const RowBlock<Arithmetic>* block;
+  };
+
   /// The row blocks' part of these columns.
   void process_columns(Range within) {
     Range columns{rules_.sequence.seqlen_k, 0};
@@ -149,14 +82,26 @@ class ForwardTask {
     if (x_.few_rows) return process_few(x_.rows[0], columns);
     for (int64_t n = columns.begin; n < columns.end; n += kForwardBlockN) {
       const int64_t end = min(n + kForwardBlockN, columns.end);
-      bool loaded = false;
+      Visit visits[kMaxRowBlocks];
+      int64_t count = 0;
       for (int64_t i = 0; i < x_.row_blocks; ++i) {
-        Tile tile;
-        if (!make_tile(x_.rows[i], n, end, tile)) continue;
-        if (!loaded) load_keys(n, end - n);
-        loaded = true;
-        process_tile(tile, x_.rows[i], tile.n_begin - n);
+        Visit& visit = visits[count];
+        visit.block = &x_.rows[i];
+        if (make_tile(x_.rows[i], n, end, visit.tile)) ++count;
       }
+      if (count > 0) load_keys(n, end - n);
+      process_tiles(visits, count, n);
+    }
+  }
+
+  /// Tiles of the columns that are loaded, which begin at n. On AMX the next scores are computed before the values are
+  /// added: neither product then waits for the softmax before it, nor the softmax for its scores.
+  void process_tiles(const Visit* visits, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || !kOnTiles) compute_scores(visits[i], n);
+      const Operand* v = weigh_values(visits[i], n);
+      if (kOnTiles && i + 1 < count) compute_scores(visits[i + 1], n);
+      add_values(visits[i], v);
     }
   }
 
@@ -307,13 +252,22 @@ class ForwardTask {
   /// Operands of q.k. On AMX with zeros up to whole tiles: registers of another width take longer to set up.
   int64_t score_depth() const { return kOnTiles ? x_.ldk : (params_.head_dim + kPack - 1) / kPack; }
 
-  /// `offset`: where the tile's columns begin among those loaded.
-  void process_tile(const Tile& tile, const RowBlock<Arithmetic>& block, int64_t offset) {
-    const int64_t lane = tile.lane_begin, lanes = tile.lane_end - tile.lane_begin, ldm = x_.ldm;
-    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, lanes, score_depth(), x_.k + offset * x_.ldk, x_.ldk,
-                                        block.q_t + lane, ldm, x_.s + lane, ldm, false);
+  /// q.k of a tile among the columns loaded from n on.
+  void compute_scores(const Visit& visit, int64_t n) {
+    const Tile& tile = visit.tile;
+    const int64_t lane = tile.lane_begin;
+    gemm<Arithmetic, Layout::kRowMajor>(tile.columns, tile.lane_end - lane, score_depth(),
+                                        x_.k + (tile.n_begin - n) * x_.ldk, x_.ldk, visit.block->q_t + lane, x_.ldm,
+                                        x_.s + lane, x_.ldm, false);
+  }
+
+  /// From q.k to probabilities; O^T is relative to the same maxima after that. Returns the values they belong to.
+  const Operand* weigh_values(const Visit& visit, int64_t n) {
+    const Tile& tile = visit.tile;
+    const RowBlock<Arithmetic>& block = *visit.block;
+    const int64_t ldm = x_.ldm;
     apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
-    const Operand* v = x_.v + offset / kPack * value_stride();
+    const Operand* v = x_.v + (tile.n_begin - n) / kPack * value_stride();
     if (has_dead_columns(tile, block)) v = clean_values(tile, v);
     const bool drops = params_.dropout_p > 0.0;
     if (drops) draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
@@ -321,9 +275,16 @@ class ForwardTask {
     const bool rescales = drops ? softmax.template apply<true>(tile, x_.s, x_.p, x_.bytes)
                                 : softmax.template apply<false>(tile, x_.s, x_.p, nullptr);
     if (rescales) rescale_out(tile, block);
-    gemm<Arithmetic, kValueLayout>(params_.head_dim_v, lanes, (tile.columns + kPack - 1) / kPack, v,
-                                   kOnTiles ? kForwardBlockN / kPack : x_.ldv, x_.p + lane, ldm, block.out_t + lane,
-                                   ldm, true);
+    return v;
+  }
+
+  /// O^T += V^T P
+  void add_values(const Visit& visit, const Operand* v) {
+    const Tile& tile = visit.tile;
+    const int64_t lane = tile.lane_begin;
+    gemm<Arithmetic, kValueLayout>(params_.head_dim_v, tile.lane_end - lane, (tile.columns + kPack - 1) / kPack, v,
+                                   kOnTiles ? kForwardBlockN / kPack : x_.ldv, x_.p + lane, x_.ldm,
+                                   visit.block->out_t + lane, x_.ldm, true);
   }
 
   /// From the values of an operand's keys to the next one's.
@@ -353,11 +314,14 @@ class ForwardTask {
     const Acc keep_scale =
         params_.dropout_p > 0.0 ? Acc(make_dropout(params_.rng_state, params_.dropout_p).scale) : Acc(1);
     const double unit = rules_.extended ? 1.0 : params_.softmax_scale;
-    for (int64_t lane = 0; lane < block.rows; ++lane) {
-      const Acc sum = block.row_sum[lane];
-      x_.factor[lane] = sum == Acc(0) ? Acc(0) : keep_scale / sum;
-      lse(block.begin + lane) =
-          sum == Acc(0) ? -kInfinity<Acc> : Acc(double(block.row_max[lane]) * unit + __builtin_log(double(sum)));
+    for (int64_t lane = 0; lane < block.rows; lane += kLanes<Acc>) {
+      const Vec<Acc> sum = load<Acc>(block.row_sum + lane);
+      store<Acc>(x_.factor + lane, sum == Acc(0) ? Vec<Acc>{} : keep_scale / sum);
+      double maxima[kLanes<Acc>];
+      for (int i = 0; i < kLanes<Acc>; ++i) maxima[i] = double(block.row_max[lane + i]) * unit;
+      Acc values[kLanes<Acc>];
+      store<Acc>(values, sum == Acc(0) ? broadcast<Acc>(-kInfinity<Acc>) : add_log(maxima, sum));
+      for (int64_t i = 0; i < min(kLanes<Acc>, block.rows - lane); ++i) lse(block.begin + lane + i) = values[i];
     }
     for (int64_t lane = block.rows; lane < x_.ldm; ++lane) x_.factor[lane] = Acc(0);
     if (block.rows > 0) {

@@ -22,17 +22,25 @@ struct Softmax {
   int64_t ld;
 
   /// Scores s (columns, ld) become probabilities relative to the row maxima, or what stands for them, as operands of a
-  /// sum over columns: p (columns / kPack, ld), which may be s. With kDrops they are 0 where `kept` is, (columns,
-  /// byte_stride(ld)), but counted. False: older sums are to be multiplied by 1, all of them.
+  /// sum over columns: p (columns / kPack, ld), which may be s unless operands are pairs. With kDrops they are 0 where
+  /// `kept` is, (columns, byte_stride(ld)), but counted. False: older sums are to be multiplied by 1, all of them.
   template <bool kDrops>
-  bool apply(const Tile& tile, T* s, Operand* p, const uint8_t* kept) const {
+  bool apply(const Tile& tile, const T* s, Operand* p, const uint8_t* kept) const {
     IntVec<T> changed{};
     for (int64_t lane = tile.lane_begin; lane < tile.lane_end; lane += kLanes<T>) {
-      const Vec<T> old_max = load<T>(row_max + lane), new_max = grown_max(tile, s + lane, old_max);
-      const Vec<T> shift = new_max == -kInfinity<T> ? Vec<T>{} : new_max;  // -inf - -inf would be NaN
-      const Vec<T> alpha = exp2<T>(old_max - shift, exponent_scale);
-      const Vec<T> sum =
-          to_probabilities<kDrops>(tile.columns, shift, s + lane, p + lane, kDrops ? kept + lane : nullptr);
+      const uint8_t* const kept_lanes = kDrops ? kept + lane : nullptr;
+      const Vec<T> old_max = load<T>(row_max + lane);
+      Vec<T> new_max = old_max, sum;
+      // The maxima of tiles before serve most tiles. Whether they do here, the sums show, if scores are still there to
+      // be looked at again.
+      const bool first = any_lane<T>(old_max == -kInfinity<T>);
+      if (!kPairs || first) new_max = grown_max(tile, s + lane, old_max);
+      sum = to_probabilities<kDrops>(tile.columns, new_max, s + lane, p + lane, kept_lanes);
+      if (kPairs && !first && any_lane<T>(~(sum <= kMaxSum))) {
+        new_max = grown_max(tile, s + lane, old_max);
+        sum = to_probabilities<kDrops>(tile.columns, new_max, s + lane, p + lane, kept_lanes);
+      }
+      const Vec<T> alpha = exp2<T>(old_max - finite(new_max), exponent_scale);
       store<T>(row_max + lane, new_max);
       store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + sum);
       store<T>(rescale + lane, alpha);
@@ -42,6 +50,11 @@ struct Softmax {
   }
 
  private:
+  static constexpr bool kPairs = Arithmetic::kPack == 2;
+  static constexpr T kMaxSum = T(1 << int(kMaxGrowth<T>));
+
+  static Vec<T> finite(Vec<T> max) { return max == -kInfinity<T> ? Vec<T>{} : max; }  // -inf - -inf would be NaN
+
   Vec<T> grown_max(const Tile& tile, const T* s, Vec<T> old_max) const {
     Vec<T> partial_max[4] = {old_max, old_max, old_max, old_max};
     int64_t n = 0;
@@ -55,23 +68,32 @@ struct Softmax {
 
   /// Of one vector of rows; returns their sums.
   template <bool kDrops>
-  Vec<T> to_probabilities(int64_t columns, Vec<T> shift, const T* s, Operand* p, const uint8_t* kept) const {
-    constexpr bool kPairs = Arithmetic::kPack == 2;
+  Vec<T> to_probabilities(int64_t columns, Vec<T> max, const T* s, Operand* p, const uint8_t* kept) const {
+    const Vec<T> shift = finite(max);
+#if defined(__AMX_BF16__)
+    if constexpr (kPairs) {
+      // One rounding of shift * exponent_scale is the same for all of a row; but beyond this it is seen in lse.
+      constexpr T kMaxRounded = T(1024);
+      const Vec<T> start = shift * exponent_scale;
+      if (!any_lane<T>((start < -kMaxRounded) | (start > kMaxRounded))) {
+        return put_all<kDrops>(columns, p, kept,
+                               [&](int64_t n) { return exp2_short(load<T>(s + n * ld) * exponent_scale - start); });
+      }
+      return put_all<kDrops>(columns, p, kept,
+                             [&](int64_t n) { return exp2_short((load<T>(s + n * ld) - shift) * exponent_scale); });
+    }
+#endif
+    return put_all<kDrops>(columns, p, kept,
+                           [&](int64_t n) { return exp2<T, kPairs>(load<T>(s + n * ld) - shift, exponent_scale); });
+  }
+
+  /// probability(column) of all columns; returns their sums.
+  template <bool kDrops, typename Probability>
+  FLASH_ATTN_INLINE Vec<T> put_all(int64_t columns, Operand* p, const uint8_t* kept, Probability probability) const {
     const int64_t stride = byte_stride(ld);
-    const auto probability = [&](int64_t n) { return exp2<T, kPairs>(load<T>(s + n * ld) - shift, exponent_scale); };
     const auto left = [&](Vec<T> x, int64_t n) {
       if constexpr (kDrops) return load_bytes<T>(kept + n * stride) == 0 ? Vec<T>{} : x;
       return x;
-    };
-    const auto put = [&](int64_t n, Vec<T> even, Vec<T> odd) {
-      if constexpr (kPairs) {
-#if defined(__AVX512BF16__)
-        store_vector(p + n / 2 * ld, interleave(round_to_bfloat16(even, odd)));
-#endif
-      } else {
-        store<T>(p + n * ld, even);
-        store<T>(p + (n + 1) * ld, odd);
-      }
     };
     Vec<T> even_sum{}, odd_sum{};
     int64_t n = 0;
@@ -79,18 +101,31 @@ struct Softmax {
       const Vec<T> even = probability(n), odd = probability(n + 1);
       even_sum += even;
       odd_sum += odd;
-      put(n, left(even, n), left(odd, n + 1));
+      put(n, left(even, n), left(odd, n + 1), p);
     }
     if (n < columns) {
       const Vec<T> even = probability(n);
       even_sum += even;
       if constexpr (kPairs) {
-        put(n, left(even, n), Vec<T>{});
+        put(n, left(even, n), Vec<T>{}, p);
       } else {
         store<T>(p + n * ld, left(even, n));
       }
     }
     return even_sum + odd_sum;
+  }
+
+  FLASH_ATTN_INLINE void put(int64_t n, Vec<T> even, Vec<T> odd, Operand* p) const {
+    if constexpr (kPairs) {
+#if defined(__AMX_BF16__)
+      store_vector(p + n / 2 * ld, round_to_pairs(even, odd));
+#elif defined(__AVX512BF16__)
+      store_vector(p + n / 2 * ld, interleave(round_to_bfloat16(even, odd)));
+#endif
+    } else {
+      store<T>(p + n * ld, even);
+      store<T>(p + (n + 1) * ld, odd);
+    }
   }
 };
 

@@ -41,81 +41,172 @@ class MatrixUnit {
   MatrixUnit& operator=(const MatrixUnit&) = delete;
 };
 
-/// One or two tiles of rows by one or two of columns; `step` pairs at a time, as configured.
-template <int kRows, int kColumns>
-void multiply_block(int64_t depth, int step, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
-                    int64_t ldc, bool accumulate) {
-  const size_t a_bytes = size_t(lda) * 4, b_bytes = size_t(ldb) * 4, c_bytes = size_t(ldc) * 4;
-  float* const c_below = c + kTileRows * ldc;
-  settle_memory(a);
+/// A product C (+)= A B of one or two tiles of columns: A (rows, depth), B (depth, columns).
+struct Strip {
+  int64_t rows, depth;  // rows are rounded up to whole tiles; at most kTilePairs pairs, as configured, or whole tiles
+  const uint32_t* a;
+  int64_t lda;
+  const uint32_t* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
+/// Register kTile of 0 to 3: the instructions want their numbers written down.
+template <int kTile>
+FLASH_ATTN_INLINE void start_tile(const float* c, size_t bytes, bool accumulate) {
+  static_assert(kTile >= 0 && kTile < 4);
   if (accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kColumns == 2) _tile_loadd(1, c + 16, c_bytes);
-    if constexpr (kRows == 2) _tile_loadd(2, c_below, c_bytes);
-    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c_below + 16, c_bytes);
+    if constexpr (kTile == 0) _tile_loadd(0, c, bytes);
+    if constexpr (kTile == 1) _tile_loadd(1, c, bytes);
+    if constexpr (kTile == 2) _tile_loadd(2, c, bytes);
+    if constexpr (kTile == 3) _tile_loadd(3, c, bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kTile == 0) _tile_zero(0);
+    if constexpr (kTile == 1) _tile_zero(1);
+    if constexpr (kTile == 2) _tile_zero(2);
+    if constexpr (kTile == 3) _tile_zero(3);
   }
-  for (int64_t k = 0; k < depth; k += step) {
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(6, b + k * ldb, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kColumns == 2) {
-      _tile_loadd(7, b + k * ldb + 16, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kRows == 2) {
-      _tile_loadd(5, a + kTileRows * lda + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kColumns == 2) _tile_stored(1, c + 16, c_bytes);
-  if constexpr (kRows == 2) _tile_stored(2, c_below, c_bytes);
-  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c_below + 16, c_bytes);
 }
 
-/// `columns` columns of kRows tiles of rows.
-template <int kRows>
-void multiply_rows(int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda, const uint32_t* b,
-                   int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  int64_t column = 0;
-  for (; column + 32 <= columns; column += 32) {
-    multiply_block<kRows, 2>(depth, step, a, lda, b + column, ldb, c + column, ldc, accumulate);
+/// Strips one after the other. A store right after the last product of its sum holds up the products that follow until
+/// it is done; a later one runs beside them. So the sums of up to two rows of tiles stay in registers 0 to 3 until the
+/// first products of the next have begun. (Everything here has to be inlined: a call that takes its operands from
+/// memory costs a fifth of the time.)
+template <int kColumns>
+class Strips {
+ public:
+  FLASH_ATTN_INLINE void add(const Strip& strip) {
+    const uint32_t* a = strip.a;
+    float* c = strip.c;
+    int64_t rows = strip.rows;
+    settle_memory(a);
+    for (; rows > kTileRows; rows -= 2 * kTileRows) {
+      multiply<2>(strip, a, c);
+      a += 2 * kTileRows * strip.lda;
+      c += 2 * kTileRows * strip.ldc;
+    }
+    if (rows > 0) multiply<1>(strip, a, c);
   }
-  if (column < columns) multiply_block<kRows, 1>(depth, step, a, lda, b + column, ldb, c + column, ldc, accumulate);
-}
+
+  FLASH_ATTN_INLINE void finish() {
+    store<0>();
+    store<1>();
+    store<2>();
+    store<3>();
+  }
+
+ private:
+  template <int kRows>
+  FLASH_ATTN_INLINE void multiply(const Strip& strip, const uint32_t* a, float* c) {
+    const size_t a_bytes = size_t(strip.lda) * 4, b_bytes = size_t(strip.ldb) * 4, c_bytes = size_t(strip.ldc) * 4;
+    const uint32_t *const a_below = a + kTileRows * strip.lda, *b = strip.b;
+    float* const c_below = c + kTileRows * strip.ldc;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    store<0>();
+    start_tile<0>(c, c_bytes, strip.accumulate);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns == 2) {
+      _tile_loadd(7, b + 16, b_bytes);
+      store<1>();
+      start_tile<1>(c + 16, c_bytes, strip.accumulate);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows == 2) _tile_loadd(5, a_below, a_bytes);
+    store<2>();
+    if constexpr (kRows == 2) {
+      start_tile<2>(c_below, c_bytes, strip.accumulate);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    store<3>();
+    if constexpr (kRows == 2 && kColumns == 2) {
+      start_tile<3>(c_below + 16, c_bytes, strip.accumulate);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    for (int64_t k = kTilePairs; k < strip.depth; k += kTilePairs) {
+      b += kTilePairs * strip.ldb;
+      _tile_loadd(4, a + k, a_bytes);
+      _tile_loadd(6, b, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kColumns == 2) {
+        _tile_loadd(7, b + 16, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kRows == 2) {
+        _tile_loadd(5, a_below + k, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    unstored_ = c;
+    unstored_below_ = kRows == 2 ? c_below : nullptr;
+    bytes_ = c_bytes;
+  }
+
+  template <int kTile>
+  FLASH_ATTN_INLINE void store() {
+    if constexpr (kTile % 2 < kColumns) {
+      float* const c = kTile < 2 ? unstored_ : unstored_below_;
+      if (c == nullptr) return;
+      if constexpr (kTile == 0) _tile_stored(0, c, bytes_);
+      if constexpr (kTile == 1) _tile_stored(1, c + 16, bytes_);
+      if constexpr (kTile == 2) _tile_stored(2, c, bytes_);
+      if constexpr (kTile == 3) _tile_stored(3, c + 16, bytes_);
+    }
+  }
+
+  float *unstored_ = nullptr, *unstored_below_ = nullptr;  // of the rows of tiles whose sums are in registers
+  size_t bytes_ = 0;
+};
 
 /// A (depth, 16 rows) -> to (16 rows, ld), zeros up to a multiple of kTilePairs.
 inline void transpose_rows(const uint32_t* a, int64_t lda, int64_t depth, uint32_t* to, int64_t ld) {
   for (int64_t k = 0; k < depth; k += kTilePairs) {
     Words block[kTilePairs];
-    for (int i = 0; i < kTilePairs; ++i) block[i] = k + i < depth ? load_vector<Words>(a + (k + i) * lda) : Words{};
-    transpose<uint32_t>(block);
+    if (k + kTilePairs <= depth) {
+      load_transposed(a + k * lda, lda * sizeof(*a), block);
+    } else {
+      for (int i = 0; i < kTilePairs; ++i) block[i] = k + i < depth ? load_vector<Words>(a + (k + i) * lda) : Words{};
+      transpose<uint32_t>(block);
+    }
     for (int i = 0; i < kTileRows; ++i) store_vector(to + i * ld + k, block[i]);
   }
 }
 
+/// The product of all columns, of which the strip is the first two tiles.
+FLASH_ATTN_INLINE void multiply_columns(Strip strip, int64_t columns) {
+  Strips<2> strips;
+  for (; columns >= 32; columns -= 32) {
+    strips.add(strip);
+    strip.b += 32;
+    strip.c += 32;
+  }
+  strips.finish();
+  if (columns == 0) return;
+  Strips<1> last;
+  last.add(strip);
+  last.finish();
+}
+
 template <bool kDepthMajor>
-void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, int step, const uint32_t* a, int64_t lda,
-                    const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-    const bool two = rows - row > kTileRows;
-    const uint32_t* a_rows = a + row * lda;
-    int64_t ld = lda;
-    alignas(64) uint32_t transposed[kDepthMajor ? 2 * kTileRows * kMaxTransposedPairs : 1];
-    if constexpr (kDepthMajor) {
-      a_rows = transposed;
-      ld = kMaxTransposedPairs;
-      transpose_rows(a + row, lda, depth, transposed, ld);
-      if (two) transpose_rows(a + row + kTileRows, lda, depth, transposed + kTileRows * ld, ld);
+void multiply_tiles(const Strip& strip, int64_t columns) {
+  if constexpr (!kDepthMajor) {
+    multiply_columns(strip, columns);
+  } else {
+    for (int64_t row = 0; row < strip.rows; row += 2 * kTileRows) {
+      alignas(64) uint32_t transposed[2 * kTileRows * kMaxTransposedPairs];
+      Strip part = strip;
+      part.rows = strip.rows - row < 2 * kTileRows ? strip.rows - row : 2 * kTileRows;
+      part.a = transposed;
+      part.lda = kMaxTransposedPairs;
+      part.c += row * strip.ldc;
+      for (int64_t i = 0; i < part.rows; i += kTileRows) {
+        transpose_rows(strip.a + row + i, strip.lda, strip.depth, transposed + i * part.lda, part.lda);
+      }
+      multiply_columns(part, columns);
     }
-    (two ? multiply_rows<2> : multiply_rows<1>)(columns, depth, step, a_rows, ld, b, ldb, c + row * ldc, ldc,
-                                                accumulate);
   }
 }
 
@@ -125,13 +216,18 @@ void gemm_on_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t*
                    int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   const int64_t whole = depth / kTilePairs * kTilePairs;
   const int rest = int(depth - whole);
-  if (whole > 0 || rest == 0) {
-    multiply_tiles<kDepthMajor>(rows, columns, whole, kTilePairs, a, lda, b, ldb, c, ldc, accumulate);
+  for (int64_t row = 0; depth == 0 && !accumulate && row < rows; ++row) {
+    std::memset(c + row * ldc, 0, size_t(columns) * sizeof(float));
   }
+  Strip strip{rows, whole, a, lda, b, ldb, c, ldc, accumulate};
+  if (whole > 0) multiply_tiles<kDepthMajor>(strip, columns);
   if (rest == 0) return;
   configure_tiles(rest);
-  multiply_tiles<kDepthMajor>(rows, columns, rest, rest, a + whole * (kDepthMajor ? lda : 1), lda, b + whole * ldb, ldb,
-                              c, ldc, accumulate || whole > 0);
+  strip.depth = rest;
+  strip.a += whole * (kDepthMajor ? lda : 1);
+  strip.b += whole * ldb;
+  strip.accumulate = accumulate || whole > 0;
+  multiply_tiles<kDepthMajor>(strip, columns);
   configure_tiles(kTilePairs);
 }
 

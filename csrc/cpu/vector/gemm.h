@@ -2,6 +2,7 @@
 // element at a time and broadcast, so A needs no packing and may lie either way round.
 #pragma once
 
+#include "exponentials.h"
 #include "simd.h"
 
 #if defined(__AMX_BF16__)
@@ -59,9 +60,12 @@ constexpr int kPadding = kLanes<T> > kGemmRows ? kLanes<T> : kGemmRows;
 enum class Layout { kRowMajor, kDepthMajor };
 
 #if !defined(__AMX_BF16__)
-/// What a task needs to hold while it forms products; here nothing.
+/// What a task needs to hold while it forms products, and exponentials; here nothing.
 struct MatrixUnit {
   MatrixUnit() {}
+};
+struct FlushToZero {
+  FlushToZero() {}
 };
 #endif
 

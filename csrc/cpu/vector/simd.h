@@ -171,8 +171,19 @@ FLASH_ATTN_INLINE Words round_to_bfloat16(Vec<float> v) {
 
 template <typename T>
 FLASH_ATTN_INLINE void store(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  store_vector(p, _mm512_maskz_cvtneps_pbh(__mmask16(-1), v));
+#else
   store_vector(p, narrow(round_to_bfloat16(v)));
+#endif
 }
+
+#if defined(__AVX512F__)
+/// The low half of each word of `low`, and the high half of `high`.
+FLASH_ATTN_INLINE Words blend_halves(Words low, Words high) {
+  return bit_cast<Words>(_mm512_mask_blend_epi16(0xaaaaaaaau, bit_cast<__m512i>(low), bit_cast<__m512i>(high)));
+}
+#endif
 
 #if defined(__AVX512BF16__)
 using HalfWordPairs = Vec<uint16_t>;
@@ -262,105 +273,6 @@ FLASH_ATTN_INLINE void store_partial(Storage* p, Vec<T> v, int64_t count) {
   Storage lanes[kLanes<T>];
   store<T>(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
-}
-
-// Exponentials: 2^y = 2^n * 2^f with n = round(y), f in [-0.5, 0.5], and 2^f = 1 + f * exp2_tail(f).
-
-template <typename T>
-struct Constants;
-template <>
-struct Constants<float> {
-  static constexpr float kRound = 0x1.8p23f;  // x + kRound has round(x) in its low bits
-  static constexpr float kMinExponent = -126.0f, kMaxExponent = 128.0f;
-  static constexpr int kMantissaBits = 23, kExponentBias = 127;
-  static constexpr float kTanhLimit = 10.0f;  // tanh(x) rounds to 1 beyond
-};
-template <>
-struct Constants<double> {
-  static constexpr double kRound = 0x1.8p52;
-  static constexpr double kMinExponent = -1022.0, kMaxExponent = 1024.0;
-  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
-  static constexpr double kTanhLimit = 20.0;
-};
-
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-/// (2^f - 1) / f, interpolated at Chebyshev nodes: 2^f is off by 5e-9 of itself.
-FLASH_ATTN_INLINE Vec<float> exp2_tail(Vec<float> f) {
-  Vec<float> y = f * 0.000154031529f + 0.00133908634f;
-  y = y * f + 0.00961808256f;
-  y = y * f + 0.0555035711f;
-  y = y * f + 0.240226508f;
-  return y * f + 0.693147188f;
-}
-
-/// The same to 1e-17.
-FLASH_ATTN_INLINE Vec<double> exp2_tail(Vec<double> f) {
-  Vec<double> y = f * 4.4549605981865183938e-10 + 7.0725859692492236999e-9;
-  y = y * f + 1.0178062445845773521e-7;
-  y = y * f + 1.3215442587921689653e-6;
-  y = y * f + 0.000015252733829836118394;
-  y = y * f + 0.00015403530441736050155;
-  y = y * f + 0.001333355814641693531;
-  y = y * f + 0.0096181291076088885273;
-  y = y * f + 0.055504108664821594339;
-  y = y * f + 0.2402265069591009822;
-  return y * f + 0.69314718055994530942;
-}
-
-/// As exp2_tail, for what is rounded to bfloat16, which has 256 steps between powers of 2: 2^f is off by 7e-6 of
-/// itself.
-FLASH_ATTN_INLINE Vec<float> exp2_short_tail(Vec<float> f) {
-  Vec<float> y = f * 0.00965671029f + 0.0558382829f;
-  y = y * f + 0.240225301f;
-  return y * f + 0.693136734f;
-}
-
-/// 2^(x * scale), the product unrounded. 0 where the result would not be a normal number, also for x = -inf; NaN for
-/// NaN. With kShort it is to be rounded to bfloat16.
-template <typename T, bool kShort = false>
-FLASH_ATTN_INLINE Vec<T> exp2(Vec<T> x, T scale) {
-  using C = Constants<T>;
-  const Vec<T> shifted = x * scale + C::kRound;
-  const Vec<T> n = shifted - C::kRound;
-  const Vec<T> f = x * scale - n;
-  Vec<T> tail;
-  if constexpr (kShort) {
-    tail = exp2_short_tail(f);
-  } else {
-    tail = exp2_tail(f);
-  }
-  const Vec<T> power = f * tail + T(1);
-#if defined(__AVX512F__)
-  constexpr int kNotLess = _CMP_NLT_UQ;  // NaN is not
-  if constexpr (sizeof(T) == 4) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(shifted, broadcast<T>(C::kRound + C::kMinExponent), kNotLess);
-    return _mm512_maskz_scalef_ps(normal, power, n);
-  } else {
-    const __mmask8 normal = _mm512_cmp_pd_mask(shifted, broadcast<T>(C::kRound + C::kMinExponent), kNotLess);
-    return _mm512_maskz_scalef_pd(normal, power, n);
-  }
-#else
-  const Vec<T> scaled =
-      bit_cast<Vec<T>>(bit_cast<IntVec<T>>(power) + (bit_cast<IntVec<T>>(shifted) << C::kMantissaBits));
-  const Vec<T> y = shifted < C::kRound + C::kMaxExponent ? scaled : shifted * T(__builtin_huge_val());
-  return shifted < C::kRound + C::kMinExponent ? Vec<T>{} : y;
-#endif
-}
-
-/// tanh(x) to a few units in the last place, also near 0: (e^2x - 1) / (e^2x + 1) with e^2x - 1 free of cancellation.
-template <typename T>
-FLASH_ATTN_INLINE Vec<T> tanh(Vec<T> x) {
-  using C = Constants<T>;
-  const Vec<T> magnitude = x < T(0) ? -x : x;
-  const Vec<T> y = (magnitude > C::kTanhLimit ? broadcast<T>(C::kTanhLimit) : magnitude) * T(2 * kLog2E);
-  const Vec<T> shifted = y + C::kRound;
-  const Vec<T> f = y - (shifted - C::kRound);
-  const Vec<T> power =
-      bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissaBits) + bit_cast<IntVec<T>>(broadcast<T>(T(1))));
-  const Vec<T> expm1 = f * exp2_tail(f) * power + (power - T(1));
-  const Vec<T> t = expm1 / (expm1 + T(2));
-  return x != x ? x : (x < T(0) ? -t : t);
 }
 
 }  // namespace

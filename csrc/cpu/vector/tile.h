@@ -25,6 +25,7 @@ struct Rows {
   const uint8_t* drop = nullptr;
 
   bool present(int64_t row) const { return row < count && (drop == nullptr || drop[row] == 0); }
+  bool all_present(int64_t row, int64_t rows) const { return row + rows <= count && drop == nullptr; }
 };
 
 /// Calls f(static_cast<const Storage*>(nullptr)) with the storage type of `dtype`, of those that are computed as T.
@@ -94,14 +95,19 @@ void pack_transposed(const Rows& src, int64_t rows_padded, typename Arithmetic::
   const int64_t operands = (src.columns + Arithmetic::kPack - 1) / Arithmetic::kPack;
   with_operand_storage<Arithmetic>(src.dtype, [&](auto type) {
     const auto* data = static_cast<decltype(type)>(src.data);
+    constexpr bool kWords = kLoadsTransposed<Operand> && sizeof(*data) * Arithmetic::kPack == sizeof(Operand);
     for (int64_t r = 0; r < rows_padded; r += W) {
       for (int64_t c = 0; c < operands; c += W) {
         Vec<Operand> block[W];
-        for (int i = 0; i < W; ++i) {
+        const bool whole = kWords && src.all_present(r, W) && (c + W) * Arithmetic::kPack <= src.columns;
+        if constexpr (kWords) {
+          if (whole) load_transposed(data + r * src.stride + c * Arithmetic::kPack, src.stride * sizeof(*data), block);
+        }
+        for (int i = 0; !whole && i < W; ++i) {
           block[i] =
               src.present(r + i) ? load_operands<Operand>(data + (r + i) * src.stride, c, src.columns) : Vec<Operand>{};
         }
-        transpose<Operand>(block);
+        if (!whole) transpose<Operand>(block);
         const int64_t kept = min(W, operands - c);
         for (int64_t i = 0; i < kept; ++i) store_vector(dst + (c + i) * ld + r, block[i]);
       }
@@ -148,6 +154,39 @@ void clear_row_across(typename Arithmetic::Operand* tile, int64_t ld, int64_t ro
   }
 }
 
+#if defined(__AVX512F__)
+/// 32 rows of bfloat16 from row r on, and their columns from c on: as pairs of rows, columns after columns, to dst
+/// (columns, ld).
+FLASH_ATTN_INLINE void turn_pairs(const Rows& src, int64_t r, int64_t c, int64_t columns, uint32_t* dst, int64_t ld) {
+  constexpr int W = kLanes<uint32_t>;
+  const BFloat16* from = static_cast<const BFloat16*>(src.data) + r * src.stride + c;
+  int64_t stride = src.stride;
+  BFloat16 copy[2 * W][2 * W];
+  const int64_t left = src.columns - c;
+  if (!src.all_present(r, 2 * W) || left < 2 * W) {
+    for (int i = 0; i < 2 * W; ++i) {
+      const BFloat16* row = from + i * stride;
+      if (left <= 0 || !src.present(r + i)) {
+        std::memset(copy[i], 0, sizeof(copy[i]));
+      } else if (left < 2 * W) {
+        copy_partial<2 * W>(copy[i], row, left);
+      } else {
+        std::memcpy(copy[i], row, sizeof(copy[i]));
+      }
+    }
+    from = copy[0];
+    stride = 2 * W;
+  }
+  Words even[W], odd[W];  // pairs of columns, rows as lanes
+  load_transposed(from, 2 * stride * sizeof(BFloat16), even);
+  load_transposed(from + stride, 2 * stride * sizeof(BFloat16), odd);
+  for (int64_t i = 0; 2 * i < columns; ++i) {
+    store_vector(dst + 2 * i * ld, blend_halves(even[i], odd[i] << 16));
+    store_vector(dst + (2 * i + 1) * ld, blend_halves(even[i] >> 16, odd[i]));
+  }
+}
+#endif
+
 /// How the values of a tile lie as A of O^T = V^T P, whose sum is over their rows: packed once, they are read for every
 /// block of queries.
 constexpr Layout kValueLayout = kOnTiles ? Layout::kRowMajor : Layout::kDepthMajor;
@@ -159,13 +198,10 @@ void pack_values(const Rows& src, typename Arithmetic::Operand* dst, int64_t ld)
   if constexpr (!kOnTiles) {
     pack_across<Arithmetic>(src, round_up(src.count, Arithmetic::kPack), dst, ld);
   } else {
-    constexpr int W = kLanes<uint32_t>;
-    for (int64_t c = 0; c < ld; c += W) {
-      for (int64_t r = 0; r < src.count; r += 2 * W) {
-        Words block[W];
-        for (int i = 0; i < W; ++i) block[i] = load_pairs_across(src, r + 2 * i, c);
-        transpose<uint32_t>(block);
-        for (int i = 0; i < W; ++i) store_vector(dst + (c + i) * (kRows / 2) + r / 2, block[i]);
+    constexpr int64_t kSide = 2 * kLanes<uint32_t>;
+    for (int64_t c = 0; c < ld; c += kSide) {
+      for (int64_t r = 0; r < src.count; r += kSide) {
+        turn_pairs(src, r, c, min(kSide, ld - c), dst + c * (kRows / 2) + r / 2, kRows / 2);
       }
     }
   }
@@ -216,14 +252,17 @@ void store_transposed(const T* src, int64_t ld, int64_t rows, int64_t columns, c
     for (int64_t r = 0; r < rows; r += W) {
       for (int64_t c = 0; c < columns; c += W) {
         Vec<T> block[W];
-        const Vec<T> scale = load<T>(factor + r);
-        for (int i = 0; i < W; ++i) {
-          block[i] = scale == T(0) ? Vec<T>{} : load<T>(src + (c + i) * ld + r) * scale;
+        if constexpr (kLoadsTransposed<T>) {
+          load_transposed(src + c * ld + r, ld * sizeof(T), block);
+        } else {
+          for (int i = 0; i < W; ++i) block[i] = load<T>(src + (c + i) * ld + r);
+          transpose<T>(block);
         }
-        transpose<T>(block);
         const int64_t kept = min(W, rows - r);
         for (int64_t i = 0; i < kept; ++i) {
-          store_up_to<T>(static_cast<Storage*>(dst) + (r + i) * stride + c, block[i], columns - c);
+          const T scale = factor[r + i];
+          store_up_to<T>(static_cast<Storage*>(dst) + (r + i) * stride + c, scale == T(0) ? Vec<T>{} : block[i] * scale,
+                         columns - c);
         }
       }
     }

@@ -45,6 +45,58 @@ FLASH_ATTN_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   }
 }
 
+/// Whether there is load_transposed for vectors of T.
+#if defined(__AVX512F__)
+template <typename T>
+constexpr bool kLoadsTransposed = sizeof(T) == 4;
+
+#define FLASH_ATTN_UNPACK_WORDS(first, a, b)                                                                     \
+  __builtin_shufflevector((a), (b), (first), (first) + 16, (first) + 1, (first) + 17, (first) + 4, (first) + 20, \
+                          (first) + 5, (first) + 21, (first) + 8, (first) + 24, (first) + 9, (first) + 25,       \
+                          (first) + 12, (first) + 28, (first) + 13, (first) + 29)
+#define FLASH_ATTN_UNPACK_PAIRS(first, a, b)                                                                    \
+  __builtin_shufflevector((a), (b), (first), (first) + 1, (first) + 16, (first) + 17, (first) + 4, (first) + 5, \
+                          (first) + 20, (first) + 21, (first) + 8, (first) + 9, (first) + 24, (first) + 25,     \
+                          (first) + 12, (first) + 13, (first) + 28, (first) + 29)
+
+/// Lane i of r[j] is word j of row i: 16 rows of 16 words in memory, `stride` bytes apart. Quarters of rows are put
+/// together as they are loaded, which leaves half of the shuffles, of which a clock has but one.
+FLASH_ATTN_INLINE void load_transposed(const void* rows, size_t stride, Words (&r)[16]) {
+  const char* const from = static_cast<const char*>(rows);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    Words rows_of[4];  // i: quarters of the rows i, i + 4, i + 8, i + 12
+    for (int i = 0; i < 4; ++i) {
+      const char* p = from + i * stride + quarter * 16;
+      constexpr __mmask16 kAll(-1);
+      __m512i row = _mm512_maskz_inserti32x4(kAll, __m512i{}, load_vector<__m128i>(p), 0);
+      row = _mm512_maskz_inserti32x4(kAll, row, load_vector<__m128i>(p + 4 * stride), 1);
+      row = _mm512_maskz_inserti32x4(kAll, row, load_vector<__m128i>(p + 8 * stride), 2);
+      row = _mm512_maskz_inserti32x4(kAll, row, load_vector<__m128i>(p + 12 * stride), 3);
+      rows_of[i] = bit_cast<Words>(row);
+    }
+    const Words low01 = FLASH_ATTN_UNPACK_WORDS(0, rows_of[0], rows_of[1]);
+    const Words high01 = FLASH_ATTN_UNPACK_WORDS(2, rows_of[0], rows_of[1]);
+    const Words low23 = FLASH_ATTN_UNPACK_WORDS(0, rows_of[2], rows_of[3]);
+    const Words high23 = FLASH_ATTN_UNPACK_WORDS(2, rows_of[2], rows_of[3]);
+    r[4 * quarter] = FLASH_ATTN_UNPACK_PAIRS(0, low01, low23);
+    r[4 * quarter + 1] = FLASH_ATTN_UNPACK_PAIRS(2, low01, low23);
+    r[4 * quarter + 2] = FLASH_ATTN_UNPACK_PAIRS(0, high01, high23);
+    r[4 * quarter + 3] = FLASH_ATTN_UNPACK_PAIRS(2, high01, high23);
+  }
+}
+
+FLASH_ATTN_INLINE void load_transposed(const void* rows, size_t stride, Vec<float> (&r)[16]) {
+  Words words[16];
+  load_transposed(rows, stride, words);
+  for (int i = 0; i < 16; ++i) r[i] = bit_cast<Vec<float>>(words[i]);
+}
+#undef FLASH_ATTN_UNPACK_WORDS
+#undef FLASH_ATTN_UNPACK_PAIRS
+#else
+template <typename T>
+constexpr bool kLoadsTransposed = false;
+#endif
+
 /// Lane i is the sum of the lanes of r[i].
 template <typename T>
 FLASH_ATTN_INLINE Vec<T> sum_lanes(Vec<T> (&r)[kLanes<T>]) {
