@@ -44,7 +44,7 @@ struct Softmax {
       store<T>(row_max + lane, new_max);
       store<T>(row_sum + lane, load<T>(row_sum + lane) * alpha + sum);
       store<T>(rescale + lane, alpha);
-      changed |= alpha != T(1);
+      changed |= (alpha != T(1)) & (old_max != -kInfinity<T>);  // before the first score, sums are 0
     }
     return any_lane<T>(changed);
   }
