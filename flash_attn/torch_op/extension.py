@@ -32,7 +32,7 @@ _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
 }
 MARK = 0x666C6173  # our kernel's fifth result: someone else may have put another kernel in its place since
 LARGEST = 1 << 24  # elements of q: beyond that calls take the GPU longer than a host whose caches are cold
-_OTHERS = (None,) * (NUM_TENSORS - 5)
+_OTHERS = (None,) * (NUM_TENSORS - 5)  # those between attn_mask and rng_state, which is the last
 
 backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
 

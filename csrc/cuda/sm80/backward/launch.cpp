@@ -1,5 +1,6 @@
 #include "../../common/launch.h"
 
+#include "../../common/shared_memory.h"
 #include "plan.h"
 #include "rows/rows.h"
 
@@ -53,9 +54,7 @@ BackwardKernelParams kernel_params(const BackwardPlan& plan, const BackwardParam
 void launch_tiles(const BackwardPlan& plan, const BackwardKernelParams& params, cudaStream_t stream) {
   const BackwardVariant& variant = *plan.variant;
   auto* const kernel = variant.kernel[params.problem.forward.dtype == DType::kBFloat16 ? 0 : 1];
-  cuda::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   variant.shared_bytes),
-              variant.name);
+  cuda::allow_shared_bytes(reinterpret_cast<const void*>(kernel), variant.shared_bytes, variant.name);
   cuda::launch_dependent(kernel, dim3(unsigned(plan.num_tiles * plan.parts)), 32 * variant.warps, variant.shared_bytes,
                          stream, params, variant.name);
 }
