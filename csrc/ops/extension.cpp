@@ -1,14 +1,18 @@
 #include "extension.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "attention.h"
+#include "torch/below_autograd.h"
 
 namespace flash_attn {
 namespace {
@@ -84,10 +88,33 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   put_results(values, std::move(dq), std::move(dk), std::move(dv), std::move(dmask));
 }
 
+constexpr const char* kBackward = "_scaled_dot_product_fused_attention_overrideable_backward";
+
+/// Torch has no derivative of the op's derivative: where one may be asked for, an op that has one takes its place.
+/// (flash_attn/torch_op/extension.py; the same schema.)
+void with_derivative(StableIValue* values, const char* key) {
+  const bool is_differentiated = aoti_torch_grad_mode_is_enabled();
+  std::optional<BelowAutograd> below;
+  if (!is_differentiated) below.emplace(key);
+  static const std::string torchs = std::string("aten::") + kBackward;
+  const char* const op = is_differentiated ? "flash_attn::backward_of_extension" : torchs.c_str();
+  Tensor::check(torch_call_dispatcher(op, "", values, TORCH_ABI_VERSION));
+}
+
+void cpu_with_derivative(StableIValue* values, uint64_t, uint64_t) { with_derivative(values, "AutogradCPU"); }
+void cuda_with_derivative(StableIValue* values, uint64_t, uint64_t) { with_derivative(values, "AutogradCUDA"); }
+
+std::unique_ptr<StableLibrary> derivatives_for(const std::string& device) {
+  const std::string key = "Autograd" + device;
+  auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", key.c_str(), __FILE__, __LINE__);
+  library->impl(kBackward, device == "CPU" ? &cpu_with_derivative : &cuda_with_derivative);
+  return library;
+}
+
 std::unique_ptr<StableLibrary> kernels_for(const char* device) {
   auto library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", device, __FILE__, __LINE__);
   library->impl("_scaled_dot_product_fused_attention_overrideable", &forward_of_extension);
-  library->impl("_scaled_dot_product_fused_attention_overrideable_backward", &backward_of_extension);
+  library->impl(kBackward, &backward_of_extension);
   return library;
 }
 
@@ -97,4 +124,5 @@ std::unique_ptr<StableLibrary> kernels_for(const char* device) {
 void flash_attn_extend(const char* device) {
   static std::vector<std::unique_ptr<flash_attn::StableLibrary>> libraries;  // what they register lives as long
   libraries.push_back(flash_attn::kernels_for(device));
+  if (flash_attn::can_go_below_autograd()) libraries.push_back(flash_attn::derivatives_for(device));
 }

@@ -51,6 +51,22 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   m.def(("backward(Tensor dout, Tensor? dlse, " + tensors + "Tensor out, Tensor lse, bool[] needs, " + options +
          ") -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dslopes, Tensor? dsinks)")
             .c_str());
+  // Their tangents, in Python: flash_attn/torch_op/second_order.
+  const std::string tangents =
+      "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tattn_mask, Tensor? talibi_slopes, Tensor? tsinks, ";
+  m.def(("forward_jvp(" + tangents + tensors + "Tensor out, Tensor lse, " + options + ") -> (Tensor tout, Tensor tlse)")
+            .c_str());
+  m.def(("backward_jvp(Tensor dout, Tensor? dlse, Tensor? tdout, Tensor? tdlse, " + tangents + tensors +
+         "Tensor out, Tensor lse, Tensor? tout, Tensor? tlse, bool[] needs, " + options +
+         ") -> (Tensor? tdq, Tensor? tdk, Tensor? tdv, Tensor? tdmask, Tensor? tdslopes, Tensor? tdsinks)")
+            .c_str());
+  // In place of the derivative of torch's op for extensions, which has none of its own:
+  // flash_attn/torch_op/extension.py.
+  m.def(
+      "backward_of_extension(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor attn_bias, bool[4] "
+      "grad_input_mask, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+      "float dropout_p, bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor "
+      "grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_bias)");
   // For eager calls that nobody watches: each argument costs time, whether it is given or not.
   m.def("plain_forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, int options) -> (Tensor out, Tensor lse)");
   m.def(

@@ -1,8 +1,12 @@
-"""The arguments of `flash_attn::forward`, in the order of its schema, and of `flash_attn::backward`; C++ lists them in
+"""The arguments of `flash_attn::forward`, in the order of its schema, and of the ops that derive it; C++ lists them in
 csrc/ops/arguments/arguments.h.
 
-forward(*tensors, *options); backward(dout, dlse, *tensors, out, lse, needs, *options). Always by position: torch looks
-each keyword up by a new string, which for ten options costs more than the rest of the call.
+forward(*tensors, *options); backward(dout, dlse, *tensors, out, lse, needs, *options);
+forward_jvp(*tangents, *tensors, out, lse, *options);
+backward_jvp(dout, dlse, tdout, tdlse, *tangents, *tensors, out, lse, tout, tlse, needs, *options).
+
+Always by position: torch looks each keyword up by a new string, which for ten options costs more than the rest of the
+call.
 """
 
 from __future__ import annotations
@@ -67,6 +71,17 @@ NUM_TENSORS = len(Tensors._fields)
 NUM_DIFFERENTIABLE = 6  # the first six tensors: q, k, v, attn_mask, alibi_slopes, sinks
 
 
+class Tangents(NamedTuple):
+    """Of the differentiable tensors, each of its tensor's shape and dtype; None is zero."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+
 def split_forward(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
     """Of what the dispatcher hands to a kernel of forward."""
     return Tensors(*arguments[:NUM_TENSORS]), Options(*arguments[NUM_TENSORS:])
@@ -92,3 +107,55 @@ def split_backward(arguments: tuple[Any, ...]) -> BackwardArguments:
         rest[NUM_TENSORS + 3 :],
     )
     return BackwardArguments(dout, dlse, Tensors(*tensors), out, lse, needs, Options(*options))
+
+
+class ForwardJvpArguments(NamedTuple):
+    """What the dispatcher hands to a kernel of forward_jvp, taken apart by :func:`split_forward_jvp`."""
+
+    tangents: Tangents
+    tensors: Tensors
+    out: Tensor
+    lse: Tensor
+    options: Options
+
+
+NUM_FORWARD_JVP_TENSORS = NUM_DIFFERENTIABLE + NUM_TENSORS + 2
+
+
+def split_forward_jvp(arguments: tuple[Any, ...]) -> ForwardJvpArguments:
+    tangents, rest = arguments[:NUM_DIFFERENTIABLE], arguments[NUM_DIFFERENTIABLE:]
+    tensors, (out, lse, *options) = rest[:NUM_TENSORS], rest[NUM_TENSORS:]
+    return ForwardJvpArguments(Tangents(*tangents), Tensors(*tensors), out, lse, Options(*options))
+
+
+class BackwardJvpArguments(NamedTuple):
+    """What the dispatcher hands to a kernel of backward_jvp, taken apart by :func:`split_backward_jvp`."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    tdout: Tensor | None
+    tdlse: Tensor | None
+    tangents: Tangents
+    tensors: Tensors
+    out: Tensor
+    lse: Tensor
+    tout: Tensor | None
+    tlse: Tensor | None
+    needs: list[bool]  # as in backward
+    options: Options
+
+
+NUM_BACKWARD_JVP_TENSORS = 4 + NUM_FORWARD_JVP_TENSORS + 2
+
+
+def split_backward_jvp(arguments: tuple[Any, ...]) -> BackwardJvpArguments:
+    cotangents, rest = arguments[:4], arguments[4:]
+    tangents, tensors, rest = (
+        rest[:NUM_DIFFERENTIABLE],
+        rest[NUM_DIFFERENTIABLE : NUM_DIFFERENTIABLE + NUM_TENSORS],
+        rest[NUM_DIFFERENTIABLE + NUM_TENSORS :],
+    )
+    (out, lse, tout, tlse), needs, options = rest[:4], rest[4], rest[5:]
+    dout, dlse, tdout, tdlse = cotangents
+    t, given, left = Tangents(*tangents), Tensors(*tensors), Options(*options)
+    return BackwardJvpArguments(dout, dlse, tdout, tdlse, t, given, out, lse, tout, tlse, needs, left)

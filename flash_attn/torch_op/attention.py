@@ -16,6 +16,7 @@ from .library import forward_op
 from .private import jit_is_tracing, transforms_active
 from .registered import flops, vmap  # noqa: F401 - to register what they hold
 from .registered.autograd import apply_attention, call_forward, call_op, requires_grad
+from .second_order import tangents  # noqa: F401 - likewise
 
 NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 

@@ -2,7 +2,8 @@
 `autograd.Function` costs more than a small kernel, forward as well as backward.
 
 Large calls keep the function: when memory runs out in a backward pass without Python, nobody raises
-torch.OutOfMemoryError, but torch a RuntimeError with the same text. A second derivative raises in torch's words.
+torch.OutOfMemoryError, but torch a RuntimeError with the same text. Where gradients are differentiated in their turn,
+`backward_of_extension` stands in for the op's own backward pass, which has no derivative.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import private
 from .arguments import NUM_DIFFERENTIABLE, NUM_TENSORS, from_plain
-from .library import LIBRARY
+from .library import LIBRARY, backward_op, registrations
 
 _NAME = "_scaled_dot_product_fused_attention_overrideable"
 _SCHEMAS = {  # that csrc/ops/extension.cpp is written for
@@ -34,7 +35,7 @@ MARK = 0x666C6173  # our kernel's fifth result: someone else may have put anothe
 LARGEST = 1 << 24  # elements of q: beyond that calls take the GPU longer than a host whose caches are cold
 _OTHERS = (None,) * (NUM_TENSORS - 5)  # those between attn_mask and rng_state, which is the last
 
-backward_op: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
+backward_of_torch: Any = getattr(getattr(torch.ops.aten, _NAME + "_backward", None), "default", None)
 
 forward: Callable[..., Any] | None = None
 """`forward(q, k, v, mask, -1.0 - options - dropout_p[, scale=softmax_scale])`: our kernels find the options of the
@@ -74,11 +75,11 @@ if os.environ.get("FLASH_ATTN_EXTENSION_OP") != "0" and _add_kernels():
 
 def is_backward(op: Any, arguments: Sequence[Any]) -> bool:
     """Whether that is the backward pass of a call of `forward` with options."""
-    return op is backward_op and op is not None and arguments[12] <= -1.0
+    return op is backward_of_torch and op is not None and arguments[12] <= -1.0
 
 
 def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
-    """Arguments of `flash_attn::backward` that mean what the arguments of `backward_op` do."""
+    """Arguments of `flash_attn::backward` that mean what the arguments of `backward_of_torch` do."""
     dout, q, k, v, attn_mask, wanted, out, lse = arguments[:8]
     needs = [*wanted, *(False,) * (NUM_DIFFERENTIABLE - 4)]
     carried = -1.0 - arguments[12]
@@ -86,3 +87,16 @@ def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
     options = from_plain(q, k, scale, number)._replace(dropout_p=carried - number)
     rng_state = arguments[14] if options.dropout_p > 0.0 else None
     return (dout, None, q, k, v, attn_mask, *_OTHERS, rng_state, out, lse, needs, *options)
+
+
+def _backward_of_extension(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
+    """`backward_of_torch` by the op that has a derivative."""
+    dout, dlse, q, k, v, attn_mask, *rest = of_backward(*arguments, scale=scale)
+    as_given = attn_mask
+    if attn_mask is not None:  # which may have fewer dimensions
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    dq, dk, dv, dmask, *_ = backward_op(dout, dlse, q, k, v, attn_mask, *rest)
+    return dq, dk, dv, None if dmask is None else dmask.reshape(as_given.shape)
+
+
+registrations().impl("backward_of_extension", _backward_of_extension, "CompositeImplicitAutograd")

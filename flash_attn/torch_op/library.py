@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flash_attn.portions import FOLDERS
 
-from .arguments import NUM_DIFFERENTIABLE, split_backward, split_forward
+from .arguments import NUM_DIFFERENTIABLE, Tensors, split_backward, split_forward
 from .private import is_known, typical_value
 from .registered.refusals import refuse_backward, refuse_forward
 
@@ -50,6 +51,8 @@ is_grad_enabled_address = cast(
 
 forward_op = torch.ops.flash_attn.forward.default
 backward_op = torch.ops.flash_attn.backward.default
+forward_jvp_op = torch.ops.flash_attn.forward_jvp.default
+backward_jvp_op = torch.ops.flash_attn.backward_jvp.default
 pack_mask_op = torch.ops.flash_attn.pack_mask.default
 unchanged_mask_op = torch.ops.flash_attn.unchanged_mask.default
 plain_forward_op = torch.ops.flash_attn.plain_forward.default
@@ -117,10 +120,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return out, lse, torch.empty_like(tensors.rng_state)
 
 
-@torch.library.register_fake("flash_attn::backward", lib=registrations())
-def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
-    _, _, tensors, _, _, needs, _ = given = split_backward(arguments)
-    refuse_backward(given)
+def empty_gradients(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Uninitialised gradients of the differentiable tensors, as the op would allocate them; None: not needed."""
     gradients: list[Tensor | None] = []
     for x, need in zip(tensors[:3], needs, strict=False):
         assert x is not None
@@ -128,3 +129,10 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     for y, need in zip(tensors[3:NUM_DIFFERENTIABLE], needs[3:], strict=False):
         gradients.append(torch.empty(y.shape, dtype=y.dtype, device=y.device) if need and y is not None else None)
     return tuple(gradients)
+
+
+@torch.library.register_fake("flash_attn::backward", lib=registrations())
+def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
+    _, _, tensors, _, _, needs, _ = given = split_backward(arguments)
+    refuse_backward(given)
+    return empty_gradients(tensors, needs)

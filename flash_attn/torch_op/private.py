@@ -38,6 +38,27 @@ below_autograd = _below_autograd()
 """A context in which ops run without their autograd kernels."""
 
 
+def _without_autocast() -> Callable[[], AbstractContextManager[Any]]:
+    if guard := getattr(torch._C, "_DisableAutocast", None):
+        return cast(Callable[[], AbstractContextManager[Any]], guard)
+
+    @contextlib.contextmanager
+    def off() -> Iterator[None]:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+
+    return off
+
+
+without_autocast = _without_autocast()
+"""A context in which ops are called with the dtypes that they are given."""
+
+without_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "DisableTorchFunction", contextlib.nullcontext
+)
+"""A context in which neither subclasses nor modes override torch functions."""
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What `function.apply` ends in when no function transform is active; the way there costs more than a small kernel.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import extension
-from ..arguments import Options, Tensors, split_backward, split_forward
+from ..arguments import Options, Tensors, split_backward, split_backward_jvp, split_forward, split_forward_jvp
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -46,6 +46,24 @@ def _backward_flops(*arguments: Any, out_val: Any = None) -> int:
     return _matmul_flops(tensors, options) * (3 * tensors.q.shape[-1] + 2 * tensors.v.shape[-1])
 
 
+def _forward_jvp_flops(*arguments: Any, out_val: Any = None) -> int:
+    t, tensors, _, _, options = split_forward_jvp(arguments)
+    # q @ k.T again and its tangent over head_dim; the tangent of P @ v over head_dim_v.
+    of_scores, of_out = 1 + (t.q is not None) + (t.k is not None), 1 + (t.v is not None)
+    return _matmul_flops(tensors, options) * (of_scores * tensors.q.shape[-1] + of_out * tensors.v.shape[-1])
+
+
+def _backward_jvp_flops(*arguments: Any, out_val: Any = None) -> int:
+    given = split_backward_jvp(arguments)
+    t, tensors = given.tangents, given.tensors
+    of_q, of_k, of_v, of_dout = (x is not None for x in (t.q, t.k, t.v, given.tdout))
+    # q @ k.T and its tangent, the tangents of dS @ k and dS.T @ q; dout @ v.T and its tangent, that of P.T @ dout.
+    by_head_dim, by_head_dim_v = 3 + 2 * of_q + 2 * of_k, 2 + of_v + 2 * of_dout
+    return _matmul_flops(tensors, given.options) * (
+        by_head_dim * tensors.q.shape[-1] + by_head_dim_v * tensors.v.shape[-1]
+    )
+
+
 def _extension_flops(*arguments: Any, out_val: Any = None, **options: Any) -> int:
     return _backward_flops(*extension.of_backward(*arguments, **options))
 
@@ -55,9 +73,11 @@ def _register() -> None:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.flash_attn.forward: _forward_flops,
         torch.ops.flash_attn.backward: _backward_flops,
+        torch.ops.flash_attn.forward_jvp: _forward_jvp_flops,
+        torch.ops.flash_attn.backward_jvp: _backward_jvp_flops,
     }
     if extension.forward is not None:
-        formulas[extension.backward_op.overloadpacket] = _extension_flops
+        formulas[extension.backward_of_torch.overloadpacket] = _extension_flops
     for op, formula in formulas.items():
         if (
             getattr(counter.flop_registry.get(op), "__module__", __name__) == __name__

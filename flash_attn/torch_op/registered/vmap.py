@@ -1,4 +1,4 @@
-"""vmap rules of the two ops: the mapped dimension is folded into the batch where one call then gives the same numbers,
+"""vmap rules of the ops: the mapped dimension is folded into the batch where one call then gives the same numbers,
 and otherwise (packed sequences, dropout, gradients shared by the batch) the calls are made one by one."""
 
 from __future__ import annotations
@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import private
-from ..arguments import NUM_TENSORS, Options, Tensors, split_backward, split_forward
-from ..library import backward_op, forward_op, registrations
+from ..arguments import (
+    NUM_BACKWARD_JVP_TENSORS,
+    NUM_DIFFERENTIABLE,
+    NUM_FORWARD_JVP_TENSORS,
+    NUM_TENSORS,
+    Options,
+    Tensors,
+    split_backward,
+    split_backward_jvp,
+    split_forward,
+)
+from ..library import backward_jvp_op, backward_op, forward_jvp_op, forward_op, registrations
 
 Dims = Sequence[int | None]
 
@@ -92,6 +102,42 @@ def _backward(size: int, dims: Dims, *arguments: Any) -> Any:
     return gradients, tuple(None if x is None else 0 for x in gradients)
 
 
+def _forward_jvp(size: int, dims: Dims, *arguments: Any) -> Any:
+    """Rule of forward_jvp."""
+    return _of_tangents(forward_jvp_op, 0, NUM_FORWARD_JVP_TENSORS, size, dims, arguments)
+
+
+def _backward_jvp(size: int, dims: Dims, *arguments: Any) -> Any:
+    """Rule of backward_jvp."""
+    needs = split_backward_jvp(arguments).needs
+    return _of_tangents(backward_jvp_op, 4, NUM_BACKWARD_JVP_TENSORS, size, dims, arguments, any(needs[3:]))
+
+
+def _of_tangents(
+    op: Any,
+    first: int,
+    count: int,
+    size: int,
+    dims: Dims,
+    arguments: tuple[Any, ...],
+    gradients_are_shared: bool = False,
+) -> Any:
+    """Of `count` tensors, the six tangents from `first` on, the inputs behind them; all others have a batch."""
+    tensors, rest, dims = arguments[:count], arguments[count:], dims[:count]
+    options = Options(*rest[-len(Options._fields) :])
+    inputs = slice(first + NUM_DIFFERENTIABLE, first + NUM_DIFFERENTIABLE + NUM_TENSORS)
+    shared = gradients_are_shared or any(x is not None for x in tensors[first + 3 : first + NUM_DIFFERENTIABLE])
+    if shared or not _foldable(tensors[inputs], dims[inputs], options):
+        return _one_by_one(lambda *t: op(*t, *rest), size, dims, tensors)
+    folded: list[Tensor | None] = [
+        x if x is None or inputs.start <= i < inputs.stop else _fold(x, dim, size)
+        for i, (x, dim) in enumerate(zip(tensors, dims, strict=True))
+    ]
+    folded[inputs] = _fold_all(tensors[inputs], dims[inputs], size)
+    results = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in op(*folded, *rest))
+    return results, tuple(None if x is None else 0 for x in results)
+
+
 def _register(name: str, op: Any, rule: Callable[..., Any]) -> None:
     def of_vmap(info: Any, dims: Dims, *arguments: Any) -> Any:
         return rule(info.batch_size, dims, *arguments)
@@ -109,3 +155,5 @@ def _register(name: str, op: Any, rule: Callable[..., Any]) -> None:
 
 _register("forward", forward_op, _forward)
 _register("backward", backward_op, _backward)
+_register("forward_jvp", forward_jvp_op, _forward_jvp)
+_register("backward_jvp", backward_jvp_op, _backward_jvp)

@@ -1,0 +1,314 @@
+"""`flash_attn::forward_jvp` and `flash_attn::backward_jvp`: tangents of attention and of its gradients.
+
+With x = (q, k, v, bias, slopes, sinks), t its tangents, z = scale q k^T, s = c(z) + bias - slope distance where c is
+the softcap, p = exp(s - lse), P[sink] = exp(sink - lse) and `kept` dropout's factor, of each row and key:
+
+    ts   = c'(z) tz + tbias - tslope distance,  tz = scale (tq k + q tk)
+    tlse = sum p ts + P[sink] tsink
+    tout = sum kept p (ts v + tv) - tlse out
+
+Of the gradients, with u = kept dout v, delta = dout out - dlse and e = p (u - delta), the gradient of a score, by which
+dq = scale c' e k, dk = scale (c' e)^T q, dv = (kept p)^T dout, dbias = e, dslope = -sum e distance and
+dsink = -sum P[sink] delta:
+
+    tu     = kept (dout tv + tdout v)
+    tdelta = dout tout + tdout out - tdlse
+    te     = e (ts - tlse) + p (tu - tdelta)
+    tdq    = scale (tg k + g tk),  g = c' e,  tg = c' te + c'' tz e
+    tdk    = scale (tg^T q + g^T tq)
+    tdv    = (kept p (ts - tlse))^T dout + (kept p)^T tdout
+    tdbias = te,  tdslope = -sum te distance,  tdsink = -sum P[sink] ((tsink - tlse) delta + tdelta)
+
+These are the product rule on the formulas of Dao et al. 2022 (arXiv:2205.14135, appendix B.4). Gradient . t, for fixed
+cotangents (dout, dlse), is their product with (tout, tlse). So the gradient of gradients, for cotangents t of them, is
+(tout, tlse) for (dout, dlse), and for x what backward_jvp gives without tdout and tdlse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import private
+from ..arguments import (
+    BackwardArguments,
+    BackwardJvpArguments,
+    Options,
+    Tangents,
+    Tensors,
+    split_backward_jvp,
+    split_forward_jvp,
+)
+from ..library import backward_jvp_op, empty_gradients, empty_outputs, forward_jvp_op, registrations
+from ..registered.refusals import refuse_backward, refuse_forward
+from .parts import blocks, parts
+from .tile import Inputs
+
+# Scores of a tile, over all heads. A call takes some ten times this memory beside its results and sums.
+_SCORES = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def forward_jvp(t: Tangents, tensors: Tensors, out: Tensor, lse: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(tout, tlse), laid out as out and lse, which are what the forward pass returned."""
+    tout, tlse = empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
+    with _plainly():
+        tout.zero_()
+        tlse.zero_()
+        for inputs in _parts(tensors, options, lse):
+            side = inputs.part.q
+            _forward_jvp(inputs, inputs.views(t), inputs.queries(out), side.view(tout), side.numbers(tlse))
+    return tout, tlse
+
+
+def backward_jvp(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tdout: Tensor | None,
+    tdlse: Tensor | None,
+    t: Tangents,
+    tensors: Tensors,
+    out: Tensor,
+    lse: Tensor,
+    tout: Tensor | None,
+    tlse: Tensor | None,
+    needs: Sequence[bool],
+    options: Options,
+) -> tuple[Tensor | None, ...]:
+    """Tangents of the gradients that are needed, laid out as these. tout and tlse are those of out and lse; a tangent
+    that is None is zero."""
+    results = empty_gradients(tensors, needs)
+    with _plainly():
+        for x in results:
+            if x is not None:
+                x.zero_()
+        dmask = results[3]
+        sums = None if dmask is None else torch.zeros_like(dmask, dtype=lse.dtype)
+        for inputs in _parts(tensors, options, lse):
+            rows = _Rows.of(inputs, dout, dlse, tdout, tdlse, out, tout, tlse)
+            _backward_jvp(inputs, inputs.views(t), rows, _Gradients.of(inputs, (*results[:3], sums, *results[4:])))
+        if dmask is not None and sums is not None:
+            dmask.copy_(sums)
+    return results
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """What a caller has switched on for the ops that it calls is not for those within one."""
+    with torch.no_grad(), private.without_torch_function(), private.without_autocast():
+        yield
+
+
+def _parts(tensors: Tensors, options: Options, lse: Tensor) -> Iterator[Inputs]:
+    if lse.numel() > 0:
+        for part in parts(tensors, options):
+            yield Inputs(part, tensors, options, lse)
+
+
+def _forward_jvp(inputs: Inputs, t: Tangents, out: Tensor, tout: Tensor, tlse: Tensor) -> None:
+    size = inputs.block_size(_SCORES[out.device.type])
+    for rows in blocks(inputs.part.q.length, size):
+        total = _total(inputs, rows, size)
+        tsum = torch.zeros_like(inputs.lse[..., rows])
+        acc = torch.zeros_like(out[..., rows, :], dtype=inputs.statistics)
+        # ts counts from its mean over a row's first tile, so that what all its keys have in common is not rounded.
+        center = torch.zeros_like(tsum)
+        for i, tile in enumerate(inputs.tiles(rows, size)):
+            p, (_, ts) = tile.probabilities(total), tile.tangents(t)
+            if i == 0:
+                weight = p.sum(-1)
+                center = torch.where(weight > 0.0, (p * ts).sum(-1) / weight, 0.0)
+            ps = p * (ts - center[..., None])
+            tsum += ps.sum(-1)
+            acc += tile.onto_queries(ps * tile.kept, tile.v)
+            if t.v is not None:
+                acc += tile.onto_queries(p * tile.kept, tile.of_keys(t.v))
+        if inputs.sinks is not None:
+            of_sink = 0.0 if t.sinks is None else t.sinks[..., 0]
+            tsum += _p_of_sink(inputs, rows, total) * (of_sink - center)
+        acc -= tsum[..., None] * out[..., rows, :]
+        tout[..., rows, :] = acc.flatten(1, 2)
+        tlse[..., rows] = (tsum + center).flatten(1, 2)
+
+
+class _Rows(NamedTuple):
+    """What backward_jvp knows of each row."""
+
+    dout: Tensor
+    tdout: Tensor | None
+    delta: Tensor
+    tdelta: Tensor
+    tlse: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        dout: Tensor,
+        dlse: Tensor | None,
+        tdout: Tensor | None,
+        tdlse: Tensor | None,
+        out: Tensor,
+        tout: Tensor | None,
+        tlse: Tensor | None,
+    ) -> _Rows:
+        def dot(a: Tensor | None, b: Tensor | None) -> Tensor:
+            if a is None or b is None:
+                return torch.zeros_like(inputs.lse)
+            return (inputs.queries(a).to(inputs.statistics) * inputs.queries(b)).sum(-1)
+
+        def number(x: Tensor | None) -> Tensor:
+            return torch.zeros_like(inputs.lse) if x is None else inputs.numbers(x)
+
+        return cls(
+            inputs.queries(dout),
+            None if tdout is None else inputs.queries(tdout),
+            dot(dout, out) - number(dlse),
+            dot(dout, tout) + dot(tdout, out) - number(tdlse),
+            number(tlse),
+        )
+
+
+class _Gradients(NamedTuple):
+    """Where the tangents of a part's gradients go, as its inputs lie; None: not needed."""
+
+    q: Tensor | None  # (batch, heads, rows, columns)
+    k: Tensor | None
+    v: Tensor | None
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs, results: Sequence[Tensor | None]) -> _Gradients:
+        q, k, v, mask, slopes, sinks = results
+        return cls(
+            None if q is None else inputs.part.q.view(q),
+            None if k is None else inputs.part.k.view(k),
+            None if v is None else inputs.part.k.view(v),
+            None if mask is None else inputs.mask(mask),
+            inputs.of_heads(slopes),
+            inputs.of_heads(sinks),
+        )
+
+
+def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradients) -> None:
+    size = inputs.block_size(_SCORES[inputs.q.device.type])
+    dk, dv = (torch.zeros_like(x, dtype=inputs.statistics) for x in (inputs.k, inputs.v))
+    for rows in blocks(inputs.part.q.length, size):
+        total = _total(inputs, rows, size)
+        delta, tdelta, tlse = (x[..., rows] for x in whole[2:])
+        dq = torch.zeros_like(inputs.q[..., rows, :], dtype=inputs.statistics)
+        for tile in inputs.tiles(rows, size):
+            dout = tile.of_queries(whole.dout)
+            tdout = None if whole.tdout is None else tile.of_queries(whole.tdout)
+            p, (tz, ts) = tile.probabilities(total), tile.tangents(t)
+            ts = tile.hide(ts - tlse[..., None])
+            tu = torch.zeros_like(p)
+            if t.v is not None:
+                tu += tile.by_queries(dout, tile.of_keys(t.v))
+            if tdout is not None:
+                tu += tile.by_queries(tdout, tile.v)
+            e = tile.hide(p * (tile.by_queries(dout, tile.v) * tile.kept - delta[..., None]))
+            te = e * ts + tile.hide(p * (tu * tile.kept - tdelta[..., None]))
+            g, tg = tile.slope * e, tile.slope * te + tile.curvature * tz * e
+            dq += tile.onto_queries(tg, tile.k)
+            dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
+            dv[..., tile.cols, :] += tile.onto_keys(p * ts * tile.kept, dout)
+            if t.k is not None:
+                dq += tile.onto_queries(g, tile.of_keys(t.k))
+            if t.q is not None:
+                dk[..., tile.cols, :] += tile.onto_keys(g, tile.of_queries(t.q))
+            if tdout is not None:
+                dv[..., tile.cols, :] += tile.onto_keys(p * tile.kept, tdout)
+            if gradients.attn_mask is not None:
+                _add_to(tile.of_mask(gradients.attn_mask), te)
+            if gradients.alibi_slopes is not None:
+                _add_to(gradients.alibi_slopes, -te * tile.distance)
+        if gradients.q is not None:
+            gradients.q[..., rows, :] = (dq * inputs.scale).flatten(1, 2)
+        if gradients.sinks is not None:
+            of_sink = 0.0 if t.sinks is None else t.sinks[..., 0]
+            p = _p_of_sink(inputs, rows, total)
+            of_rows = torch.where(p > 0.0, p * ((of_sink - tlse) * delta + tdelta), 0.0)
+            _add_to(gradients.sinks, -of_rows[..., None])
+    if gradients.k is not None:
+        gradients.k[:] = dk * inputs.scale
+    if gradients.v is not None:
+        gradients.v[:] = dv
+
+
+def _add_to(sums: Tensor, x: Tensor) -> None:
+    sums += x.sum_to_size(sums.shape)
+
+
+def _total(inputs: Inputs, rows: slice, size: int) -> Tensor | None:
+    """Sum of p of each row. None for 1, as it is unless an additive mask has made scores so large that lse, beside
+    them, loses the logarithm of what they are counted by."""
+    if inputs.bias is None:
+        return None
+    total = torch.zeros_like(inputs.lse[..., rows])
+    for tile in inputs.tiles(rows, size):
+        total += tile.probabilities().sum(-1)
+    if inputs.sinks is not None:
+        total += _p_of_sink(inputs, rows)
+    return torch.where(total == 0.0, 1.0, total)
+
+
+def _p_of_sink(inputs: Inputs, rows: slice, total: Tensor | None = None) -> Tensor:
+    assert inputs.sinks is not None
+    p = torch.exp(inputs.sinks[..., 0] - inputs.lse[..., rows])
+    return p if total is None else p / total
+
+
+def _check_tangents(t: Tangents, tensors: Tensors) -> None:
+    for (name, tangent), x in zip(t._asdict().items(), tensors, strict=False):
+        if tangent is not None and (x is None or tangent.shape != x.shape or tangent.dtype != x.dtype):
+            expected = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
+            raise RuntimeError(
+                f"the tangent of {name} must be as {name}, {expected}, but is {tangent.dtype} of shape "
+                f"{tuple(tangent.shape)}"
+            )
+
+
+def _forward_jvp_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = split_forward_jvp(arguments)
+    refuse_forward(given.tensors, given.options)
+    _check_tangents(given.tangents, given.tensors)
+    return forward_jvp(*given)
+
+
+def _backward_jvp_op(*arguments: Any) -> tuple[Tensor | None, ...]:
+    given = split_backward_jvp(arguments)
+    _refuse_backward_jvp(given)
+    return backward_jvp(*given)
+
+
+def _refuse_backward_jvp(given: BackwardJvpArguments) -> None:
+    refuse_backward(
+        BackwardArguments(given.dout, given.dlse, given.tensors, given.out, given.lse, given.needs, given.options)
+    )
+    _check_tangents(given.tangents, given.tensors)
+
+
+for _device in ("CPU", "CUDA"):
+    registrations().impl(forward_jvp_op, _forward_jvp_op, _device)
+    registrations().impl(backward_jvp_op, _backward_jvp_op, _device)
+
+
+@torch.library.register_fake("flash_attn::forward_jvp", lib=registrations())
+def _forward_jvp_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    t, tensors, _, _, options = split_forward_jvp(arguments)
+    refuse_forward(tensors, options)
+    _check_tangents(t, tensors)
+    return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
+
+
+@torch.library.register_fake("flash_attn::backward_jvp", lib=registrations())
+def _backward_jvp_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
+    given = split_backward_jvp(arguments)
+    _refuse_backward_jvp(given)
+    return empty_gradients(given.tensors, given.needs)
