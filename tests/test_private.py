@@ -75,8 +75,11 @@ def test_attention_works_without() -> None:
     torch.testing.assert_close(gradients(ours), gradients(torchs))
     torch.testing.assert_close(per_sample(ours), per_sample(torchs))
     torch.testing.assert_close(mapped(ours), mapped(torchs))
-    with pytest.raises(NotImplementedError, match="forward AD"):
-        torch.func.jvp(torch.func.grad(lambda x: ours(x, k, v).sum()), (q,), (q,))
+    with sdpa_kernel(SDPBackend.MATH):
+        second = torch.func.jvp(torch.func.grad(lambda x: torchs(x, k, v).square().sum()), (q,), (q,))
+    torch.testing.assert_close(
+        torch.func.jvp(torch.func.grad(lambda x: ours(x, k, v).square().sum()), (q,), (q,)), second
+    )
     with flash_attn.replace_sdpa():
         replaced = F.scaled_dot_product_attention
         torch.testing.assert_close(gradients(replaced), gradients(torchs))

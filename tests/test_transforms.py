@@ -1,4 +1,4 @@
-"""Function transforms, mapped gradients, and derivatives that do not exist, in eager mode and compiled."""
+"""Function transforms and mapped gradients, in eager mode and compiled."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
-from torch.func import grad, hessian, jacfwd, jvp, vjp, vmap
+from torch.func import grad, vjp, vmap
 
 from flash_attn import flash_attn_varlen_func, scaled_dot_product_attention
 from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op import private
 from problems import Problem, make_inputs
-
-EXTENSIONS = "aten::_scaled_dot_product_fused_attention_overrideable_backward"  # that small eager calls have
-FORWARD_MODE = f"Trying to use forward AD with (flash_attn::(forward|backward)|{EXTENSIONS}) that does not support it"
-SECOND = f"derivative for (flash_attn::backward|{EXTENSIONS}) is not implemented"
 
 
 def _qkv(length: int = 9) -> list[Tensor]:
@@ -193,63 +188,6 @@ def test_the_older_vmap_around_another() -> None:
 
     mapped = _vmap(lambda w: _vmap(lambda factor: gradient(w) * factor)(factors))(weights)
     close(mapped, torch.stack([torch.stack([gradient(w) * factor for factor in factors]) for w in weights]))
-
-
-@pytest.mark.parametrize("attend", [_ours, _op])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_forward_mode_raises(attend: Callable[..., Tensor], compiled: bool) -> None:
-    q, k, v = _qkv()
-
-    def of(x: Tensor) -> Tensor:
-        return attend(x, k, v)
-
-    def of_gradients(x: Tensor) -> Any:
-        return jvp(grad(lambda x: of(x).sum()), (x,), (x,))
-
-    def of_dual_numbers(x: Tensor) -> Any:
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(of(forward_ad.make_dual(x, x)))
-
-    functions = [lambda x: jvp(of, (x,), (x,)), of_gradients]
-    functions += [] if compiled else [of_dual_numbers, jacfwd(of), hessian(lambda x: of(x).sum())]
-    for function in functions:
-        with pytest.raises(Exception, match=FORWARD_MODE) as raised:
-            _compiled(function)(q) if compiled else function(q)
-        assert compiled or raised.type is NotImplementedError
-        with torch.no_grad(), pytest.raises(Exception, match=FORWARD_MODE):
-            _compiled(function)(q) if compiled else function(q)
-
-
-@pytest.mark.parametrize("attend", [_ours, _op])
-def test_the_tangent_of_an_output_gradient_raises(attend: Callable[..., Tensor]) -> None:
-    q, k, v = (x.requires_grad_() for x in _qkv())
-    out = attend(q, k, v)
-    with forward_ad.dual_level():
-        tangent = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
-        with pytest.raises(NotImplementedError, match=FORWARD_MODE):
-            torch.autograd.grad(out, q, tangent)
-
-
-@pytest.mark.parametrize("attend", [_ours, _op])
-def test_double_backward_raises_and_is_never_zero(attend: Callable[..., Tensor]) -> None:
-    q, k, v = (x.requires_grad_() for x in _qkv())
-    (dq,) = torch.autograd.grad(attend(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=SECOND):
-        (dq.sum() + q.sum()).backward()
-    out = attend(q, k, v)
-    weights = torch.ones(2, *out.shape, dtype=out.dtype)
-    (dq,) = torch.autograd.grad(out, q, weights, create_graph=True, is_grads_batched=True)
-    with pytest.raises(RuntimeError, match=SECOND):
-        dq.sum().backward()
-    q, k, v = (x.detach() for x in (q, k, v))
-
-    def twice(q: Tensor) -> Tensor:
-        return grad(lambda q: grad(lambda q: attend(q, k, v).sum())(q).sum())(q)
-
-    with pytest.raises(RuntimeError, match=SECOND):
-        twice(q)
-    with pytest.raises(Exception, match=SECOND):
-        _compiled(twice)(q)
 
 
 def test_inference_tensors_that_are_only_read() -> None:

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <exception>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -59,7 +60,7 @@ void forward_of_extension(StableIValue* values, uint64_t, uint64_t) {
 //  Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal,
 //  Tensor philox_seed, Tensor philox_offset, *, float? scale) -> (Tensor grad_query, Tensor grad_key, Tensor
 //  grad_value, Tensor grad_attn_bias)
-void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
+void differentiate(StableIValue* values) {
   Stack stack(values);
   Inputs inputs;
   Tensor dout = stack.take<Tensor>();
@@ -75,6 +76,7 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   auto rng_state = stack.take<Tensor>();
   stack.take<Tensor>();
   const auto scale = stack.take<std::optional<double>>();
+  if (!dout.is_defined()) return put_results(values, Tensor(), Tensor(), Tensor(), Tensor());  // of a result not used
   set_carried(inputs, scale, dropout_p);
   const Tensor trained = needs.at(3) ? Tensor(mask.shared()) : Tensor();
   inputs.set_mask(std::move(mask));
@@ -88,6 +90,14 @@ void backward_of_extension(StableIValue* values, uint64_t, uint64_t) {
   put_results(values, std::move(dq), std::move(dk), std::move(dv), std::move(dmask));
 }
 
+/// What went wrong in a call that torch answers by a code.
+thread_local std::exception_ptr failure;
+
+void backward_of_extension(StableIValue* values, uint64_t, uint64_t) try { differentiate(values); } catch (...) {
+  failure = std::current_exception();
+  throw;
+}
+
 constexpr const char* kBackward = "_scaled_dot_product_fused_attention_overrideable_backward";
 
 /// Torch has no derivative of the op's derivative: where one may be asked for, an op that has one takes its place.
@@ -98,7 +108,10 @@ void with_derivative(StableIValue* values, const char* key) {
   if (!is_differentiated) below.emplace(key);
   static const std::string torchs = std::string("aten::") + kBackward;
   const char* const op = is_differentiated ? "flash_attn::backward_of_extension" : torchs.c_str();
-  Tensor::check(torch_call_dispatcher(op, "", values, TORCH_ABI_VERSION));
+  failure = nullptr;
+  if (torch_call_dispatcher(op, "", values, TORCH_ABI_VERSION) == 0) return;
+  if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+  throw std::runtime_error(std::string(op) + " failed, and torch has printed why");
 }
 
 void cpu_with_derivative(StableIValue* values, uint64_t, uint64_t) { with_derivative(values, "AutogradCPU"); }

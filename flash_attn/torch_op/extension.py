@@ -92,6 +92,8 @@ def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
 def _backward_of_extension(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
     """`backward_of_torch` by the op that has a derivative."""
     dout, dlse, q, k, v, attn_mask, *rest = of_backward(*arguments, scale=scale)
+    if dout is None:  # of a result that was not used
+        return (None,) * 4
     as_given = attn_mask
     if attn_mask is not None:  # which may have fewer dimensions
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
