@@ -117,15 +117,15 @@ def _forward_jvp(inputs: Inputs, t: Tangents, out: Tensor, tout: Tensor, tlse: T
         # ts counts from its mean over a row's first tile, so that what all its keys have in common is not rounded.
         center = torch.zeros_like(tsum)
         for i, tile in enumerate(inputs.tiles(rows, size)):
-            p, (_, ts) = tile.probabilities(total), tile.tangents(t)
+            (_, ts), p = tile.tangents(t), tile.probabilities_(total)
             if i == 0:
                 weight = p.sum(-1)
                 center = torch.where(weight > 0.0, (p * ts).sum(-1) / weight, 0.0)
-            ps = p * (ts - center[..., None])
+            ps = ts.sub_(center[..., None]).mul_(p)
             tsum += ps.sum(-1)
-            acc += tile.onto_queries(ps * tile.kept, tile.v)
+            acc += tile.onto_queries(tile.operand(tile.drop_(ps)), tile.v)
             if t.v is not None:
-                acc += tile.onto_queries(p * tile.kept, tile.of_keys(t.v))
+                acc += tile.onto_queries(tile.operand(tile.drop_(p)), tile.of_keys(t.v))
         if inputs.sinks is not None:
             of_sink = 0.0 if t.sinks is None else t.sinks[..., 0]
             tsum += _p_of_sink(inputs, rows, total) * (of_sink - center)
@@ -205,29 +205,34 @@ def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradien
         for tile in inputs.tiles(rows, size):
             dout = tile.of_queries(whole.dout)
             tdout = None if whole.tdout is None else tile.of_queries(whole.tdout)
-            p, (tz, ts) = tile.probabilities(total), tile.tangents(t)
-            ts = tile.hide(ts - tlse[..., None])
-            tu = torch.zeros_like(p)
-            if t.v is not None:
-                tu += tile.by_queries(dout, tile.of_keys(t.v))
-            if tdout is not None:
-                tu += tile.by_queries(tdout, tile.v)
-            e = tile.hide(p * (tile.by_queries(dout, tile.v) * tile.kept - delta[..., None]))
-            te = e * ts + tile.hide(p * (tu * tile.kept - tdelta[..., None]))
-            g, tg = tile.slope * e, tile.slope * te + tile.curvature * tz * e
-            dq += tile.onto_queries(tg, tile.k)
-            dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
-            dv[..., tile.cols, :] += tile.onto_keys(p * ts * tile.kept, dout)
-            if t.k is not None:
-                dq += tile.onto_queries(g, tile.of_keys(t.k))
-            if t.q is not None:
-                dk[..., tile.cols, :] += tile.onto_keys(g, tile.of_queries(t.q))
-            if tdout is not None:
-                dv[..., tile.cols, :] += tile.onto_keys(p * tile.kept, tdout)
+            tq, tk, tv = (
+                None if x is None else of(x)
+                for x, of in zip(t[:3], (tile.of_queries, tile.of_keys, tile.of_keys), strict=True)
+            )
+            (tz, ts), p = tile.tangents(t), tile.probabilities_(total)
+            ts = tile.hide_(ts.sub_(tlse[..., None]))
+            u, tu = tile.scores((dout, tile.v)), tile.scores((dout, tv), (tdout, tile.v))
+            assert u is not None
+            e = tile.hide_(tile.drop_(u).sub_(delta[..., None]).mul_(p))
+            tu = torch.zeros_like(p) if tu is None else tile.drop_(tu)
+            te = tile.hide_(tu.sub_(tdelta[..., None]).mul_(p)).addcmul_(e, ts)
             if gradients.attn_mask is not None:
                 _add_to(tile.of_mask(gradients.attn_mask), te)
-            if gradients.alibi_slopes is not None:
+            if gradients.alibi_slopes is not None and tile.distance is not None:
                 _add_to(gradients.alibi_slopes, -te * tile.distance)
+            g, tg = e, te
+            if tile.slope is not None and tile.curvature is not None:
+                g, tg = tile.slope * e, tile.slope * te + tile.curvature * tz * e
+            g, tg = tile.operand(g), tile.operand(tg)
+            dq += tile.onto_queries(tg, tile.k)
+            dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
+            dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(ts.mul_(p))), dout)
+            if tk is not None:
+                dq += tile.onto_queries(g, tk)
+            if tq is not None:
+                dk[..., tile.cols, :] += tile.onto_keys(g, tq)
+            if tdout is not None:
+                dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(p)), tdout)
         if gradients.q is not None:
             gradients.q[..., rows, :] = (dq * inputs.scale).flatten(1, 2)
         if gradients.sinks is not None:
@@ -252,7 +257,7 @@ def _total(inputs: Inputs, rows: slice, size: int) -> Tensor | None:
         return None
     total = torch.zeros_like(inputs.lse[..., rows])
     for tile in inputs.tiles(rows, size):
-        total += tile.probabilities().sum(-1)
+        total += tile.probabilities_().sum(-1)
     if inputs.sinks is not None:
         total += _p_of_sink(inputs, rows)
     return torch.where(total == 0.0, 1.0, total)

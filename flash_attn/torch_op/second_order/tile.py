@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -112,98 +113,105 @@ class Tile:
     """Scores of some rows and keys; with the hidden ones at -inf.
 
     Rows and keys of the tile that see nothing and that nobody sees count as zeros, so that what they hold, be it NaN,
-    goes nowhere.
+    goes nowhere. Time goes into passes over scores, more than into products: what can be is done in place.
     """
 
     def __init__(self, inputs: Inputs, rows: slice, cols: slice) -> None:
         self.inputs, self.rows, self.cols = inputs, rows, cols
         seen = self._seen_by_position()
         self.exists = seen is not False
-        if isinstance(seen, bool):
-            self.seen: Tensor | None = None
-        else:
-            self.seen = seen
         if not self.exists:
             return
-        self.bias = None if inputs.bias is None else self.of_mask(inputs.bias)
-        if inputs.bool_mask is not None:
-            self._hide_all_but(self.of_mask(inputs.bool_mask))
-        if self.bias is not None:
-            self._hide_all_but(self.bias != -math.inf)
-        self.dead_rows = self.dead_keys = None
-        if self.seen is not None:
-            self.dead_rows = ~self.seen.any(-1, keepdim=True)
-            self.dead_keys = ~self.seen.any(-2).any(2).unsqueeze(-1)
+        bias = None if inputs.bias is None else self.of_mask(inputs.bias)
+        conditions = [] if isinstance(seen, bool) else [seen]
+        conditions += [] if inputs.bool_mask is None else [self.of_mask(inputs.bool_mask)]
+        conditions += [] if bias is None else [bias != -math.inf]
+        self._hidden = self._dead_rows = self._dead_keys = None
+        if conditions:
+            all_seen = functools.reduce(torch.logical_and, conditions)
+            self._hidden = ~all_seen
+            self._dead_rows = ~all_seen.any(-1, keepdim=True)
+            self._dead_keys = ~all_seen.any(-2).any(2).unsqueeze(-1)
         self.q, self.k, self.v = self.of_queries(inputs.q), self.of_keys(inputs.k), self.of_keys(inputs.v)
-        self.kept: Tensor | float = 1.0  # by which dropout multiplies p
-        if inputs.options.dropout_p > 0.0:
-            self.kept = self._kept()
-        self._score()
+        self.kept = self._kept() if inputs.options.dropout_p > 0.0 else None  # dropout's factor
+        self.distance = None if inputs.slopes is None else self._offset().abs().to(inputs.statistics)
+        # First and second derivative of a score by the product, where there is a softcap.
+        self.slope: Tensor | None = None
+        self.curvature: Tensor | None = None
+        self._score(bias)
 
     def of_queries(self, x: Tensor) -> Tensor:
         x = x[..., self.rows, :]
-        return x if self.dead_rows is None else x.masked_fill(self.dead_rows, 0.0)
+        return x if self._dead_rows is None else x.masked_fill(self._dead_rows, 0.0)
 
     def of_keys(self, x: Tensor) -> Tensor:
         x = x[..., self.cols, :]
-        return x if self.dead_keys is None else x.masked_fill(self.dead_keys, 0.0)
+        return x if self._dead_keys is None else x.masked_fill(self._dead_keys, 0.0)
 
     def of_mask(self, x: Tensor) -> Tensor:
         """The tile of a mask, or of what has its shape."""
         x = x if x.shape[-2] == 1 else x[..., self.rows, :]
         return x if x.shape[-1] == 1 else x[..., self.cols]
 
-    def hide(self, x: Tensor) -> Tensor:
-        """`x` without what is not seen."""
-        return x if self.seen is None else x.masked_fill(~self.seen, 0.0)
+    def hide_(self, x: Tensor) -> Tensor:
+        """`x` without what is not seen, in place."""
+        return x if self._hidden is None else x.masked_fill_(self._hidden, 0.0)
 
-    def by_queries(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b^T of rows that belong to queries and rows that belong to keys: scores."""
-        return product(a.flatten(2, 3), b.mT).unflatten(2, a.shape[2:4])
+    def drop_(self, x: Tensor) -> Tensor:
+        """`x` times dropout's factor, in place."""
+        return x if self.kept is None else x.mul_(self.kept)
+
+    def scores(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+        """Sum of a @ b^T over pairs of rows that belong to queries and rows that belong to keys; None is zero."""
+        given = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if not given:
+            return None
+        queries, keys = (x[0] if len(given) == 1 else torch.cat(x, -1) for x in zip(*given, strict=True))
+        return product(queries.flatten(2, 3), keys.mT).unflatten(2, queries.shape[2:4])
 
     def onto_queries(self, x: Tensor, keys: Tensor) -> Tensor:
-        """x @ keys, of scores: rows that belong to queries."""
-        return product(x.to(self.inputs.operands).flatten(2, 3), keys).unflatten(2, x.shape[2:4])
+        """x @ keys, of scores as :meth:`operand` has them: rows that belong to queries."""
+        return product(x.flatten(2, 3), keys).unflatten(2, x.shape[2:4])
 
     def onto_keys(self, x: Tensor, queries: Tensor) -> Tensor:
         """x^T @ queries, over all heads that share keys: rows that belong to these."""
-        return product(x.to(self.inputs.operands).flatten(2, 3).mT, queries.flatten(2, 3))
+        return product(x.flatten(2, 3).mT, queries.flatten(2, 3))
 
-    def probabilities(self, total: Tensor | None = None) -> Tensor:
-        p = torch.exp(self.s - self.inputs.lse[..., self.rows, None])
-        return p if total is None else p / total[..., None]
+    def operand(self, x: Tensor) -> Tensor:
+        """Scores as an operand of a product."""
+        return x.to(self.inputs.operands)
+
+    def probabilities_(self, total: Tensor | None = None) -> Tensor:
+        """In place of the scores, which are gone then."""
+        p = self.s.sub_(self.inputs.lse[..., self.rows, None]).exp_()
+        return p if total is None else p.div_(total[..., None])
 
     def tangents(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        """Of scale * q k^T, and of the scores. `t` are views as the inputs'."""
-        w = torch.zeros_like(self.s)
-        if t.q is not None:
-            w = w + self.by_queries(self.of_queries(t.q), self.k)
-        if t.k is not None:
-            w = w + self.by_queries(self.q, self.of_keys(t.k))
-        w = self.hide(w * self.inputs.scale)
-        ts = w * self.slope
+        """Of scale * q k^T, and of the scores; without a softcap they may be the same. `t` are as the inputs are."""
+        tq, tk = None if t.q is None else self.of_queries(t.q), None if t.k is None else self.of_keys(t.k)
+        tz = self.scores((tq, self.k), (self.q, tk))
+        tz = torch.zeros_like(self.s) if tz is None else tz.mul_(self.inputs.scale)
+        ts = tz if self.slope is None else tz * self.slope
         if t.attn_mask is not None:
-            ts = ts + self.of_mask(t.attn_mask)
-        if t.alibi_slopes is not None:
-            ts = ts - t.alibi_slopes * self.distance
-        return w, self.hide(ts)
+            ts += self.of_mask(t.attn_mask)
+        if t.alibi_slopes is not None and self.distance is not None:
+            ts -= t.alibi_slopes * self.distance
+        return tz, self.hide_(ts)
 
-    def _score(self) -> None:
+    def _score(self, bias: Tensor | None) -> None:
         inputs, softcap = self.inputs, self.inputs.options.softcap
-        s = self.by_queries(self.q, self.k) * inputs.scale
-        # First and second derivative of a score by the product.
-        self.slope: Tensor | float = 1.0
-        self.curvature: Tensor | float = 0.0
+        s = self.scores((self.q, self.k))
+        assert s is not None
+        s *= inputs.scale
         if softcap > 0.0:
             h = torch.tanh(s / softcap)
             s, self.slope = softcap * h, 1.0 - h * h
             self.curvature = -2.0 / softcap * h * self.slope
-        if self.bias is not None:
-            s = s + self.bias
-        if inputs.slopes is not None:
-            self.distance = self._offset().abs().to(inputs.statistics)
-            s = s - inputs.slopes * self.distance
-        self.s = s if self.seen is None else s.masked_fill(~self.seen, -math.inf)
+        if bias is not None:
+            s += bias
+        if inputs.slopes is not None and self.distance is not None:
+            s -= inputs.slopes * self.distance
+        self.s = s if self._hidden is None else s.masked_fill_(self._hidden, -math.inf)
 
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """Of the rows, as a column, and of the keys."""
@@ -253,13 +261,8 @@ class Tile:
                 conditions.append(numbers < side.used.view(-1, 1, 1, 1, 1))
         if not conditions:
             return True
-        seen = conditions[0]
-        for condition in conditions[1:]:
-            seen = seen & condition
-        return seen.expand((1,) * (5 - seen.dim()) + tuple(seen.shape)) if seen.dim() < 5 else seen
-
-    def _hide_all_but(self, seen: Tensor) -> None:
-        self.seen = seen if self.seen is None else self.seen & seen
+        seen = functools.reduce(torch.logical_and, conditions)
+        return seen[(None,) * (5 - seen.dim())]
 
     def _kept(self) -> Tensor:
         inputs = self.inputs
