@@ -66,7 +66,8 @@ def attention(
 
     float32 stays float32 on tensor cores: against float64, the RMS error of a head's out, dq, dk and dv is at most 1.05
     times (1.2 up to head_dim 32), that of lse 2.5 times, what float32 multiply-adds have.
-    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` are not consulted.
+    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` are not consulted, but by second
+    derivatives and forward mode, which are made of torch's own matrix products.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim); (batch, num_heads, seqlen_q, head_dim) with ``heads_first``;
@@ -103,7 +104,7 @@ def attention(
         RuntimeError: an argument has a wrong shape, dtype, device or value; the text names it.
         TypeError: an option is of another type; a tensor is no number where it is differentiated.
         torch.OutOfMemoryError: memory for the results could not be allocated.
-        NotImplementedError: a derivative that is not supported is asked for.
+        NotImplementedError: a third derivative, or forward mode within forward mode, is asked for.
     """
     options = Options(
         _length("q", q, cu_seqlens_q, max_seqlen_q, heads_first),
