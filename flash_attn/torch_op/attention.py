@@ -14,7 +14,7 @@ from . import checks
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
 from .library import forward_op
 from .private import jit_is_tracing, transforms_active
-from .registered import flops, vmap  # noqa: F401 - to register what they hold
+from .registered import flops, levels, vmap  # noqa: F401 - to register what they hold
 from .registered.autograd import apply_attention, call_forward, call_op, requires_grad
 from .second_order import tangents  # noqa: F401 - likewise
 
@@ -66,8 +66,8 @@ def attention(
 
     float32 stays float32 on tensor cores: against float64, the RMS error of a head's out, dq, dk and dv is at most 1.05
     times (1.2 up to head_dim 32), that of lse 2.5 times, what float32 multiply-adds have.
-    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` are not consulted, but by second
-    derivatives and forward mode, which are made of torch's own matrix products.
+    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` are not consulted, but by
+    second derivatives and forward mode, which are made of torch's own matrix products.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim); (batch, num_heads, seqlen_q, head_dim) with ``heads_first``;
