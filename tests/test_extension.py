@@ -19,6 +19,7 @@ from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op import extension, plain, private
 from flash_attn.torch_op.arguments import plain_options, split_backward
 from flash_attn.torch_op.observer import Observer
+from problems import CutGradient
 
 NAME = "_scaled_dot_product_fused_attention_overrideable"
 
@@ -104,6 +105,35 @@ def test_a_backward_pass_alone_is_explained() -> None:
         gradients = torch.autograd.grad(out.sum(), leaves)
     assert all(not x.any() and x.shape == y.shape for x, y in zip(gradients, leaves, strict=True))
     assert len(seen) == 1 and seen[0].options.causal == ops.TOP_LEFT and seen[0].needs[:4] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        sdpa,
+        lambda q, k, v: sdpa(q, k, v, torch.zeros(5, 5, dtype=q.dtype, device=q.device, requires_grad=True)),
+        lambda q, k, v: sdpa(q, k, v, dropout_p=0.5),
+        flash_attn_func,
+        lambda q, k, v: flash_attn_func(q, k, v, return_lse=True)[1],
+    ],
+)
+def test_a_gradient_that_is_none_has_none(
+    attend: Any, large: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(extension, "LARGEST", 0)
+    leaves = [x.detach().to(device).requires_grad_() for x in _leaves()]
+    out = attend(*leaves)
+    cut = CutGradient.apply(out).sum()
+    cut.backward(retain_graph=True)
+    with FlopCounterMode(display=False) as flops:
+        cut.backward(retain_graph=True)
+    observer: Observer[None] = Observer(lambda *_: None, lambda _: None, lambda _: pytest.fail(), lambda _: None)
+    with observer:
+        cut.backward()
+    assert flops.get_total_flops() == 0 and all(x.grad is None for x in leaves)
 
 
 DROPPING = [

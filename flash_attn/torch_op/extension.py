@@ -56,6 +56,8 @@ def _add_kernels() -> bool:
 
 def _fake_backward(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
     """What compiled autograd traces: torch 2.11 has none of its own."""
+    if arguments[0] is None:
+        return (None,) * 4
     pairs = zip(arguments[1:5], arguments[5], strict=True)
     return tuple(torch.empty_like(x) if is_needed else None for x, is_needed in pairs)
 
@@ -73,8 +75,8 @@ if os.environ.get("FLASH_ATTN_EXTENSION_OP") != "0" and _add_kernels():
 
 
 def is_backward(op: Any, arguments: Sequence[Any]) -> bool:
-    """Whether that is the backward pass of a call of `forward` with options."""
-    return op is backward_op and op is not None and arguments[12] <= -1.0
+    """Whether that is the backward pass of a call of `forward` with options, of a gradient that is there."""
+    return op is backward_op and op is not None and arguments[0] is not None and arguments[12] <= -1.0
 
 
 def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
