@@ -218,7 +218,7 @@ class replace_sdpa:  # noqa: N801 - used as a function
     """
 
     def __init__(self, level: Literal["function", "aten"] = "function") -> None:
-        if level not in ("function", "aten"):
+        if not isinstance(level, str) or level not in ("function", "aten"):
             raise ValueError(f"level must be 'function' or 'aten', but is {level!r}")
         self._level = level
         self._overrides = False  # kernels are under torch's ops
