@@ -237,6 +237,13 @@ def test_it_holds_as_long_as_anyone_needs_it() -> None:
     assert not ours_runs()
     with first:
         assert ours_runs()
+        with first:
+            assert ours_runs()
+        assert ours_runs()
+    assert not ours_runs()
+    with replace_sdpa(level="aten") as again, again:
+        again.restore()
+        assert not ours_runs()
     assert not ours_runs()
 
 

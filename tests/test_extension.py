@@ -182,12 +182,24 @@ def test_the_share_that_is_dropped_comes_back_from_beside_the_options(dropout_p:
     assert arguments.tensors.rng_state is state
 
 
-@pytest.mark.parametrize("dropout_p", [1, 1.0])
+@pytest.mark.parametrize("dropout_p", [1, 1.0, 1 - 2**-53, 1 - 2**-40])
 def test_everything_is_dropped_the_long_way(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "forward", lambda *_: pytest.fail("the short way"))
     leaves = _leaves()
     out = sdpa(*leaves, None, dropout_p)
     assert not out.any() and not any(x.any() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dropout_p", [5e-324, 1e-20, 2**-40, 1 - 2**-40, 1 - 2**-53])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_share_of_almost_nothing_or_everything_is_no_other_call(dropout_p: float, causal: bool) -> None:
+    """As it would be if it were rounded beside the options."""
+    leaves, results = _leaves(), []
+    for grad in (True, False):
+        torch.manual_seed(4)
+        with torch.set_grad_enabled(grad):
+            results += [sdpa(*leaves, None, dropout_p, causal), torch.rand(())]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
 def test_a_wrong_share_has_its_own_words() -> None:
