@@ -139,7 +139,7 @@ def check_mask_shape(shape: Sequence[int], scores: Sequence[int]) -> None:
     fits = (
         len(shape) <= len(scores)
         and all(
-            n == 1 or n == m  # not `in`, which Dynamo answers without asking what a symbol is
+            n == m or n == 1  # in this order for symbols; Dynamo answers `in` without asking what one is
             for n, m in zip(shape, scores[len(scores) - len(shape) :], strict=True)
         )
     )

@@ -120,7 +120,7 @@ _NO_GRADIENT = (
 )
 
 
-class _NoGradient(torch.autograd.Function):
+class _NoGradient(private.SingleLevelFunction):  # type: ignore[misc]
     """One of the ops where something requires grad: its derivative raises, and is never zero."""
 
     @staticmethod

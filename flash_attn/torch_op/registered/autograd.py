@@ -139,7 +139,7 @@ def apply_attention(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]
     return _apply(options, *tensors[:3], *map(_saveable, tensors[3:given]))
 
 
-class Forward(torch.autograd.Function):
+class Forward(private.SingleLevelFunction):  # type: ignore[misc]
     """Forward at one level of derivatives (that of plain autograd, of one functorch transform): it calls the op again,
     which the next level sees."""
 
@@ -168,7 +168,7 @@ class Forward(torch.autograd.Function):
         raise NotImplementedError(_NO_FORWARD_MODE.format("forward"))
 
 
-class Backward(torch.autograd.Function):
+class Backward(private.SingleLevelFunction):  # type: ignore[misc]
     """The backward op at one level of derivatives: a node, so that its own derivative raises."""
 
     @staticmethod
