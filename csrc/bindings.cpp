@@ -11,6 +11,7 @@
 #include "gathered_cache.h"
 #include "ops/arguments/arguments.h"
 #include "ops/arguments/cache_arguments.h"
+#include "ops/arguments/rotary_arguments.h"
 #include "select_kernel.h"
 
 namespace py = pybind11;
@@ -68,6 +69,21 @@ void check(const TensorTuples& tensors, const py::dict& options, const std::opti
   std::optional<TensorInfo> dlse;
   if (tensors.count("dlse")) dlse = saved("dlse");
   check_saved(a, params, {saved("dout"), dlse, saved("out"), saved("lse"), *needs});
+}
+
+/// The same of attend_cache, append_and_attend and the rotary ops.
+void check_cache(const TensorTuples& tensors, const py::dict& options) {
+  make_cache_params(arguments_of<CacheArguments>(tensors, options), /*read_values=*/false);
+}
+
+void check_append(const TensorTuples& tensors, const py::dict& options) {
+  const auto a = arguments_of<AppendArguments>(tensors, options);
+  make_append_params(a, /*read_values=*/false);
+  make_cache_params(a.attention(), /*read_values=*/false);
+}
+
+void check_rotary(const TensorTuples& tensors, const py::dict& options) {
+  make_rotary_params(arguments_of<RotaryArguments>(tensors, options), /*read_values=*/false);
 }
 
 template <typename Params>
@@ -183,6 +199,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build.");
   m.def("kernels", &kernels, "device -> (forward families, backward families), fastest first.");
   m.def("check", &check, py::arg("tensors"), py::arg("options"), py::arg("needs") = py::none());
+  m.def("check_cache", &check_cache, py::arg("tensors"), py::arg("options"));
+  m.def("check_append", &check_append, py::arg("tensors"), py::arg("options"));
+  m.def("check_rotary", &check_rotary, py::arg("tensors"), py::arg("options"));
   m.def("plan_cache", &plan_cache, py::arg("tensors"), py::arg("options"), py::arg("device") = py::none());
   m.def("plan", &plan, py::arg("tensors"), py::arg("options"), py::arg("needs"), py::arg("device") = py::none());
 }

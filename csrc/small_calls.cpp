@@ -208,11 +208,13 @@ bool is_bool(PyObject* object) { return object == Py_True || object == Py_False;
 
 bool is_tensor(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == given.tensor_type; }
 
-/// What is to be dropped, a float or an int, fits beside the options; 1 does not, nor what is wrong.
+/// What is to be dropped, a float or an int, fits beside the options, which cost it its lowest bits: what these would
+/// make 0 or 1 does not, nor what is wrong.
 bool takes_dropout(PyObject* number) {
+  constexpr double kLeast = 0x1p-32;
   if (!PyFloat_CheckExact(number)) return PyObject_IsTrue(number) == 0;
   const double dropout_p = PyFloat_AsDouble(number);
-  return dropout_p >= 0 && dropout_p < 1;
+  return dropout_p == 0 || (dropout_p >= kLeast && dropout_p <= 1 - kLeast);
 }
 
 /// `plain.try_sdpa`.

@@ -27,7 +27,9 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
         (n, ...).
     """
     _check_indices(indices)
-    return checks.plain("input", input).index_select(0, indices)
+    if checks.plain("input", input).dim() == 0:
+        raise ValueError("input must have rows, but has shape ()")
+    return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
@@ -41,13 +43,7 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Returns:
         (first_axis_dim, ...).
     """
-    _check_indices(indices)
-    if checks.plain("values", values).dim() == 0 or values.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"values must have a row for each of {indices.shape[0]} indices, but has shape {tuple(values.shape)}"
-        )
-    zeros = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    return zeros.index_put_((indices,), values)
+    return _put("values", values, indices, _size("first_axis_dim", first_axis_dim))
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +111,25 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     Returns:
         (batch, seqlen, ...).
     """
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    batch, seqlen = _size("batch", batch), _size("seqlen", seqlen)
+    return _put("hidden_states", hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def _put(name: str, values: Tensor, indices: Tensor, rows: int) -> Tensor:
+    _check_indices(indices)
+    if checks.plain(name, values).dim() == 0 or values.shape[0] != indices.shape[0]:
+        raise ValueError(
+            f"{name} must have a row for each of {indices.shape[0]} indices, but has shape {tuple(values.shape)}"
+        )
+    return values.new_zeros((rows, *values.shape[1:])).index_put_((indices,), values)
+
+
+def _size(name: str, size: int | Tensor) -> int:
+    """As `checks.integer`, or a tensor's."""
+    number = int(size) if isinstance(size, Tensor) and checks.is_integral(size) else checks.integer(name, size)
+    if number < 0:
+        raise ValueError(f"{name} must be >= 0, but is {number}")
+    return number
 
 
 def _packed(hidden_states: Tensor, placed: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

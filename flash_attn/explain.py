@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from .masks import packed_mask
 from .masks.prepared import TileShares, shares_of
 from .sdpa.attention import scaled_dot_product_attention
+from .torch_op import checks
 from .torch_op.arguments import NUM_DIFFERENTIABLE, BackwardArguments, Options, Tensors
 from .torch_op.cache import Attend
 from .torch_op.library import empty_outputs
@@ -151,12 +152,15 @@ def explain(function: Callable[..., Any] | Tensor, *args: Any, **kwargs: Any) ->
         before are not seen.
 
     Raises:
+        TypeError: function is neither.
         RuntimeError: the call would be refused, with the text of that refusal; or the function makes a
             `torch.nn.attention.bias.CausalBias`, which torch can't do while ops are observed: make it before.
 
     Example:
         >>> print(flash_attn.explain(q, k, v, is_causal=True))
     """
+    if not (isinstance(function, Tensor) or callable(function)):
+        raise TypeError(f"function must be callable, or a tensor, the query, but is {checks.described(function)}")
     calls: list[_Seen | _SeenCache] = []
 
     def on_forward(tensors: Tensors, options: Options) -> _Seen:

@@ -41,7 +41,7 @@ def jagged_attention(given: Arguments) -> Tensor:
     key: Any
     query, key, value = given[:3]
     heads, heads_k = query.shape[1], key.shape[1]
-    if heads_k not in (heads, 1) and not given.enable_gqa:
+    if heads_k != heads and heads_k != 1 and not given.enable_gqa:
         raise RuntimeError(f"key must have the heads of query, {heads}, or enable_gqa be True, but it has {heads_k}")
     _check_same_lengths(key, value)
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, columns)

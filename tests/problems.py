@@ -334,3 +334,15 @@ def check(p: Problem, device: str = "cpu", reference_device: str | None = None) 
             reference.assert_close(name, result, expected, eager[name], factor, dtype, noise)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{p!r} on {device}") from None
+
+
+class CutGradient(torch.autograd.Function):
+    """Hands on no gradient, which to autograd is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:  # type: ignore[override]
+        return None

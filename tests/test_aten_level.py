@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flash_attn import replace_sdpa
 from flash_attn import scaled_dot_product_attention as ours
 from flash_attn.sdpa import aten
+from problems import CutGradient
 
 imported_by_name = F.scaled_dot_product_attention
 
@@ -72,6 +73,19 @@ def _check(device: str, backend: SDPBackend, leaves: list[Tensor], **options: An
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_results_are_ours(device: str, backend: SDPBackend, is_causal: bool) -> None:
     _check(device, backend, _leaves(device, 61 if is_causal else 45), is_causal=is_causal, scale=0.3)
+
+
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_that_is_none_has_none(device: str, backend: SDPBackend, masked: bool) -> None:
+    if masked and backend is FLASH and device == "cuda":
+        pytest.skip("takes no mask")
+    leaves = _leaves(device)
+    mask = torch.zeros(45, 61, device=device, dtype=leaves[0].dtype) if masked else None
+    with sdpa_kernel(backend), replace_sdpa(level="aten"):
+        out = F.scaled_dot_product_attention(*leaves, mask)
+        CutGradient.apply(out).sum().backward()
+    assert all(x.grad is None for x in leaves)
 
 
 @pytest.mark.parametrize(("device", "backend"), PLACES)
@@ -223,6 +237,13 @@ def test_it_holds_as_long_as_anyone_needs_it() -> None:
     assert not ours_runs()
     with first:
         assert ours_runs()
+        with first:
+            assert ours_runs()
+        assert ours_runs()
+    assert not ours_runs()
+    with replace_sdpa(level="aten") as again, again:
+        again.restore()
+        assert not ours_runs()
     assert not ours_runs()
 
 

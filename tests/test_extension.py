@@ -19,6 +19,7 @@ from flash_attn.torch_op import attention as ops
 from flash_attn.torch_op import extension, plain, private
 from flash_attn.torch_op.arguments import plain_options, split_backward
 from flash_attn.torch_op.observer import Observer
+from problems import CutGradient
 
 NAME = "_scaled_dot_product_fused_attention_overrideable"
 
@@ -106,6 +107,35 @@ def test_a_backward_pass_alone_is_explained() -> None:
     assert len(seen) == 1 and seen[0].options.causal == ops.TOP_LEFT and seen[0].needs[:4] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        sdpa,
+        lambda q, k, v: sdpa(q, k, v, torch.zeros(5, 5, dtype=q.dtype, device=q.device, requires_grad=True)),
+        lambda q, k, v: sdpa(q, k, v, dropout_p=0.5),
+        flash_attn_func,
+        lambda q, k, v: flash_attn_func(q, k, v, return_lse=True)[1],
+    ],
+)
+def test_a_gradient_that_is_none_has_none(
+    attend: Any, large: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(extension, "LARGEST", 0)
+    leaves = [x.detach().to(device).requires_grad_() for x in _leaves()]
+    out = attend(*leaves)
+    cut = CutGradient.apply(out).sum()
+    cut.backward(retain_graph=True)
+    with FlopCounterMode(display=False) as flops:
+        cut.backward(retain_graph=True)
+    observer: Observer[None] = Observer(lambda *_: None, lambda _: None, lambda _: pytest.fail(), lambda _: None)
+    with observer:
+        cut.backward()
+    assert flops.get_total_flops() == 0 and all(x.grad is None for x in leaves)
+
+
 DROPPING = [
     lambda q, k, v, dropout_p: sdpa(q, k, v, None, dropout_p, is_causal=True, scale=0.3),
     lambda q, k, v, dropout_p: sdpa(q, k, v, torch.ones(5, dtype=torch.bool), dropout_p),
@@ -152,12 +182,24 @@ def test_the_share_that_is_dropped_comes_back_from_beside_the_options(dropout_p:
     assert arguments.tensors.rng_state is state
 
 
-@pytest.mark.parametrize("dropout_p", [1, 1.0])
+@pytest.mark.parametrize("dropout_p", [1, 1.0, 1 - 2**-53, 1 - 2**-40])
 def test_everything_is_dropped_the_long_way(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "forward", lambda *_: pytest.fail("the short way"))
     leaves = _leaves()
     out = sdpa(*leaves, None, dropout_p)
     assert not out.any() and not any(x.any() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dropout_p", [5e-324, 1e-20, 2**-40, 1 - 2**-40, 1 - 2**-53])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_share_of_almost_nothing_or_everything_is_no_other_call(dropout_p: float, causal: bool) -> None:
+    """As it would be if it were rounded beside the options."""
+    leaves, results = _leaves(), []
+    for grad in (True, False):
+        torch.manual_seed(4)
+        with torch.set_grad_enabled(grad):
+            results += [sdpa(*leaves, None, dropout_p, causal), torch.rand(())]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
 def test_a_wrong_share_has_its_own_words() -> None:

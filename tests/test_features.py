@@ -81,6 +81,16 @@ def test_any_head_dim(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check(Problem(dtype=dtype, batch=1, head_dim=head_dim, head_dim_v=head_dim, causal=2), device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(0, 0), (0, 8), (8, 0)])
+def test_no_columns(head_dim: int, head_dim_v: int, dtype: torch.dtype, feature: str, device: str) -> None:
+    problem = Problem(**(FEATURES[feature] | {"dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v}))
+    check(problem, device)
+    check(replace(problem, batch=6, seqlen_q=130, seqlen_k=70), device)  # on the CPU several tasks, of several blocks
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -351,6 +351,30 @@ def test_a_cuda_graph_appends_anew_at_each_replay(page_size: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_autograd_is_told_what_is_appended(device: str) -> None:
+    for name in ("k_cache", "v_cache"):
+        given = small_call(device)
+        weight = torch.ones((), device=device, dtype=given[name].dtype, requires_grad=True)
+        loss = (given[name] * weight).sum()
+        flash_attn_with_kvcache(**given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cache_whose_rows_share_memory_is_not_appended_to(device: str) -> None:
+    for name in ("k_cache", "v_cache"):
+        for dim in (0, 1, 2):
+            given = small_call(device)
+            given[name] = given[name].select(dim, 0).unsqueeze(dim).expand_as(given[name])
+            with pytest.raises(RuntimeError, match=f"{name} must have elements of its own"):
+                flash_attn_with_kvcache(**given)
+            for new in ("k", "v"):
+                del given[new]
+            flash_attn_with_kvcache(**given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_there_is_no_gradient_and_it_is_not_zero(device: str) -> None:
     given = small_call(device)
     given["q"].requires_grad_()

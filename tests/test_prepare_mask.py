@@ -309,6 +309,17 @@ def test_it_compiles_in_one_graph(trains: bool, device: str) -> None:
         _agree(list(got), list(expected), torch.float32)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_function_may_close_over_it(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    mask = prepare_mask(_banded())
+    compiled = torch.compile(lambda *x: sdpa(*x, mask), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = _inputs(torch.float32, "cpu")
+    torch.testing.assert_close(compiled(*inputs), sdpa(*inputs, mask))
+    with pytest.raises(Exception, match="attn_mask must broadcast to"):
+        compiled(inputs[0], inputs[1][:, :, 1:], inputs[2][:, :, 1:])
+
+
 def test_the_op_keeps_torchs_rules() -> None:
     from flash_attn.torch_op.arguments import Options, Tensors
 

@@ -132,6 +132,40 @@ def test_tables_are_exact_in_a_model_of_bf16_and_grow() -> None:
     torch.testing.assert_close(module._cos_cached.double(), exact, rtol=0, atol=1e-4)
 
 
+def test_in_place_it_is_an_operation_of_torchs_to_autograd(angles: Tensor) -> None:
+    cos, sin = angles.cos(), angles.sin()
+    x, weight = torch.randn(2, 7, 3, 8, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = (x * weight).sum()
+    apply_rotary(x, cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_elements_may_be_negated_and_backwards_but_not_shared(angles: Tensor) -> None:
+    cos, sin = angles.cos(), angles.sin()
+    for x in (torch._neg_view(torch.randn(2, 7, 3, 8).double()), torch.randn(2, 8, 3, 16).double()[:, 1:, :, :8]):
+        expected = apply_rotary(x.clone(), cos, sin)
+        assert apply_rotary(x, cos, sin, inplace=True) is x
+        torch.testing.assert_close(x, expected)
+    for sizes in ((1, 7, 3, 8), (2, 1, 3, 8), (2, 7, 1, 8)):
+        expanded = torch.randn(sizes, dtype=torch.float64).expand(2, 7, 3, 8)
+        torch.testing.assert_close(apply_rotary(expanded, cos, sin), apply_rotary(expanded.clone(), cos, sin))
+        with pytest.raises(RuntimeError, match="x must have elements of its own"):
+            apply_rotary(expanded, cos, sin, inplace=True)
+
+
+def test_heads_are_counted(angles: Tensor) -> None:
+    cos, sin = angles.cos(), angles.sin()
+    qkv = torch.randn(2, 7, 8, 8, dtype=torch.float64)
+    before = qkv.clone()
+    for num_heads_q in (-3, 0, 3, 7, 8):
+        with pytest.raises(ValueError, match="num_heads_q must leave as many"):
+            rotary.apply_rotary_emb_qkv_(qkv, cos, sin, num_heads_q=num_heads_q)
+    with pytest.raises(ValueError, match=r"cos_k and sin_k must be|cos_k and sin must be"):
+        rotary.apply_rotary_emb_qkv_(qkv, cos, sin, cos[:3], sin, num_heads_q=4)
+    assert torch.equal(qkv, before)  # a refused call turns nothing
+
+
 def test_what_does_not_fit_is_refused(angles: Tensor) -> None:
     cos, sin, x = angles.cos(), angles.sin(), torch.randn(2, 7, 3, 8)
     with pytest.raises(ValueError, match="have 12 positions, but 13 are needed"):
@@ -146,6 +180,9 @@ def test_what_does_not_fit_is_refused(angles: Tensor) -> None:
         apply_rotary(x, cos, sin, seqlen_offsets=torch.tensor([0.5, 1.0]))
     with pytest.raises(ValueError, match="dim must be even"):
         RotaryEmbedding(7)
+    for name in ("base", "scale_base"):
+        with pytest.raises(ValueError, match=f"{name} must be positive, but is 0"):
+            RotaryEmbedding(8, **{name: 0})
     with pytest.raises(ValueError, match="qkv must be"):
         rotary.apply_rotary_emb_qkv_(x, cos, sin)
 

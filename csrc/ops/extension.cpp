@@ -76,7 +76,7 @@ void differentiate(StableIValue* values) {
   auto rng_state = stack.take<Tensor>();
   stack.take<Tensor>();
   const auto scale = stack.take<std::optional<double>>();
-  if (!dout.is_defined()) return put_results(values, Tensor(), Tensor(), Tensor(), Tensor());  // of a result not used
+  if (!dout.is_defined()) return put_results(values, Tensor(), Tensor(), Tensor(), Tensor());  // zero, to autograd
   set_carried(inputs, scale, dropout_p);
   const Tensor trained = needs.at(3) ? Tensor(mask.shared()) : Tensor();
   inputs.set_mask(std::move(mask));

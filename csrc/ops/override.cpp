@@ -160,6 +160,7 @@ Tensor state_of(BackwardCall& call) {
 }
 
 Gradients differentiate(BackwardCall& call, bool needs_mask = false) {
+  if (!call.dout.is_defined()) return {Tensor(), Tensor(), Tensor(), {}, {}, {}};  // zero, to autograd
   call.describe();
   if (call.drops()) call.inputs.set_rng_state(state_of(call));
   if (call.op == Of::kEfficient || call.op == Of::kCpu) call.inputs.lay_results_out_by_rows();

@@ -1,3 +1,4 @@
+#include "arguments/checks.h"
 #include "arguments/given.h"
 #include "arguments/refuse.h"
 #include "arguments/rotary_arguments.h"
@@ -36,6 +37,7 @@ void rotary_in_place(StableIValue* values, uint64_t, uint64_t) {
   if (x.size[x.ndim - 1] > 1 && x.stride[x.ndim - 1] != 1) {
     refuse("x must have a last stride of 1 to be turned in place, but has ", x.stride[x.ndim - 1]);
   }
+  check_written("x", x);
   copies.copies[0].to = copies.copies[0].from;
   if (given.first().numel() > 0) copy_rows(copies, x);
 }

@@ -64,7 +64,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Length
     if not (type(q) is type(k) is type(v) is Tensor):
         q, k, v = (checks.plain(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
     if not (type(causal) is type(deterministic) is type(with_probs) is type(with_lse) is bool):
-        causal, deterministic, with_probs, with_lse = _flags(options)
+        causal, deterministic, with_probs, with_lse = flags(options)
     if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
         q, k, v = autocast(q, k, v)
     left, right = window_bounds(window)
@@ -173,7 +173,7 @@ def distributed_attention(q: Any, k: Any, v: Any, options: Options) -> Tensor:
     return tensor_subclasses.distributed_attention(attend, q, k, v, None).transpose(1, 2)
 
 
-def _flags(options: Options) -> tuple[bool, ...]:
+def flags(options: Options) -> tuple[bool, ...]:
     names = ("causal", "deterministic", "return_attn_probs", "return_lse")
     return tuple(checks.flag(name, getattr(options, name)) for name in names)
 

@@ -12,7 +12,18 @@ from torch import Tensor
 from ..torch_op import attention as ops
 from ..torch_op import checks
 from ..torch_op.cache import AppendAndAttend, Attend, attend_cache
-from .arguments import NO_WINDOW, Lengths, Options, Outputs, Window, only_sink, plain_lengths, statistics, window_bounds
+from .arguments import (
+    NO_WINDOW,
+    Lengths,
+    Options,
+    Outputs,
+    Window,
+    flags,
+    only_sink,
+    plain_lengths,
+    statistics,
+    window_bounds,
+)
 from .other_versions import MISSING_WITH_CACHE, check_hints, refuse
 
 
@@ -125,7 +136,7 @@ def flash_attn_with_kvcache(
         TypeError: an argument is of another type.
         NotImplementedError: another dtype, nested tensors, or an argument that is not supported.
     """
-    if others or num_splits != 0 or pack_gqa is not None:
+    if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_with_kvcache", others, MISSING_WITH_CACHE)
     checks.dtype("q", checks.plain("q", q))
@@ -133,15 +144,17 @@ def flash_attn_with_kvcache(
         checks.plain(name, x)
         if x.dtype != torch.float8_e4m3fn:
             checks.dtype(name, x)
-    block_table = one_of("block_table", block_table, "page_table", page_table)
-    causal = checks.flag("causal", causal)
+    table_name, block_table = named_table(block_table, page_table)
+    causal, return_lse = checks.flag("causal", causal), checks.flag("return_softmax_lse", return_softmax_lse)
     interleaved = checks.flag("rotary_interleaved", rotary_interleaved)
     left, right = window_bounds(window_size)
     _check_together(k, v, rotary_cos, rotary_sin, cache_seqlens)
     if q.dim() != 4:
         raise RuntimeError(f"q must be (batch, seqlen, heads, head_dim), but has shape {tuple(q.shape)}")
-    appended = 0 if k is None else checks.plain("k", k).shape[1]
-    capacity = _capacity(k_cache, block_table)
+    if k is not None and checks.plain("k", k).dim() != 4:
+        raise RuntimeError(f"k must be (batch, seqlen_new, heads, head_dim), but has shape {tuple(k.shape)}")
+    appended = 0 if k is None else k.shape[1]
+    capacity = _capacity(k_cache, block_table, table_name)
     lengths = _lengths(cache_seqlens, q, appended, capacity)
     sink = only_sink(learnable_sink, s_aux)
     attend = Attend(
@@ -173,34 +186,44 @@ def flash_attn_with_kvcache(
         else:
             out, lse = attend_cache(_with_append(attend, k, v, rotary_cos, rotary_sin, interleaved))
     except RuntimeError as error:
-        checks.rename(error, {"sinks": "learnable_sink" if s_aux is None else "s_aux", "cos": "rotary_cos"})
+        vectors = {"cache_seqlens": lengths, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+        tables = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "k_descale": k_descale, "v_descale": v_descale}
+        for name, given in (vectors | tables).items():
+            if given is not None:
+                checks.plain(name, given)
+        names = {"cos": "rotary_cos", "sin": "rotary_sin", "block_table": table_name}
+        checks.rename(error, names | {"sinks": "learnable_sink" if s_aux is None else "s_aux"})
         raise
-    return (out, lse) if return_softmax_lse else out
+    return (out, lse) if return_lse else out
 
 
 _CHECK_VALUES = os.environ.get("FLASH_ATTN_CHECK") == "1"
 
 
-def one_of(name: str, x: Any, other_name: str, other: Any) -> Any:
-    if x is not None and other is not None:
-        raise ValueError(f"{name} and {other_name} are two names of one argument, but both are given")
-    return other if x is None else x
+def named_table(block_table: Tensor | None, page_table: Tensor | None) -> tuple[str, Tensor | None]:
+    """The one that is given, and its name."""
+    if page_table is None:
+        return "block_table", block_table
+    if block_table is not None:
+        raise ValueError("block_table and page_table are two names of one argument, but both are given")
+    return "page_table", page_table
 
 
 def attention_of_pages(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths, block_table: Tensor
+    q: Tensor, k: Tensor, v: Tensor, options: Options, lengths: Lengths, block_table: Tensor, table_name: str
 ) -> Outputs:
     """:func:`flash_attn.flash_attn_varlen_func` of keys and values in pages."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.dtype(name, checks.plain(name, x))
     if checks.number("dropout_p", options.dropout_p) != 0.0:
-        raise NotImplementedError(f"dropout_p must be 0 with block_table, but is {options.dropout_p}")
+        raise NotImplementedError(f"dropout_p must be 0 with {table_name}, but is {options.dropout_p}")
     if lengths.seqused_q is not None:
-        raise NotImplementedError("seqused_q must be None with block_table: cu_seqlens_q says which rows there are")
+        raise NotImplementedError(f"seqused_q must be None with {table_name}: cu_seqlens_q says which rows there are")
+    causal, _, with_probs, with_lse = flags(options)
     starts_q = checks.plain("cu_seqlens_q", lengths.cu_seqlens_q)
     used = lengths.seqused_k
     if used is None:
-        used = checks.plain("cu_seqlens_k", lengths.cu_seqlens_k).diff()
+        used = _lengths_of_starts(lengths.cu_seqlens_k, starts_q)
     sink = only_sink(options.learnable_sink, options.s_aux)
     left, right = window_bounds(options.window_size)
     bound = plain_lengths(lengths._replace(cu_seqlens_k=None, max_seqlen_k=None), q, k).max_seqlen_q
@@ -214,28 +237,39 @@ def attention_of_pages(
         used,
         None,
         None,
-        checks.plain("block_table", block_table),
+        checks.plain(table_name, block_table),
         None,
         None,
         checks.integer("max_seqlen_q", bound),
         0,
         checks.optional_number("softmax_scale", options.softmax_scale),
-        ops.BOTTOM_RIGHT if checks.flag("causal", options.causal) else ops.NONE,
+        ops.BOTTOM_RIGHT if causal else ops.NONE,
         left,
         right,
         checks.number("softcap", options.softcap),
     )
     if _CHECK_VALUES and not torch.compiler.is_compiling():
-        _check_values(attend, _capacity(k, block_table))
+        _check_values(attend, _capacity(k, block_table, table_name))
     try:
         out, lse = attend_cache(attend)
     except RuntimeError as error:
-        names = {"sinks": "learnable_sink", "k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"}
-        checks.rename(error, names | ({"sinks": "s_aux"} if options.s_aux is not None else {}))
+        names = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k", "block_table": table_name}
+        checks.rename(error, names | {"sinks": "learnable_sink" if options.s_aux is None else "s_aux"})
         raise
-    if options.return_attn_probs:
+    if with_probs:
         return out, lse, None
-    return (out, lse) if options.return_lse else out
+    return (out, lse) if with_lse else out
+
+
+def _lengths_of_starts(starts_k: Any, starts_q: Tensor) -> Tensor:
+    as_many = checks.plain("cu_seqlens_k", starts_k).shape == starts_q.shape or starts_q.dim() != 1
+    if starts_k.dim() != 1 or starts_k.dtype != torch.int32 or not as_many:
+        raise RuntimeError(
+            f"cu_seqlens_k must be (batch + 1) int32, as cu_seqlens_q, which has shape {tuple(starts_q.shape)}, but is "
+            f"{checks.described(starts_k)}"
+        )
+    lengths: Tensor = starts_k.diff()
+    return lengths
 
 
 def _check_together(k: Any, v: Any, cos: Any, sin: Any, cache_seqlens: Any) -> None:
@@ -249,20 +283,22 @@ def _check_together(k: Any, v: Any, cos: Any, sin: Any, cache_seqlens: Any) -> N
         raise ValueError("rotary_cos must be given with k and v alone: it turns what is appended")
 
 
-def _capacity(k_cache: Tensor, block_table: Any) -> int:
+def _capacity(k_cache: Tensor, block_table: Any, table_name: str) -> int:
     """Rows that a sequence has room for."""
     if k_cache.dim() != 4:
         raise RuntimeError(f"k_cache must have 4 dimensions, but has shape {tuple(k_cache.shape)}")
     rows = k_cache.shape[1]
     if block_table is None:
         return rows
-    table = checks.plain("block_table", block_table)
+    table = checks.plain(table_name, block_table)
     return rows * table.shape[1] if table.dim() == 2 else rows
 
 
 def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, appended: int, capacity: int) -> Tensor | None:
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens
+    if isinstance(cache_seqlens, (list, tuple)):
+        checks.tensor("cache_seqlens", cache_seqlens)
     length = checks.integer("cache_seqlens", cache_seqlens)
     if length < 0 or length + appended > capacity:
         raise RuntimeError(

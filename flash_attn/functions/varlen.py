@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tensor_subclasses
 from .arguments import NO_WINDOW, Lengths, Options, Outputs, Window, attention
-from .kvcache import attention_of_pages, one_of
+from .kvcache import attention_of_pages, named_table
 from .other_versions import VarlenExtras, check_hints, refuse
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def flash_attn_varlen_func(
     Raises:
         NotImplementedError: DTensors, or what else is not supported, are given; with block_table dropout or seqused_q.
     """
-    block_table = one_of("block_table", block_table, "page_table", page_table)
+    table_name, block_table = named_table(block_table, page_table)
     if others or type(num_splits) is not int or num_splits < 0 or pack_gqa is not None:
         check_hints(num_splits, pack_gqa)
         refuse("flash_attn_varlen_func", others)
@@ -212,5 +212,5 @@ def flash_attn_varlen_func(
         )
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     if block_table is not None:
-        return attention_of_pages(q, k, v, options, lengths, block_table)
+        return attention_of_pages(q, k, v, options, lengths, block_table, table_name)
     return attention(q, k, v, options, lengths)

@@ -9,31 +9,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flash_attn.torch_op import checks
 from flash_attn.torch_op.rotary import turn
+
+Names = tuple[str, str, str]
+"""What the caller calls x, cos and sin."""
 
 
 def _check(
-    x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    names: Names,
 ) -> None:
-    if isinstance(offsets, Tensor) and (offsets.dim() != 1 or offsets.is_floating_point()):
-        raise ValueError(
-            f"seqlen_offsets must be an int or (batch) integers, but is {offsets.dtype} {tuple(offsets.shape)}"
-        )
+    for name, given in zip(names, (x, cos, sin), strict=True):
+        checks.plain(name, given)
+    named, cosines, sines = names
+    if not isinstance(offsets, Tensor):
+        checks.integer("seqlen_offsets", offsets)
+    elif offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"seqlen_offsets must be an int or (batch) integers, but is {checks.described(offsets)}")
+    if cu_seqlens is not None and checks.plain("cu_seqlens", cu_seqlens).dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be (batch + 1) int32, but is {checks.described(cu_seqlens)}")
     if x.dim() != (4 if cu_seqlens is None else 3):
         expected = "(batch, seqlen, heads, head_dim)" if cu_seqlens is None else "(total, heads, head_dim)"
-        raise ValueError(f"x must be {expected}, but has shape {tuple(x.shape)}")
+        raise ValueError(f"{named} must be {expected}, but has shape {tuple(x.shape)}")
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(
-            f"cos and sin must be (seqlen, rotary_dim / 2), but have shapes {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"{cosines} and {sines} must be (seqlen, rotary_dim / 2), but have shapes {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
         )
     if 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(f"cos has {cos.shape[1]} columns, which turn {2 * cos.shape[1]} of x, but x has {x.shape[-1]}")
+        raise ValueError(
+            f"{cosines} has {cos.shape[1]} columns, which turn {2 * cos.shape[1]} of {named}, but {named} has "
+            f"{x.shape[-1]}"
+        )
     if cu_seqlens is not None and max_seqlen is None:
         raise ValueError("max_seqlen is needed with cu_seqlens")
-    rows = x.shape[1] if cu_seqlens is None else max_seqlen or 0
+    rows = x.shape[1] if cu_seqlens is None else _bound(max_seqlen)
     needed = rows + (0 if isinstance(offsets, Tensor) else offsets)
     if needed > cos.shape[0]:
-        raise ValueError(f"cos and sin have {cos.shape[0]} positions, but {needed} are needed")
+        raise ValueError(f"{cosines} and {sines} have {cos.shape[0]} positions, but {needed} are needed")
+
+
+def _bound(max_seqlen: int | Tensor | None) -> int:
+    """As `checks.integer`, or a tensor's."""
+    if isinstance(max_seqlen, Tensor) and checks.is_integral(max_seqlen):
+        return int(max_seqlen)
+    return checks.integer("max_seqlen", max_seqlen)
 
 
 def _table(table: Tensor, x: Tensor) -> Tensor:
@@ -71,14 +97,37 @@ def apply_rotary(
         ValueError: shapes that do not fit, or fewer positions than rows.
         RuntimeError: dtypes or devices that do not fit. Positions that only a GPU knows are clamped to the tables.
     """
-    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    inplace, conjugate = checks.flag("inplace", inplace), checks.flag("conjugate", conjugate)
+    others = seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
+    return _apply(("x", "cos", "sin"), x, cos, sin, *others)
+
+
+def _apply(
+    names: Names,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    interleaved: bool,
+    inplace: bool,
+    conjugate: bool,
+) -> Tensor:
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, names)
+    interleaved = checks.flag("interleaved", interleaved)
     each = seqlen_offsets.to(torch.int32) if isinstance(seqlen_offsets, Tensor) else None
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32)
     offset = 0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
     cos, sin = _table(cos, x), _table(sin, x)
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
-    return turn(x, cos, sin, each, starts, offset, interleaved, conjugate, inplace)
+    try:
+        return turn(x, cos, sin, each, starts, offset, interleaved, conjugate, inplace)
+    except RuntimeError as error:
+        own = ("x", "cos", "sin", "offset", "offsets")
+        checks.rename(error, dict(zip(own, (*names, "seqlen_offsets", "seqlen_offsets"), strict=True)))
+        raise
 
 
 def apply_rotary_emb(
@@ -125,7 +174,9 @@ def apply_rotary_emb_qkv_(
     Returns:
         qkv.
     """
-    if qkv.dim() != (5 if num_heads_q is None else 4) or (num_heads_q is None and qkv.shape[2] != 3):
+    if checks.plain("qkv", qkv).dim() != (5 if num_heads_q is None else 4) or (
+        num_heads_q is None and qkv.shape[2] != 3
+    ):
         raise ValueError(
             "qkv must be (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads, head_dim) with num_heads_q, "
             f"but has shape {tuple(qkv.shape)}, and num_heads_q is {num_heads_q}"
@@ -133,11 +184,18 @@ def apply_rotary_emb_qkv_(
     if num_heads_q is None:
         q, k = qkv[:, :, 0], qkv[:, :, 1]
     else:
-        num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+        num_heads_k = (qkv.shape[2] - checks.integer("num_heads_q", num_heads_q)) // 2
+        if num_heads_q < 1 or num_heads_k < 1 or num_heads_q + 2 * num_heads_k != qkv.shape[2]:
+            raise ValueError(
+                f"num_heads_q must leave as many of qkv's {qkv.shape[2]} heads for k as for v, but is {num_heads_q}"
+            )
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
-    apply_rotary(q, cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
+    others = seqlen_offsets, None, None, interleaved, True, False
+    names_k: Names = ("qkv", "cos" if cos_k is None else "cos_k", "sin" if sin_k is None else "sin_k")
     cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    apply_rotary(k, cos_k, sin_k, seqlen_offsets, interleaved=interleaved, inplace=True)
+    _check(k, cos_k, sin_k, seqlen_offsets, None, None, names_k)  # before anything is turned
+    _apply(("qkv", "cos", "sin"), q, cos, sin, *others)
+    _apply(names_k, k, cos_k, sin_k, *others)
     return qkv
 
 
@@ -145,9 +203,9 @@ def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
     """Turns k inside kv (batch, seqlen, 2, heads, head_dim), in place, and returns kv."""
-    if kv.dim() != 5 or kv.shape[2] != 2:
+    if checks.plain("kv", kv).dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must be (batch, seqlen, 2, heads, head_dim), but has shape {tuple(kv.shape)}")
-    apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
+    _apply(("kv", "cos", "sin"), kv[:, :, 0], cos, sin, seqlen_offsets, None, None, interleaved, True, False)
     return kv
 
 
@@ -160,6 +218,9 @@ class RotaryEmbedding(nn.Module):
         interleaved: pairs are neighbours instead of halves. Default False.
         scale_base: with it q grows and k shrinks by scale ** (position / scale_base) (xPos, Sun et al. 2022).
         device: of the buffers.
+
+    Raises:
+        ValueError: dim is odd, or a number is not positive.
     """
 
     inv_freq: Tensor
@@ -174,9 +235,14 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if dim < 2 or dim % 2 != 0:
+        if checks.integer("dim", dim) < 2 or dim % 2 != 0:
             raise ValueError(f"dim must be even and positive, but is {dim}")
-        self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
+        base, scale_base = checks.number("base", base), checks.optional_number("scale_base", scale_base)
+        for name, number in (("base", base), ("scale_base", scale_base)):
+            if number is not None and not number > 0.0:
+                raise ValueError(f"{name} must be positive, but is {number}")
+        interleaved = checks.flag("interleaved", interleaved)
+        self.dim, self.base, self.interleaved, self.scale_base = dim, base, interleaved, scale_base
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         columns = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         scale = None if scale_base is None else (columns + 0.4 * dim) / (1.4 * dim)
@@ -239,7 +305,16 @@ class RotaryEmbedding(nn.Module):
         Returns:
             qkv, or q and kv.
         """
-        if isinstance(seqlen_offset, int):
+        if checks.plain("qkv", qkv).dim() not in (4, 5) or (kv is not None and qkv.dim() != 4):
+            raise ValueError(
+                "qkv must be (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads, head_dim) with num_heads_q "
+                f"or kv, but has shape {tuple(qkv.shape)}"
+            )
+        if max_seqlen is not None:
+            max_seqlen = _bound(max_seqlen)
+        if not isinstance(seqlen_offset, Tensor):
+            if checks.integer("seqlen_offset", seqlen_offset) < 0:
+                raise ValueError(f"seqlen_offset must be >= 0, but is {seqlen_offset}")
             max_seqlen = max(max_seqlen or 0, qkv.shape[1] + seqlen_offset)
         if max_seqlen is None:
             raise ValueError("max_seqlen is needed where seqlen_offset is a tensor")
@@ -250,5 +325,5 @@ class RotaryEmbedding(nn.Module):
         sin_k = sin if self._sin_k_cached is None else self._sin_k_cached
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
-        apply_rotary(qkv, cos, sin, seqlen_offset, interleaved=self.interleaved, inplace=True)
+        _apply(("qkv", "cos", "sin"), qkv, cos, sin, seqlen_offset, None, None, self.interleaved, True, False)
         return qkv, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)

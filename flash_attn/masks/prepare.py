@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -123,6 +123,10 @@ def _of_lengths(lengths: Any, device: torch.device | str | None) -> PreparedMask
 def _integers(lengths: Any, device: torch.device | str | None) -> Tensor:
     """(batch, documents) int64."""
     if not isinstance(lengths, Tensor):
+        if not isinstance(lengths, Iterable):
+            raise TypeError(
+                f"lengths must be integers, a tensor or a sequence of them, but is {checks.described(lengths)}"
+            )
         rows = list(lengths)
         nested = [list(row) for row in rows] if rows and isinstance(rows[0], (list, tuple)) else [rows]
         longest = max((len(row) for row in nested), default=0)

@@ -51,6 +51,8 @@ class _Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.causal, self.softmax_scale = causal, softmax_scale
+        if not 0.0 <= checks.number("attention_dropout", attention_dropout) <= 1.0:
+            raise ValueError(f"attention_dropout must be in [0, 1], but is {attention_dropout}")
         self.drop = nn.Dropout(attention_dropout)  # applied to probabilities, by the kernels
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self.window_size, self.deterministic = window_size, deterministic

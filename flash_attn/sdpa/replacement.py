@@ -218,24 +218,26 @@ class replace_sdpa:  # noqa: N801 - used as a function
     """
 
     def __init__(self, level: Literal["function", "aten"] = "function") -> None:
-        if level not in ("function", "aten"):
+        if not isinstance(level, str) or level not in ("function", "aten"):
             raise ValueError(f"level must be 'function' or 'aten', but is {level!r}")
         self._level = level
-        self._overrides = False  # kernels are under torch's ops
+        self._overrides: list[str] = []  # why kernels are under torch's ops: the process, or blocks
         self._layer: _Layer | None = None  # while it holds for the whole process
         self._blocks: list[tuple[open_blocks.Block, _Layer]] = []
         self._before: Any = None  # while it holds in code that is traced
         if level == "aten":
-            self._override()
+            self._override("process")
         else:
             self._begin()
 
-    def _override(self) -> None:
+    def _override(self, why: Literal["process", "block"]) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("replace_sdpa(level='aten') holds for the process: call it outside of compiled code")
-        if not self._overrides:
+        if "process" in self._overrides:  # a block that is entered takes its place
+            self._overrides = [why]
+        else:
             aten.override()
-            self._overrides = True
+            self._overrides.append(why)
 
     def _begin(self) -> None:
         global _process_wide
@@ -248,14 +250,18 @@ class replace_sdpa:  # noqa: N801 - used as a function
 
     def restore(self) -> None:
         """Ends it, wherever it holds."""
-        if self._overrides:
-            self._overrides = False
-            aten.restore()
+        while self._overrides:
+            self._leave_override()
         if self._before is not None:
             F.scaled_dot_product_attention, self._before = self._before, None
         self._end_process_wide()
         while self._blocks:
             self._leave(self._blocks[-1])
+
+    def _leave_override(self) -> None:
+        if self._overrides:  # unless `restore` ended the block before
+            self._overrides.pop()
+            aten.restore()
 
     def _end_process_wide(self) -> None:
         global _process_wide
@@ -275,7 +281,7 @@ class replace_sdpa:  # noqa: N801 - used as a function
 
     def __enter__(self) -> replace_sdpa:
         if self._level == "aten":
-            self._override()
+            self._override("block")
             return self
         if torch.compiler.is_compiling():
             if self._before is None:
@@ -291,7 +297,7 @@ class replace_sdpa:  # noqa: N801 - used as a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._level == "aten":
-            self.restore()
+            self._leave_override()
             return
         if self._before is not None:
             F.scaled_dot_product_attention, self._before = self._before, None

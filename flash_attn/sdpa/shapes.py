@@ -42,7 +42,7 @@ def fit_as_they_are(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
     batch_k, heads_k = key.shape[:2]
     if batch_k != batch or value.shape[:2] != key.shape[:2]:
         return False
-    return heads_k in (heads, 1) or (enable_gqa and heads_k > 0 and heads % heads_k == 0)
+    return heads_k == heads or heads_k == 1 or (enable_gqa and heads_k > 0 and heads % heads_k == 0)
 
 
 def _broadcasts_empty() -> bool:
@@ -136,8 +136,12 @@ def check_mask_shape(shape: Sequence[int], scores: Sequence[int]) -> None:
     """Raises unless a mask of that shape broadcasts to `scores`, which is (..., L, S)."""
     if len(shape) < 1:
         raise IndexError(f"attn_mask must have at least 1 dimension, but has shape {tuple(shape)}")
-    fits = len(shape) <= len(scores) and all(
-        n in (1, m) for n, m in zip(shape, scores[len(scores) - len(shape) :], strict=True)
+    fits = (
+        len(shape) <= len(scores)
+        and all(
+            n == m or n == 1  # in this order for symbols; Dynamo answers `in` without asking what one is
+            for n, m in zip(shape, scores[len(scores) - len(shape) :], strict=True)
+        )
     )
     if not fits:
         padding = len(shape) == 2 and len(scores) == 4 and tuple(shape) == (scores[0], scores[-1])

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import private
 from .library import empty_outputs, registrations
 from .registered.autograd import call_op, requires_grad
+from .registered.refusals import refuse_named
 
 attend_cache_op = torch.ops.flash_attn.attend_cache.default
 append_and_attend_op = torch.ops.flash_attn.append_and_attend.default
@@ -102,12 +103,14 @@ class AppendAndAttend(NamedTuple):
 @torch.library.register_fake("flash_attn::attend_cache", lib=registrations())
 def _attend_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = Attend(*arguments)
+    refuse_named("check_cache", given._asdict())
     return empty_outputs(given.q, given.v_cache, False, given.cu_seqlens_q is not None)
 
 
 @torch.library.register_fake("flash_attn::append_and_attend", lib=registrations())
 def _append_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = AppendAndAttend(*arguments)
+    refuse_named("check_append", given._asdict())
     return empty_outputs(given.q, given.v_cache, False, False)
 
 
@@ -117,7 +120,7 @@ _NO_GRADIENT = (
 )
 
 
-class _NoGradient(torch.autograd.Function):
+class _NoGradient(private.SingleLevelFunction):  # type: ignore[misc]
     """One of the ops where something requires grad: its derivative raises, and is never zero."""
 
     @staticmethod
@@ -167,4 +170,6 @@ def attend_cache(arguments: Attend | AppendAndAttend) -> tuple[Tensor, Tensor]:
         out, lse = op(*arguments)
     else:
         out, lse = call_op(op, *arguments)
+    if isinstance(arguments, AppendAndAttend) and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((arguments.k_cache, arguments.v_cache))
     return out, lse

@@ -136,6 +136,8 @@ def dtype(name: str, x: Tensor) -> None:
 
 def rename(error: Exception, names: dict[str, str]) -> None:
     """Puts the caller's names of arguments in place of the op's own into the text of `error`."""
+    if torch.compiler.is_compiling():  # Dynamo would say that it can't trace this, and not what is wrong
+        return
     if len(error.args) == 1 and isinstance(error.args[0], str):
         pattern = r"\b(" + "|".join(names) + r")\b"
         error.args = (re.sub(pattern, lambda match: names[match[0]], error.args[0]),)

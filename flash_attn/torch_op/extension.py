@@ -57,6 +57,8 @@ def _add_kernels() -> bool:
 
 def _fake_backward(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
     """What compiled autograd traces: torch 2.11 has none of its own."""
+    if arguments[0] is None:
+        return (None,) * 4
     pairs = zip(arguments[1:5], arguments[5], strict=True)
     return tuple(torch.empty_like(x) if is_needed else None for x, is_needed in pairs)
 
@@ -74,8 +76,8 @@ if os.environ.get("FLASH_ATTN_EXTENSION_OP") != "0" and _add_kernels():
 
 
 def is_backward(op: Any, arguments: Sequence[Any]) -> bool:
-    """Whether that is the backward pass of a call of `forward` with options."""
-    return op is backward_of_torch and op is not None and arguments[12] <= -1.0
+    """Whether that is the backward pass of a call of `forward` with options, of a gradient that is there."""
+    return op is backward_of_torch and op is not None and arguments[0] is not None and arguments[12] <= -1.0
 
 
 def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
@@ -92,7 +94,7 @@ def of_backward(*arguments: Any, scale: float | None = None) -> tuple[Any, ...]:
 def _backward_of_extension(*arguments: Any, scale: float | None = None) -> tuple[Tensor | None, ...]:
     """`backward_of_torch` by the op that has a derivative."""
     dout, dlse, q, k, v, attn_mask, *rest = of_backward(*arguments, scale=scale)
-    if dout is None:  # of a result that was not used
+    if dout is None:  # zero, to autograd
         return (None,) * 4
     as_given = attn_mask
     if attn_mask is not None:  # which may have fewer dimensions

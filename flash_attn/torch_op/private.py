@@ -59,12 +59,27 @@ without_torch_function: Callable[[], AbstractContextManager[Any]] = getattr(
 """A context in which neither subclasses nor modes override torch functions."""
 
 
-def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def apply_of(function: Any) -> Callable[..., Any]:
     """What `function.apply` ends in when no function transform is active; the way there costs more than a small kernel.
 
-    For use outside of function transforms, or in a `single_level()` of them.
+    For use outside of function transforms, or, of a `SingleLevelFunction`, in a `single_level()` of them.
     """
+    if not issubclass(function, torch.autograd.Function):
+        return cast(Callable[..., Any], function.apply)
     return cast(Callable[..., Any], getattr(super(torch.autograd.Function, function), "apply", function.apply))
+
+
+def _single_level_function() -> Any:
+    base: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
+    key: Any = getattr(torch.autograd.Function, "_compiled_autograd_key", None)
+    if key is None or hasattr(base, "_compiled_autograd_key"):
+        return base
+    return type(base)("SingleLevelFunction", (base,), {"_compiled_autograd_key": staticmethod(key)})
+
+
+SingleLevelFunction = _single_level_function()
+"""What a `torch.autograd.Function` is derived from that is applied at one level of function transforms. From torch 2.14
+on a Function itself is handed to all levels, whoever applies it."""
 
 
 def _switched_on(get: Callable[[], bool], put: Callable[[bool], None]) -> Callable[[], AbstractContextManager[None]]:

@@ -9,23 +9,25 @@ from torch import Tensor
 
 from . import private
 from .library import dense_strides_like, registrations
+from .registered.refusals import refuse_named
 
 rotary_op = torch.ops.flash_attn.rotary.default
 rotary_in_place_op = torch.ops.flash_attn.rotary_.default
 
 
+_NAMES = ("x", "cos", "sin", "offsets", "cu_seqlens", "offset", "interleaved", "conjugate")
+"""Of the arguments of both, csrc/ops/arguments/rotary_arguments.h."""
+
+
 @torch.library.register_fake("flash_attn::rotary", lib=registrations())
-def _fake(x: Tensor, *_: Any) -> Tensor:
+def _fake(x: Tensor, *others: Any) -> Tensor:
+    refuse_named("check_rotary", dict(zip(_NAMES, (x, *others), strict=True)))
     return x.new_empty_strided(x.shape, dense_strides_like(x, x.shape[-1]))
 
 
 @torch.library.register_fake("flash_attn::rotary_", lib=registrations())
-def _in_place_fake(*_: Any) -> None:
-    return None
-
-
-# x, then cos, sin, offsets, cu_seqlens, offset, interleaved, conjugate: csrc/ops/arguments/rotary_arguments.h
-_NUM_OTHERS = 7
+def _in_place_fake(*arguments: Any) -> None:
+    refuse_named("check_rotary", dict(zip(_NAMES, arguments, strict=True)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,7 +40,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _turn_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     offset, interleaved, conjugate = ctx.options
     back = rotary_op(gradient, *ctx.saved_tensors, offset, interleaved, not conjugate)
-    return (back, *(None,) * _NUM_OTHERS)
+    return (back, *(None,) * (len(_NAMES) - 1))
 
 
 torch.library.register_autograd("flash_attn::rotary", _turn_back, setup_context=_save, lib=registrations())
@@ -106,9 +108,10 @@ def turn(
     others = (cos, sin, offsets, cu_seqlens, offset, interleaved, conjugate)
     if not inplace:
         return rotary_op(x, *others)
-    if torch.compiler.is_compiling() or private.transforms_active():
+    if torch.compiler.is_compiling() or private.transforms_active() or x.is_neg():
         return x.copy_(rotary_op(x, *others))
     if torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad):
         return private.apply_of(_InPlace)(x, *others)
     rotary_in_place_op(x, *others)
+    torch.autograd.graph.increment_version(x)
     return x

@@ -25,7 +25,7 @@ int64_t row_blocks_of_task(const ForwardParams& params) {
   const int64_t ldm = rows_of_block<T>(params), blocks = (params.seqlen_q + ldm - 1) / ldm, all = all_blocks<T>(params);
   if (all < kForwardTasks) return 1;
   const int64_t columns = round_up(params.head_dim, kPadding<T>) + round_up(params.head_dim_v, kPadding<T>);
-  const int64_t fit = max(1, kRowBlockBytes / (columns * ldm * int64_t(sizeof(T))));
+  const int64_t fit = kRowBlockBytes / max(1, columns * ldm * int64_t(sizeof(T)));
   return max(1, min(min(all / min(kForwardTasks, kTasksPerThread * num_threads()), fit), min(kMaxRowBlocks, blocks)));
 }
 

@@ -268,7 +268,7 @@ class ForwardTask {
     const int64_t ldm = x_.ldm;
     apply_rules<Acc>(rules_, tile, {x_.s, x_.bias, nullptr, x_.bytes, ldm});
     const Operand* v = x_.v + (tile.n_begin - n) / kPack * value_stride();
-    if (has_dead_columns(tile, block)) v = clean_values(tile, v);
+    if (has_dead_columns(tile, block)) v = clean_values(tile, tile.n_begin - n, v);
     const bool drops = params_.dropout_p > 0.0;
     if (drops) draw_dropout<Acc>(rules_, tile, x_.bytes, ldm);
     const Softmax<Arithmetic> softmax{rules_.exponent_scale, block.row_max, block.row_sum, x_.factor, ldm};
@@ -290,8 +290,8 @@ class ForwardTask {
   /// From the values of an operand's keys to the next one's.
   int64_t value_stride() const { return kOnTiles ? 1 : x_.ldv; }
 
-  const Operand* clean_values(const Tile& tile, const Operand* v) {
-    const int64_t before = (v - x_.v) / value_stride() * kPack;
+  /// The same values, those of dead columns zero. `before`: keys loaded before the tile's, whose first value is at v.
+  const Operand* clean_values(const Tile& tile, int64_t before, const Operand* v) {
     std::memcpy(x_.v_clean, x_.v, size_t(kForwardBlockN / kPack * x_.ldv) * sizeof(Operand));
     for (int64_t n = 0; n < tile.columns; ++n) {
       if (x_.dead[n] != 0) clear_value<Arithmetic, kForwardBlockN>(x_.v_clean, x_.ldv, before + n);

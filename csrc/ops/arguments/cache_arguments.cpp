@@ -292,6 +292,8 @@ RowCopies make_append_params(const AppendArguments& a, bool read_values) {
   };
   check_new("k", a.k, a.k_cache);
   check_new("v", a.v, a.v_cache);
+  check_written("k_cache", a.k_cache);
+  check_written("v_cache", a.v_cache);
 
   RowCopies p;
   p.dtype = a.k.dtype;

@@ -113,7 +113,7 @@ struct AppendArguments {
   }
 
   /// Those of the attention that follows.
-  CacheArguments attention() const;
+  FLASH_ATTN_EXPORT CacheArguments attention() const;
 };
 
 /// The checks of k, v and the tables, and how they are written.

@@ -29,4 +29,13 @@ void check_dtype(const char* name, DType dtype) {
   }
 }
 
+void check_written(const char* name, const TensorInfo& tensor) {
+  for (int i = 0; i < tensor.ndim; ++i) {
+    if (tensor.size[i] > 1 && tensor.stride[i] == 0) {
+      refuse(name, " must have elements of its own, as it is written to, but was expanded in dimension ", i, ": give ",
+             name, ".clone()");
+    }
+  }
+}
+
 }  // namespace flash_attn

@@ -15,4 +15,7 @@ void check_vector(const char* name, const TensorInfo& tensor, DType dtype, int64
 /// Raises unless the dtype is one that there are kernels for.
 void check_dtype(const char* name, DType dtype);
 
+/// Raises where torch's own operations in place would: the tensor was expanded, so that its elements share memory.
+void check_written(const char* name, const TensorInfo& tensor);
+
 }  // namespace flash_attn

@@ -33,7 +33,7 @@ Rotary make_rotary(const TensorInfo& cos, const std::optional<TensorInfo>& sin, 
   return rotary;
 }
 
-RowCopies make_rotary_params(const RotaryArguments& a) {
+RowCopies make_rotary_params(const RotaryArguments& a, bool read_values) {
   check_dtype("x", a.x.dtype);
   const bool packed = a.cu_seqlens.has_value();
   if (a.x.ndim != (packed ? 3 : 4)) {
@@ -65,7 +65,7 @@ RowCopies make_rotary_params(const RotaryArguments& a) {
   if (!packed && !a.offsets && a.offset + p.rows > a.cos.size[0]) {
     refuse("cos and sin must have a position for each row of x, ", a.offset + p.rows, ", but have ", a.cos.size[0]);
   }
-  const bool readable = a.x.device == DeviceType::kCPU && a.x.device_index != TensorInfo::kMeta;
+  const bool readable = read_values && a.x.device == DeviceType::kCPU && a.x.device_index != TensorInfo::kMeta;
   for (int64_t b = 0; readable && p.offsets != nullptr && b < p.sequences; ++b) {
     const int64_t rows = packed ? p.cu_seqlens[b + 1] - p.cu_seqlens[b] : p.rows;
     const int64_t first = a.offset + p.offsets[b];

@@ -38,7 +38,8 @@ struct RotaryArguments {
 /// Checks the tables for turning x.
 Rotary make_rotary(const TensorInfo& cos, const std::optional<TensorInfo>& sin, bool interleaved, const TensorInfo& x);
 
-/// Checks everything and fills all but where the rows go.
-FLASH_ATTN_EXPORT RowCopies make_rotary_params(const RotaryArguments& arguments);
+/// Checks everything and fills all but where the rows go. Positions are checked too where they are in host memory and
+/// `read_values` is true.
+FLASH_ATTN_EXPORT RowCopies make_rotary_params(const RotaryArguments& arguments, bool read_values = true);
 
 }  // namespace flash_attn

@@ -65,7 +65,7 @@ def _backward_jvp_flops(*arguments: Any, out_val: Any = None) -> int:
 
 
 def _extension_flops(*arguments: Any, out_val: Any = None, **options: Any) -> int:
-    return _backward_flops(*extension.of_backward(*arguments, **options))
+    return 0 if arguments[0] is None else _backward_flops(*extension.of_backward(*arguments, **options))
 
 
 def _register() -> None:

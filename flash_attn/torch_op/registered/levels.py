@@ -42,7 +42,7 @@ _NO_THIRD = (
 )
 
 
-class Forward(torch.autograd.Function):
+class Forward(private.SingleLevelFunction):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> Results:
         return cast(Results, _call_at_next_level(forward_op, *arguments))
@@ -70,7 +70,7 @@ class Forward(torch.autograd.Function):
         return tout, tlse, None
 
 
-class Backward(torch.autograd.Function):
+class Backward(private.SingleLevelFunction):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> Gradients:
         return cast(Gradients, _call_at_next_level(backward_op, *arguments))
@@ -104,7 +104,7 @@ class Backward(torch.autograd.Function):
         return cast(Gradients, backward_jvp_op(*arguments))
 
 
-class ForwardJvp(torch.autograd.Function):
+class ForwardJvp(private.SingleLevelFunction):  # type: ignore[misc]
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], _call_at_next_level(forward_jvp_op, *arguments))
@@ -137,7 +137,7 @@ class ForwardJvp(torch.autograd.Function):
         raise NotImplementedError(_NO_THIRD.format("forward_jvp"))
 
 
-class BackwardJvp(torch.autograd.Function):
+class BackwardJvp(private.SingleLevelFunction):  # type: ignore[misc]
     """Linear in the tangents, and symmetric: so of these it has gradients, which `torch.autograd.functional.hvp` asks
     for. What else it depends on comes through `Third`."""
 
@@ -171,7 +171,7 @@ class BackwardJvp(torch.autograd.Function):
         raise NotImplementedError(_NO_THIRD.format("backward_jvp"))
 
 
-class Third(torch.autograd.Function):
+class Third(private.SingleLevelFunction):  # type: ignore[misc]
     """A tensor on which a second derivative depends: its own derivative raises."""
 
     @staticmethod

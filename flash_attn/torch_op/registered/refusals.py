@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,25 +37,34 @@ def _introspection() -> Any:
 
 def refuse_forward(tensors: Tensors, options: Options) -> None:
     """Raises what forward would raise."""
-    _check(tensors._asdict(), options)
+    _check("check", tensors._asdict(), options._asdict())
 
 
 def refuse_backward(arguments: BackwardArguments) -> None:
     """Raises what backward would raise."""
     dout, dlse, tensors, out, lse, needs, options = arguments
-    _check(tensors._asdict() | {"dout": dout, "dlse": dlse, "out": out, "lse": lse}, options, needs)
+    saved = {"dout": dout, "dlse": dlse, "out": out, "lse": lse}
+    _check("check", tensors._asdict() | saved, options._asdict(), needs)
 
 
-def _check(tensors: dict[str, Tensor | None], options: Options, needs: Sequence[bool] | None = None) -> None:
+def refuse_named(check: str, arguments: Mapping[str, Any]) -> None:
+    """Raises what an op with these arguments would raise; `check` is what `flash_attn._C` has for it."""
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    _check(check, tensors, {name: x for name, x in arguments.items() if name not in tensors})
+
+
+def _check(
+    check: str, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any], needs: Sequence[bool] | None = None
+) -> None:
     module = _introspection()
     if module is None:
         return
     try:
         described = {name: _describe(x) for name, x in tensors.items() if x is not None}
-        numbers = {name: _number(x) for name, x in options._asdict().items()}
+        numbers = {name: _number(x) for name, x in options.items()}
     except _KnownLater:
         return
-    module.check(described, numbers, None if needs is None else list(needs))
+    getattr(module, check)(described, numbers, *(() if needs is None else (list(needs),)))
 
 
 def _describe(x: Tensor) -> _Described:
