@@ -45,11 +45,8 @@ from ..arguments import (
 )
 from ..library import backward_jvp_op, empty_gradients, empty_outputs, forward_jvp_op, registrations
 from ..registered.refusals import refuse_backward, refuse_forward
-from .parts import blocks, parts
-from .tile import Inputs
-
-# Scores of a tile, over all heads. A call takes some ten times this memory beside its results and sums.
-_SCORES = {"cpu": 1 << 18, "cuda": 1 << 24}
+from .parts import parts
+from .tile import Inputs, joined
 
 
 def forward_jvp(t: Tangents, tensors: Tensors, out: Tensor, lse: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -109,15 +106,15 @@ def _parts(tensors: Tensors, options: Options, lse: Tensor) -> Iterator[Inputs]:
 
 
 def _forward_jvp(inputs: Inputs, t: Tangents, out: Tensor, tout: Tensor, tlse: Tensor) -> None:
-    size = inputs.block_size(_SCORES[out.device.type])
-    for rows in blocks(inputs.part.q.length, size):
-        total = _total(inputs, rows, size)
+    of_z = joined((t.q, inputs.k), (inputs.q, t.k))
+    for rows in inputs.row_blocks():
+        total = _total(inputs, rows)
         tsum = torch.zeros_like(inputs.lse[..., rows])
         acc = torch.zeros_like(out[..., rows, :], dtype=inputs.statistics)
         # ts counts from its mean over a row's first tile, so that what all its keys have in common is not rounded.
         center = torch.zeros_like(tsum)
-        for i, tile in enumerate(inputs.tiles(rows, size)):
-            (_, ts), p = tile.tangents(t), tile.probabilities_(total)
+        for i, tile in enumerate(inputs.tiles(rows)):
+            (_, ts), p = tile.tangents(t, of_z), tile.probabilities_(total)
             if i == 0:
                 weight = p.sum(-1)
                 center = torch.where(weight > 0.0, (p * ts).sum(-1) / weight, 0.0)
@@ -196,25 +193,20 @@ class _Gradients(NamedTuple):
 
 
 def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradients) -> None:
-    size = inputs.block_size(_SCORES[inputs.q.device.type])
+    of_z, of_u = joined((t.q, inputs.k), (inputs.q, t.k)), (whole.dout, inputs.v)
+    of_tu = joined((whole.dout, t.v), (whole.tdout, inputs.v))
     dk, dv = (torch.zeros_like(x, dtype=inputs.statistics) for x in (inputs.k, inputs.v))
-    for rows in blocks(inputs.part.q.length, size):
-        total = _total(inputs, rows, size)
+    for rows in inputs.row_blocks():
+        total = _total(inputs, rows)
         delta, tdelta, tlse = (x[..., rows] for x in whole[2:])
         dq = torch.zeros_like(inputs.q[..., rows, :], dtype=inputs.statistics)
-        for tile in inputs.tiles(rows, size):
+        for tile in inputs.tiles(rows):
             dout = tile.of_queries(whole.dout)
             tdout = None if whole.tdout is None else tile.of_queries(whole.tdout)
-            tq, tk, tv = (
-                None if x is None else of(x)
-                for x, of in zip(t[:3], (tile.of_queries, tile.of_keys, tile.of_keys), strict=True)
-            )
-            (tz, ts), p = tile.tangents(t), tile.probabilities_(total)
+            (tz, ts), p = tile.tangents(t, of_z), tile.probabilities_(total)
             ts = tile.hide_(ts.sub_(tlse[..., None]))
-            u, tu = tile.scores((dout, tile.v)), tile.scores((dout, tv), (tdout, tile.v))
-            assert u is not None
-            e = tile.hide_(tile.drop_(u).sub_(delta[..., None]).mul_(p))
-            tu = torch.zeros_like(p) if tu is None else tile.drop_(tu)
+            e = tile.hide_(tile.drop_(tile.scores(*of_u)).sub_(delta[..., None]).mul_(p))
+            tu = torch.zeros_like(p) if of_tu is None else tile.drop_(tile.scores(*of_tu))
             te = tile.hide_(tu.sub_(tdelta[..., None]).mul_(p)).addcmul_(e, ts)
             if gradients.attn_mask is not None:
                 _add_to(tile.of_mask(gradients.attn_mask), te)
@@ -227,10 +219,10 @@ def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradien
             dq += tile.onto_queries(tg, tile.k)
             dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
             dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(ts.mul_(p))), dout)
-            if tk is not None:
-                dq += tile.onto_queries(g, tk)
-            if tq is not None:
-                dk[..., tile.cols, :] += tile.onto_keys(g, tq)
+            if t.k is not None:
+                dq += tile.onto_queries(g, tile.of_keys(t.k))
+            if t.q is not None:
+                dk[..., tile.cols, :] += tile.onto_keys(g, tile.of_queries(t.q))
             if tdout is not None:
                 dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(p)), tdout)
         if gradients.q is not None:
@@ -250,13 +242,13 @@ def _add_to(sums: Tensor, x: Tensor) -> None:
     sums += x.sum_to_size(sums.shape)
 
 
-def _total(inputs: Inputs, rows: slice, size: int) -> Tensor | None:
+def _total(inputs: Inputs, rows: slice) -> Tensor | None:
     """Sum of p of each row. None for 1, as it is unless an additive mask has made scores so large that lse, beside
     them, loses the logarithm of what they are counted by."""
     if inputs.bias is None:
         return None
     total = torch.zeros_like(inputs.lse[..., rows])
-    for tile in inputs.tiles(rows, size):
+    for tile in inputs.tiles(rows):
         total += tile.probabilities_().sum(-1)
     if inputs.sinks is not None:
         total += _p_of_sink(inputs, rows)

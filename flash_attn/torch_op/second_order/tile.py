@@ -24,6 +24,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(0, lead)  # type: ignore[call-overload, no-any-return]
 
 
+Pair = tuple[Tensor, Tensor]
+
+
+def joined(*pairs: tuple[Tensor | None, Tensor | None]) -> Pair | None:
+    """Two tensors whose product a @ b^T is the sum of all pairs' products; of None is zero."""
+    given = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(given) <= 1:
+        return given[0] if given else None
+    a, b = zip(*given, strict=True)
+    return torch.cat(a, -1), torch.cat(b, -1)
+
+
 class Inputs:
     """A part of a call. Query heads that share a key head lie side by side, so that a product has the rows of all.
 
@@ -51,7 +63,14 @@ class Inputs:
         self.bool_mask = self.mask(_bool_mask(tensors)) if mask is not None and mask.dtype == torch.bool else None
         self.slopes, self.sinks = self.of_heads(tensors.alibi_slopes), self.of_heads(tensors.sinks)
         self.rng_state = tensors.rng_state
+        self._tile = self._tile_size()
         self.total_heads = tensors.q.shape[1 if tensors.q.dim() == 3 or options.heads_first else 2]
+
+    def _tile_size(self) -> tuple[int, int]:
+        """Rows and columns. On a GPU launches take longer than small tiles do, on a CPU large ones leave its caches."""
+        scores = min(max(1 << 22, 2 * self.q.numel()), 1 << 25) if self.q.is_cuda else 1 << 18
+        bits = int(math.log2(max(1, scores * self.q.shape[-2] * self.q.shape[-1] // max(1, self.q.numel()))))
+        return 1 << min(max(7, bits // 2), 11), 1 << min(max(7, bits - bits // 2), 11)
 
     def queries(self, x: Tensor) -> Tensor:
         return self.part.q.view(x).unflatten(1, (self.heads_k, self.group)).to(self.operands)
@@ -86,14 +105,12 @@ class Inputs:
         x = x.unsqueeze(0) if x.dim() == 1 else x[self.part.batch]
         return x.unflatten(1, (self.heads_k, self.group))[..., None, None].to(self.statistics)
 
-    def block_size(self, scores: int) -> int:
-        """Rows and columns of a tile which, over all heads, has about so many scores."""
-        heads = self.q.shape[0] * self.heads_k * self.group
-        return 1 << max(7, min(11, int(math.log2(max(1, scores // heads)) / 2)))
+    def row_blocks(self) -> Iterator[slice]:
+        return blocks(self.part.q.length, self._tile[0])
 
-    def tiles(self, rows: slice, size: int) -> Iterator[Tile]:
+    def tiles(self, rows: slice) -> Iterator[Tile]:
         """Those of some rows in which something may be seen, as far as the host knows."""
-        for cols in blocks(self.part.k.length, size):
+        for cols in blocks(self.part.k.length, self._tile[1]):
             tile = Tile(self, rows, cols)
             if tile.exists:
                 yield tile
@@ -161,13 +178,10 @@ class Tile:
         """`x` times dropout's factor, in place."""
         return x if self.kept is None else x.mul_(self.kept)
 
-    def scores(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-        """Sum of a @ b^T over pairs of rows that belong to queries and rows that belong to keys; None is zero."""
-        given = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if not given:
-            return None
-        queries, keys = (x[0] if len(given) == 1 else torch.cat(x, -1) for x in zip(*given, strict=True))
-        return product(queries.flatten(2, 3), keys.mT).unflatten(2, queries.shape[2:4])
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries @ keys^T of the part's rows that belong to queries and to keys."""
+        queries = self.of_queries(queries)
+        return product(queries.flatten(2, 3), self.of_keys(keys).mT).unflatten(2, queries.shape[2:4])
 
     def onto_queries(self, x: Tensor, keys: Tensor) -> Tensor:
         """x @ keys, of scores as :meth:`operand` has them: rows that belong to queries."""
@@ -186,11 +200,10 @@ class Tile:
         p = self.s.sub_(self.inputs.lse[..., self.rows, None]).exp_()
         return p if total is None else p.div_(total[..., None])
 
-    def tangents(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        """Of scale * q k^T, and of the scores; without a softcap they may be the same. `t` are as the inputs are."""
-        tq, tk = None if t.q is None else self.of_queries(t.q), None if t.k is None else self.of_keys(t.k)
-        tz = self.scores((tq, self.k), (self.q, tk))
-        tz = torch.zeros_like(self.s) if tz is None else tz.mul_(self.inputs.scale)
+    def tangents(self, t: Tangents, of_z: Pair | None) -> tuple[Tensor, Tensor]:
+        """Of z = scale * q k^T, and of the scores; without a softcap they may be the same. `t` are as the inputs are,
+        `of_z` is what their product is made of."""
+        tz = torch.zeros_like(self.s) if of_z is None else self.scores(*of_z).mul_(self.inputs.scale)
         ts = tz if self.slope is None else tz * self.slope
         if t.attn_mask is not None:
             ts += self.of_mask(t.attn_mask)
@@ -200,9 +213,7 @@ class Tile:
 
     def _score(self, bias: Tensor | None) -> None:
         inputs, softcap = self.inputs, self.inputs.options.softcap
-        s = self.scores((self.q, self.k))
-        assert s is not None
-        s *= inputs.scale
+        s = self.scores(inputs.q, inputs.k).mul_(inputs.scale)
         if softcap > 0.0:
             h = torch.tanh(s / softcap)
             s, self.slope = softcap * h, 1.0 - h * h
@@ -256,9 +267,10 @@ class Tile:
                 offset = self._offset()
                 conditions += [offset >= -left] if left < math.inf else []
                 conditions += [offset <= right] if right < math.inf else []
-        for side, numbers in zip((q, k), self._numbers(), strict=True):
-            if side.used is not None:
-                conditions.append(numbers < side.used.view(-1, 1, 1, 1, 1))
+        if q.used is not None or k.used is not None:
+            for side, numbers in zip((q, k), self._numbers(), strict=True):
+                if side.used is not None:
+                    conditions.append(numbers < side.used.view(-1, 1, 1, 1, 1))
         if not conditions:
             return True
         seen = functools.reduce(torch.logical_and, conditions)
