@@ -155,7 +155,7 @@ def _ones(*shape: int) -> Tensor:
         (RuntimeError, r"v must be \(batch, seqlen_new", {"v": _ones(2, 2, 2, 16)}),
         (RuntimeError, "room for the rows that are appended", {"k": _ones(2, 9, 2, 16), "v": _ones(2, 9, 2, 16)}),
         (RuntimeError, "cache must have room for cache_seqlens = 8 rows and the 1", {"cache_seqlens": 8}),
-        (RuntimeError, "cache must have room for cache_seqlens = -1", {"cache_seqlens": -1}),
+        (RuntimeError, "cache_seqlens must be >= 0, but is -1", {"cache_seqlens": -1}),
         (RuntimeError, "cache_seqlens must be int32, but is int64", {"cache_seqlens": torch.tensor([1, 1])}),
         (RuntimeError, r"cache_seqlens must have shape \(batch\)", {"cache_seqlens": torch.ones(3, dtype=INT32)}),
         (TypeError, "cache_seqlens must be an int", {"cache_seqlens": 1.0}),

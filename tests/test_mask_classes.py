@@ -28,6 +28,13 @@ def test_shares_are_of_scores() -> None:
         prepared.shares((128, 100))
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 5, 5), (0, 1, 5, 5), (0,), (5, 0), (0, 5)], ids=str)
+def test_of_nothing_there_is_a_picture_too(shape: tuple[int, ...]) -> None:
+    prepared = prepare_mask(torch.ones(shape, dtype=torch.bool))
+    assert str(prepared).startswith(f"PreparedMask({shape}, bool, cpu, ")
+    assert prepared.visited == 0.0
+
+
 def test_its_picture_is_text() -> None:
     prepared = prepare_mask(torch.ones(384, 384, dtype=torch.bool).tril())
     lines = prepared.picture().splitlines()

@@ -249,6 +249,8 @@ def _inputs(**changes: Any) -> dict[str, Any]:
         (RuntimeError, "same length", {"value": torch.randn(2, 3, 6, 8)}),
         (RuntimeError, r"broadcast, .*\(2, 4, 5, 8\)[^;]*$", {"query": torch.randn(2, 4, 5, 8)}),
         (RuntimeError, "broadcast.*; .*need enable_gqa=True", {"query": torch.randn(2, 6, 5, 8)}),
+        (RuntimeError, r"broadcast, .*\(4, 3, 5, 8\)[^;]*$", {"query": torch.randn(4, 3, 5, 8)}),
+        (RuntimeError, r"broadcast, .*\(4, 6, 5, 8\)[^;]*$", {"query": torch.randn(4, 6, 5, 8)}),
         (RuntimeError, "divide", {"query": torch.randn(2, 4, 5, 8), "enable_gqa": True}),
         (IndexError, "enable_gqa", {n: torch.randn(5, 8) for n in ("query", "key", "value")} | {"enable_gqa": True}),
         (TypeError, "is_causal", {"is_causal": 1}),

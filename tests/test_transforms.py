@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -152,6 +153,28 @@ def test_mapped_gradients(attend: Callable[..., Tensor]) -> None:
     out = attend(*leaves)
     close(vmap(lambda w: torch.autograd.grad(out, leaves, w, retain_graph=True))(weights), expected)
     close(jacobian(attend, tuple(leaves), vectorize=True), jacobian(_torchs, tuple(leaves)))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mapped_gradients_in_threads_of_autograd(device: str) -> None:
+    """Which run backward passes on GPUs, and do not know that anything is mapped."""
+    q, k, v = (x.to(device).requires_grad_() for x in _qkv(5))
+    bias = torch.randn(5, 5, device=device, requires_grad=True)  # float32, beside float64: no short way
+    weights = torch.randn(3, 2, 3, 5, 8, dtype=torch.float64, device=device)
+    for inputs, out in (((q, k, v), _ours(q, k, v)), ((q, bias), scaled_dot_product_attention(q, k, v, bias))):
+        expected = [torch.autograd.grad(out, inputs, w, retain_graph=True) for w in weights]
+        got = torch.autograd.grad(out, inputs, weights, is_grads_batched=True)
+        close(got, tuple(map(torch.stack, zip(*expected, strict=True))))
+
+
+def test_a_thread_that_is_not_told_of_a_mapping() -> None:
+    if not private.older_vmap:
+        pytest.skip("this torch has functorch's vmap alone")
+    q, k, v = _qkv(5)
+    mapped = torch._add_batch_dim(torch.stack((q, k)), 0, 3)
+    with ThreadPoolExecutor(1) as pool:
+        level, size, dims, plain = pool.submit(private.unwrap_batched, (None, mapped, v)).result()
+    assert (level, size, dims) == (3, 2, [None, 0, None]) and torch.equal(plain[1], torch.stack((q, k)))
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,9 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, appended: int, capac
     if isinstance(cache_seqlens, (list, tuple)):
         checks.tensor("cache_seqlens", cache_seqlens)
     length = checks.integer("cache_seqlens", cache_seqlens)
-    if length < 0 or length + appended > capacity:
+    if length < 0:
+        raise RuntimeError(f"cache_seqlens must be >= 0, but is {length}")
+    if length + appended > capacity:
         raise RuntimeError(
             f"the cache must have room for cache_seqlens = {length} rows and the {appended} that are appended, but has "
             f"{capacity}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .packed_mask import BIASED, HIDDEN, SEEN
@@ -21,6 +22,8 @@ _COLOURS = ("#eef0f3", "#2a6f97", "#f4a259", "#8f5db7")
 def _kinds(mask: PreparedMask, batch: int, head: int, tile: tuple[int, int]) -> Tensor:
     """(tiles of rows, tiles of columns) on the CPU: numbers of `_NAMES`."""
     tiles = mask.tiles(tile)
+    if 0 in tiles.shape[:2]:  # there are none
+        return tiles.new_zeros((0, tiles.shape[3]), dtype=torch.int64, device="cpu")
     for name, index, size in (("batch", batch, tiles.shape[0]), ("head", head, tiles.shape[1])):
         if size > 1 and not 0 <= index < size:
             raise IndexError(f"{name} must be in [0, {size}), but is {index}")

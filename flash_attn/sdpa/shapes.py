@@ -81,7 +81,11 @@ def _gqa_remedy(query: Tensor, key: Tensor, value: Tensor) -> str:
     if min(query.dim(), key.dim(), value.dim()) < 3:
         return ""
     heads, heads_k, heads_v = query.shape[-3], key.shape[-3], value.shape[-3]
-    if heads_k == 0 or heads_v == 0 or heads % heads_k != 0 or heads % heads_v != 0:
+    if heads_k == heads_v == heads or heads_k == 0 or heads_v == 0 or heads % heads_k != 0 or heads % heads_v != 0:
+        return ""
+    try:
+        torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
         return ""
     return "; heads of key and value that are shared by several of query need enable_gqa=True"
 

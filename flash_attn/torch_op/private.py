@@ -328,7 +328,9 @@ def unwrap_batched(arguments: Sequence[Any]) -> tuple[int, int, list[int | None]
         The level of that vmap, the dimension's size, where it is in each argument (None if not mapped), the arguments.
     """
     torch._C._vmapmode_increment_nesting()
-    for level in range(torch._C._vmapmode_decrement_nesting(), 0, -1):
+    nesting = torch._C._vmapmode_decrement_nesting()
+    # Autograd's threads, in which backward passes on GPUs run, are not told of it.
+    for level in range(nesting or _MOST_LEVELS, 0, -1):
         mapped = [isinstance(x, Tensor) and _is_mapped(x, level) for x in arguments]
         if any(mapped):
             plain = [
@@ -339,8 +341,14 @@ def unwrap_batched(arguments: Sequence[Any]) -> tuple[int, int, list[int | None]
     raise AssertionError("a kernel for mapped tensors was called without one")
 
 
+_MOST_LEVELS = 64
+_may_be_mapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: True)
+
+
 def _is_mapped(x: Tensor, level: int) -> bool:
     """A tensor that is not mapped is given as many copies as one asks for."""
+    if not _may_be_mapped(x):
+        return False
     one, two = (torch._remove_batch_dim(x, level, n, 0).shape[0] for n in (1, 2))
     return bool(one == two)
 
