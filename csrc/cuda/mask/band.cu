@@ -14,7 +14,7 @@ constexpr int kAhead = 4;  // times 32 cells whose classes are loaded at once
 
 struct BandArguments {
   PackedMask packed;
-  MaskBand* band;
+  MaskKind* kind;
   int rows, cols;
 };
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
   __shared__ SeenScores of_warps[kWarps];
   grid_launch_dependents();
   grid_dependency_wait();  // for the packed mask
-  BandPart& part = *static_cast<BandPart*>(arguments.band);
+  BandPart& part = *static_cast<BandPart*>(arguments.kind);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row_cell = int(blockIdx.x) * kWarps + warp;
   const int denied = __ldcg(&part.denied);
   SeenScores seen;
@@ -128,20 +128,30 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
 }
 
 /// Of a mask that pack() has just packed.
-void find_band(const MaskView& view, const PackedMask& packed, MaskBand* band, cudaStream_t stream) {
-  const BandArguments arguments{packed, band, int(view.row_size), int(view.col_size)};
+void find_band(const MaskView& view, const PackedMask& packed, MaskKind* kind, cudaStream_t stream) {
+  const BandArguments arguments{packed, kind, int(view.row_size), int(view.col_size)};
   launch_dependent(find_band_kernel, dim3(unsigned(row_groups(view))), 32 * kWarps, 0, stream, arguments,
                    "band of a mask");
 }
 
+KnownMask pack_and_mark(const MaskView& view, void* data, uint64_t mark, bool looks, cudaStream_t stream) {
+  MaskKind* const kind = place_kind(view, data);
+  looks = looks && has_band(view);
+  const KnownMask known{pack(view, data, stream, {kind, mark, looks}), kind, mark};
+  if (looks) find_band(view, known.packed, kind, stream);
+  return known;
+}
+
 }  // namespace
 
-MaskAndBand pack_with_band(const MaskView& view, void* workspace, cudaStream_t stream) {
-  if (view.packed != nullptr) return {place_packed(view, view.packed), place_band(view, view.packed)};
-  MaskBand* const band = place_band(view, workspace);
-  const MaskAndBand found{pack(view, workspace, stream, band), band};
-  if (band != nullptr) find_band(view, found.packed, band, stream);
-  return found;
+KnownMask pack_with_kind(const MaskView& view, void* workspace, cudaStream_t stream, bool looks) {
+  if (view.packed != nullptr) return {place_packed(view, view.packed), place_kind(view, view.packed), kPreparedMark};
+  return pack_and_mark(view, workspace, new_launch_id(), looks, stream);
+}
+
+void prepare(const MaskView& view, void* data, cudaStream_t stream) {
+  check(cudaMemsetAsync(place_kind(view, data), 0, kKindBytes, stream), "kind of a mask");
+  pack_and_mark(view, data, kPreparedMark, true, stream);
 }
 
 }  // namespace flash_attn::cuda::mask
