@@ -8,33 +8,29 @@
 namespace flash_attn::mask {
 
 struct MaskKind {
-  // Row r sees the columns from r + left to r + right that there are, one at least, and no others. 0: it is another
-  // mask, or nobody has looked.
-  int32_t is_band;
+  // 1: row r sees the columns from r + left to r + right that there are, one at least, and no others; and there is no
+  // column that no row sees. 0: it is another mask, or nobody has looked.
+  uint32_t is_band;
   int32_t left, right;
-  // The mark of whoever packed it, if something other than 0 is added to a score that is seen. Anything else: only 0.
-  uint64_t biased;
+  // The mark of whoever packed it, if something other than 0 is added to a score that is seen; anything else: only 0.
+  uint32_t biased;
+  uint32_t band_or_biased;  // the same mark, if it is either
 };
 
-constexpr uint64_t kPreparedMark = 1;  // of masks that are packed to be kept
+constexpr uint32_t kPreparedMark = 1;  // of masks that are packed to be kept
 
-/// Of kernels that are launched for one kind of mask each, as the host does not know which it is.
+/// Of kernels that are launched for one kind of mask each, as the host does not know which it is. It is looked at in
+/// each of them, so it is short.
 struct KindCondition {
-  enum Answer : int8_t { kEither, kNo, kYes };
+  const uint32_t* word = nullptr;  // of a MaskKind; null: there is no condition
+  uint32_t mark = 0;
+  bool is_mark = false;  // what the word has to be, or must not be
 
-  const MaskKind* kind = nullptr;                 // null: there is no condition
-  Answer is_band = kEither, is_biased = kEither;  // what it has to be
-  uint64_t mark = 0;                              // of whoever packed it
-
-  FLASH_ATTN_HOST_DEVICE bool exists() const { return kind != nullptr; }
-  FLASH_ATTN_HOST_DEVICE bool excludes() const {
-    return kind != nullptr && (differs(is_band, kind->is_band != 0) || differs(is_biased, kind->biased == mark));
-  }
-
- private:
-  FLASH_ATTN_HOST_DEVICE static bool differs(Answer wanted, bool is) {
-    return wanted != kEither && (wanted == kYes) != is;
-  }
+  static KindCondition is_band(const MaskKind& kind) { return {&kind.is_band, 1, true}; }
+  bool exists() const { return word != nullptr; }
+  FLASH_ATTN_HOST_DEVICE bool excludes() const { return word != nullptr && (*word == mark) != is_mark; }
+  /// Where the condition is that it is one.
+  FLASH_ATTN_HOST_DEVICE const MaskKind& band() const { return *reinterpret_cast<const MaskKind*>(word); }
 };
 
 constexpr int64_t kKindBytes = 256;  // with what is added up while a band is looked for

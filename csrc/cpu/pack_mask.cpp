@@ -105,7 +105,7 @@ void pack_mask(const MaskView& view, void* data, void*) {
   const int64_t words = view.batch_size * view.head_size * packing.row_groups * packing.packed.col_cells;
   const auto is_biased = [](uint64_t word) { return (word & mask::kBiased * 0x0101010101010101) != 0; };
   if (std::any_of(packing.packed.classes, packing.packed.classes + words, is_biased)) {
-    kind->biased = mask::kPreparedMark;
+    kind->biased = kind->band_or_biased = mask::kPreparedMark;
   }
 }
 

@@ -15,6 +15,7 @@ constexpr int kAhead = 4;  // times 32 cells whose classes are loaded at once
 struct BandArguments {
   PackedMask packed;
   MaskKind* kind;
+  uint32_t mark;
   int rows, cols;
 };
 
@@ -101,7 +102,10 @@ __device__ void add_block(const BandArguments& arguments, BandPart& part, const 
       first <= last ? scores_before(int64_t{last} + 1, rows, cols) - scores_before(first, rows, cols) : -1;
   part.left = first <= 1 - rows ? -kUnbounded : first;
   part.right = last >= cols - 1 ? kUnbounded : last;
-  part.is_band = int64_t(__ldcg(&part.seen.count)) == all && last >= 0 && first <= cols - rows;
+  // Keys that nobody sees may hold NaN, which kernels of bands do not expect.
+  const bool all_rows_see = last >= 0 && first <= cols - rows, all_columns_seen = first <= 0 && last >= cols - rows;
+  part.is_band = int64_t(__ldcg(&part.seen.count)) == all && all_rows_see && all_columns_seen ? 1 : 0;
+  if (part.is_band != 0) part.band_or_biased = arguments.mark;
 }
 
 /// Adds to what pack() has started. A block that knows that the mask is no band leaves at once, and as it does not add
@@ -128,17 +132,17 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
 }
 
 /// Of a mask that pack() has just packed.
-void find_band(const MaskView& view, const PackedMask& packed, MaskKind* kind, cudaStream_t stream) {
-  const BandArguments arguments{packed, kind, int(view.row_size), int(view.col_size)};
+void find_band(const MaskView& view, const PackedMask& packed, MaskKind* kind, uint32_t mark, cudaStream_t stream) {
+  const BandArguments arguments{packed, kind, mark, int(view.row_size), int(view.col_size)};
   launch_dependent(find_band_kernel, dim3(unsigned(row_groups(view))), 32 * kWarps, 0, stream, arguments,
                    "band of a mask");
 }
 
-KnownMask pack_and_mark(const MaskView& view, void* data, uint64_t mark, bool looks, cudaStream_t stream) {
+KnownMask pack_and_mark(const MaskView& view, void* data, uint32_t mark, bool looks, cudaStream_t stream) {
   MaskKind* const kind = place_kind(view, data);
   looks = looks && has_band(view);
   const KnownMask known{pack(view, data, stream, {kind, mark, looks}), kind, mark};
-  if (looks) find_band(view, known.packed, kind, stream);
+  if (looks) find_band(view, known.packed, kind, mark, stream);
   return known;
 }
 
@@ -146,7 +150,9 @@ KnownMask pack_and_mark(const MaskView& view, void* data, uint64_t mark, bool lo
 
 KnownMask pack_with_kind(const MaskView& view, void* workspace, cudaStream_t stream, bool looks) {
   if (view.packed != nullptr) return {place_packed(view, view.packed), place_kind(view, view.packed), kPreparedMark};
-  return pack_and_mark(view, workspace, new_launch_id(), looks, stream);
+  // Scattered: memory holds small numbers by chance.
+  const uint64_t scattered = new_launch_id() * 0x9e3779b97f4a7c15ull;
+  return pack_and_mark(view, workspace, static_cast<uint32_t>(scattered >> 32), looks, stream);
 }
 
 void prepare(const MaskView& view, void* data, cudaStream_t stream) {

@@ -14,7 +14,19 @@ using namespace flash_attn::mask;
 struct KnownMask {
   PackedMask packed;
   MaskKind* kind;
-  uint64_t mark;  // of KindCondition
+  uint32_t mark;
+
+  /// Of kernels that read bits, where others may see to a band, and others to values.
+  KindCondition only_hides(bool with_band) const {
+    return {with_band ? &kind->band_or_biased : &kind->biased, mark, false};
+  }
+  /// Of kernels that do whatever is left: values, or bits if no others read them.
+  KindCondition others(bool with_bits) const {
+    return with_bits ? KindCondition{&kind->biased, mark, true} : no_band();
+  }
+
+ private:
+  KindCondition no_band() const { return {&kind->is_band, 1, false}; }
 };
 
 /// The mask and its kind as they were packed before; or packs it into packing_workspace(view) + kind_workspace(view)

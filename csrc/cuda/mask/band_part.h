@@ -29,7 +29,8 @@ struct BandPart : MaskKind {
 
   /// By whoever packs the mask. Whether it is biased others may have said by then.
   __device__ void start() {
-    is_band = denied = blocks = 0;
+    is_band = 0;
+    denied = blocks = 0;
     seen = {};
   }
 };

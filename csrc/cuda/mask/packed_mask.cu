@@ -116,14 +116,15 @@ struct Packer {
     if (lane == 0) store_class(col_cell, (seen ? kSeen : 0) | (hidden ? kHidden : 0) | (biased ? kBiased : 0));
   }
 
-  /// Of a warp, when it is through. What somebody has said is not said again.
+  /// Of a block, when it is through: many that say the same to one place stand in line.
   __device__ void tell_kind() const {
     const KindPlace& place = arguments.place;
     if (place.kind == nullptr) return;
-    const bool denies = __any_sync(~0u, denies_band) || adds;
-    if (lane != 0) return;
-    if (adds && __ldcg(&place.kind->biased) != place.mark) __stcg(&place.kind->biased, place.mark);
-    if (place.looks && denies && __ldcg(&arguments.part().denied) == 0) __stcg(&arguments.part().denied, 1);
+    const bool biased = sizeof(Storage) > 1 && __syncthreads_or(adds) != 0;
+    const bool denies = place.looks && __syncthreads_or(denies_band || adds) != 0;
+    if (threadIdx.x != 0) return;
+    if (biased) place.kind->biased = place.kind->band_or_biased = place.mark;
+    if (denies) arguments.part().denied = 1;
   }
 
   /// Of booleans: a cell that is hidden, or seen, as a whole needs no bits to be made. False: it is neither.

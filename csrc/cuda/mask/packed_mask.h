@@ -13,7 +13,7 @@ using namespace flash_attn::mask;
 /// Where the kind of a mask goes that is packed; kKindBytes of them.
 struct KindPlace {
   MaskKind* kind = nullptr;  // null: nobody asks
-  uint64_t mark = 0;         // see MaskKind::biased; is never taken back
+  uint32_t mark = 0;         // see MaskKind::biased; is never taken back
   bool looks = false;        // a look for its band begins (band_part.h)
 };
 

@@ -375,18 +375,16 @@ int64_t workspace_bytes(const Plans& plans, const BackwardParams& params) {
 }
 
 void launch_plans(const Plans& plans, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
-  using Condition = mask::KindCondition;
   if (!plans.depend_on_kind()) return launch_plan(plans.plan, params, {}, device, stream);
   BackwardParams packed = params;
   const cuda::mask::KnownMask known = pack_mask(packed, stream, plans.has_band());
-  const auto launch_if = [&](const Plan& plan, const BackwardParams& problem, Condition::Answer is_band,
-                             Condition::Answer is_biased) {
-    launch_plan(plan, problem, {known.kind, is_band, is_biased, known.mark}, device, stream);
-  };
-  const Condition::Answer no_band = plans.has_band() ? Condition::kNo : Condition::kEither;
-  if (plans.has_band()) launch_if(plans.of_band, backward_of_band(packed), Condition::kYes, Condition::kEither);
-  if (plans.has_bits()) launch_if(plans.of_bits, backward_of_bits(packed), no_band, Condition::kNo);
-  launch_if(plans.plan, packed, no_band, plans.has_bits() ? Condition::kYes : Condition::kEither);
+  if (plans.has_band()) {
+    launch_plan(plans.of_band, backward_of_band(packed), mask::KindCondition::is_band(*known.kind), device, stream);
+  }
+  if (plans.has_bits()) {
+    launch_plan(plans.of_bits, backward_of_bits(packed), known.only_hides(plans.has_band()), device, stream);
+  }
+  launch_plan(plans.plan, packed, known.others(plans.has_bits()), device, stream);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

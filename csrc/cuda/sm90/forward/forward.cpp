@@ -62,11 +62,9 @@ struct Plans {
 
   /// What each waits for.
   void set_conditions(const mask::KnownMask& known) {
-    using Condition = mask::KindCondition;
-    const auto no_band = has_band() ? Condition::kNo : Condition::kEither;
-    of_band.condition = {known.kind, Condition::kYes, Condition::kEither, known.mark};
-    of_bits.condition = {known.kind, no_band, Condition::kNo, known.mark};
-    plan.condition = {known.kind, no_band, has_bits() ? Condition::kYes : Condition::kEither, known.mark};
+    of_band.condition = mask::KindCondition::is_band(*known.kind);
+    of_bits.condition = known.only_hides(has_band());
+    plan.condition = known.others(has_bits());
     of_bits.packed = plan.packed = known.packed;
   }
 };
