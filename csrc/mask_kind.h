@@ -14,7 +14,7 @@ struct MaskKind {
   int32_t left, right;
   // The mark of whoever packed it, if something other than 0 is added to a score that is seen; anything else: only 0.
   uint32_t biased;
-  uint32_t band_or_biased;  // the same mark, if it is either
+  uint32_t band_or_biased;  // the same mark, if it is either; where a band was looked for
 };
 
 constexpr uint32_t kPreparedMark = 1;  // of masks that are packed to be kept

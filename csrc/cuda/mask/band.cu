@@ -115,6 +115,10 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
   grid_launch_dependents();
   grid_dependency_wait();  // for the packed mask
   BandPart& part = *static_cast<BandPart*>(arguments.kind);
+  // Before it adds its part; the last block says so if it is a band. What a graph has left there is no more.
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    part.band_or_biased = __ldcg(&part.biased) == arguments.mark ? arguments.mark : ~arguments.mark;
+  }
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row_cell = int(blockIdx.x) * kWarps + warp;
   const int denied = __ldcg(&part.denied);
   SeenScores seen;

@@ -123,7 +123,7 @@ struct Packer {
     const bool biased = sizeof(Storage) > 1 && __syncthreads_or(adds) != 0;
     const bool denies = place.looks && __syncthreads_or(denies_band || adds) != 0;
     if (threadIdx.x != 0) return;
-    if (biased) place.kind->biased = place.kind->band_or_biased = place.mark;
+    if (biased) place.kind->biased = place.mark;
     if (denies) arguments.part().denied = 1;
   }
 

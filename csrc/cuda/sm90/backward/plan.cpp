@@ -296,7 +296,10 @@ Plan choose_bits_plan(const BackwardParams& params, const DeviceInfo& device) {
   if (!mask_may_be_bits(params.forward) || sums || forced.any()) return {};
   BackwardParams bits = params;
   bits.forward = bits_problem(params.forward);
-  const Plan plan = choose_plan(bits, device, extended_variant_for(bits), forced);
+  const Variant& variant = extended_variant_for(bits);
+  // The same one looks at classes of mask and passes over values where there are none to add.
+  if (&variant == &extended_variant_for(params)) return {};
+  const Plan plan = choose_plan(bits, device, variant, forced);
   return is_worth_launches(plan) ? plan : Plan{};
 }
 
