@@ -19,7 +19,7 @@ struct Backend {
   void (*copy_rows)(const RowCopies&, void* stream);
   /// Null: no family would be faster on copies.
   void (*gather_keys)(const KeyGather&, void* stream);
-  /// Packs attn_mask into stored_bytes() at `data`, see packed_mask.h and mask_band.h.
+  /// Packs attn_mask into stored_bytes() at `data`, see packed_mask.h and mask_kind.h.
   void (*pack_mask)(const MaskView& mask, void* data, void* stream);
   /// Rounds `count` numbers of float32 to a dtype of 16 bits. Null: torch's own copy does it.
   void (*round)(const float* from, void* to, DType dtype, int64_t count, void* stream);

@@ -141,7 +141,10 @@ py::dict plan(const TensorTuples& tensors, const py::dict& options, const std::v
   if (needs[0]) params.dq = p.q;
   if (needs[1]) params.dk = p.k;
   if (needs[2]) params.dv = p.v;
-  if (needs[3]) params.dmask = p.mask.data;
+  if (needs[3]) {
+    keep_shape_of_mask(a, p);
+    params.dmask = p.mask.data;
+  }
   if (needs[4]) params.dslopes = const_cast<void*>(p.alibi_slopes);
   if (needs[5]) params.dsinks = const_cast<void*>(p.sinks);
   result["backward"] = describe(backend.backward, params, info);

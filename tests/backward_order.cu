@@ -98,8 +98,8 @@ namespace flash_attn::cuda {
 
 // What only problems with attn_mask and gradients of slopes and sinks call.
 namespace mask {
-PackedMask pack(const MaskView&, void*, cudaStream_t, MaskBand*) { return {}; }
-MaskAndBand pack_with_band(const MaskView&, void*, cudaStream_t) { return {}; }
+PackedMask pack(const MaskView&, void*, cudaStream_t, const KindPlace&) { return {}; }
+KnownMask pack_with_kind(const MaskView&, void*, cudaStream_t, bool) { return {}; }
 }  // namespace mask
 namespace sm80 {
 const BackwardKernel kBackward = {};
@@ -111,10 +111,10 @@ namespace flash_attn::cuda::sm90::backward {
 
 void launch_preprocess(const RowsParams& params, cudaStream_t) { caught.packed = params.packed_blocks; }
 void launch_convert_dq(const RowsParams&, cudaStream_t) {}
-void launch_add_parts(const PartsParams&, const mask::BandCondition&, cudaStream_t) {}
+void launch_add_parts(const PartsParams&, const mask::KindCondition&, cudaStream_t) {}
 int64_t num_tile_classes(const MaskView&, int) { return 0; }
 TileClasses place_tile_classes(const MaskView&, int, uint8_t*, uint32_t*) { return {}; }
-void fill_tile_classes(const MaskView&, const mask::PackedMask&, int, const TileClasses&, const mask::BandCondition&,
+void fill_tile_classes(const MaskView&, const mask::PackedMask&, int, const TileClasses&, const mask::KindCondition&,
                        cudaStream_t) {}
 void reduce_slopes(const BackwardParams&, const SlopeSums&, cudaStream_t) {}
 void reduce_sinks(const RowsParams&, cudaStream_t) {}

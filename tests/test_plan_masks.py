@@ -119,7 +119,9 @@ def test_tiles_add_up_the_gradient_of_a_bias_where_few_scores_share_it(
         (4096, "bool", "packed first", "packed first", None),
         (512, "bfloat16", "read by tiles", "read by tiles", False),  # though all heads share it
         (520, "bfloat16", "packed first", "packed first", None),
-        (512, "float32", "packed first", "packed first", None),
+        (256, "float32", "read by tiles", "read by tiles", False),
+        (512, "float32", "read by tiles", "packed first", False),
+        (520, "float32", "packed first", "packed first", None),
     ],
 )
 def test_no_launch_comes_first_to_read_a_mask_of_few_scores(

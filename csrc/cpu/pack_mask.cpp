@@ -1,8 +1,9 @@
 // Packing attn_mask on the CPU, see packed_mask.h for what comes out.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
-#include "../mask_band.h"
+#include "../mask_kind.h"
 #include "cpu.h"
 #include "parallel.h"
 
@@ -99,7 +100,13 @@ void pack_task(const void* context, int64_t index, void*) {
 void pack_mask(const MaskView& view, void* data, void*) {
   const Packing packing{view, mask::place_packed(view, data), mask::row_groups(view)};
   run_tasks(view.batch_size * view.head_size * packing.row_groups, 0, pack_task, &packing);
-  if (mask::MaskBand* const band = mask::place_band(view, data)) *band = {};
+  mask::MaskKind* const kind = mask::place_kind(view, data);
+  std::memset(static_cast<void*>(kind), 0, mask::kKindBytes);  // nobody looks for a band
+  const int64_t words = view.batch_size * view.head_size * packing.row_groups * packing.packed.col_cells;
+  const auto is_biased = [](uint64_t word) { return (word & mask::kBiased * 0x0101010101010101) != 0; };
+  if (std::any_of(packing.packed.classes, packing.packed.classes + words, is_biased)) {
+    kind->biased = kind->band_or_biased = mask::kPreparedMark;
+  }
 }
 
 }  // namespace flash_attn::cpu

@@ -134,8 +134,7 @@ const Backend& cuda_backend() {
       cuda::copy_rows,
       cuda::gather_keys,
       [](const MaskView& mask, void* data, void* stream) {
-        const auto cuda_stream = static_cast<cudaStream_t>(stream);
-        cuda::mask::pack_with_band(mask, data, cuda_stream);
+        cuda::mask::prepare(mask, data, static_cast<cudaStream_t>(stream));
       },
       [](const float* from, void* to, DType dtype, int64_t count, void* stream) {
         cuda::mask::round_gradient(from, to, dtype, count, static_cast<cudaStream_t>(stream));

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../mask_band.h"
+#include "../mask_kind.h"
 #include "arguments/refuse.h"
 #include "rng_state.h"
 #include "run.h"
@@ -132,6 +132,7 @@ Gradients differentiate(const Inputs& inputs, Tensor& dout, const OptionalTensor
   BackwardParams params;
   params.forward = make_forward_params(arguments);
   fill_saved(arguments, dout, dlse, out, lse, needs, params);
+  if (needs[3]) keep_shape_of_mask(arguments, params.forward);
   const Backend& backend = backend_of(params.forward.device);
   Gradients gradients = empty_gradients(inputs, needs, params);
   if (lse.numel() == 0 || params.forward.batch == 0) {

@@ -2,7 +2,7 @@
 
 A packed mask is one int64 tensor. Its parts, each from a multiple of 256 bytes on, hold cells of 16 rows x 64 columns:
 which columns some row sees; what is in a cell (SEEN, HIDDEN, BIASED), a byte a cell; a bit a score, in the order of
-accumulator fragments; and, of one mask for all that is not of a few rows, whether it is a band.
+accumulator fragments; and whether it is a band, as far as that was looked for, and whether it adds anything but 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..torch_op.library import pack_mask_op, registrations, unchanged_mask_op
 
 CELL_ROWS, CELL_COLS, CLASS_ROWS = 16, 64, 128
 SEEN, HIDDEN, BIASED = 1, 2, 4
-LEAST_WITH_BAND, BAND_WORDS = 512, 32  # rows and columns; at the end
+LEAST_WITH_BAND, KIND_WORDS = 512, 32  # rows and columns; at the end
 
 Shape = Sequence[int]  # (batch | 1, heads | 1, rows | 1, columns | 1)
 
@@ -43,7 +43,7 @@ def _layout(shape: Shape) -> tuple[list[int], list[int], int, int, int]:
     classes = _up(b * h * cells[2] * cells[3], 32) * 32
     bits = classes + _up(b * h * words[2] * words[3], 32) * 32
     end = bits + _up(16 * b * h * cells[2] * cells[3], 32) * 32
-    return cells, words, classes, bits, end + (BAND_WORDS if _has_band(shape) else 0)
+    return cells, words, classes, bits, end + KIND_WORDS
 
 
 def _has_band(shape: Shape) -> bool:
@@ -71,7 +71,7 @@ def band(packed: Tensor, shape: Shape) -> tuple[int, int] | None:
     the device."""
     if not _has_band(shape):
         return None
-    is_band, left, right = packed[-BAND_WORDS:].view(torch.int32)[:3].tolist()
+    is_band, left, right = packed[-KIND_WORDS:].view(torch.int32)[:3].tolist()
     return (left, right) if is_band else None
 
 
@@ -109,8 +109,7 @@ def pack_by_rows(
         for x, y, unit in zip(to, of, (CELL_ROWS, CLASS_ROWS, CELL_ROWS), strict=True):
             x[:, :, first // unit : first // unit + y.shape[2]] = y
         first = end
-    if _has_band(shape):
-        whole[-BAND_WORDS:] = 0  # nobody has looked
+    whole[-KIND_WORDS:] = 0  # no band, as nobody has looked, and nothing is added
     return whole
 
 

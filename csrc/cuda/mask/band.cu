@@ -14,7 +14,8 @@ constexpr int kAhead = 4;  // times 32 cells whose classes are loaded at once
 
 struct BandArguments {
   PackedMask packed;
-  MaskBand* band;
+  MaskKind* kind;
+  uint32_t mark;
   int rows, cols;
 };
 
@@ -101,7 +102,10 @@ __device__ void add_block(const BandArguments& arguments, BandPart& part, const 
       first <= last ? scores_before(int64_t{last} + 1, rows, cols) - scores_before(first, rows, cols) : -1;
   part.left = first <= 1 - rows ? -kUnbounded : first;
   part.right = last >= cols - 1 ? kUnbounded : last;
-  part.is_band = int64_t(__ldcg(&part.seen.count)) == all && last >= 0 && first <= cols - rows;
+  // Keys that nobody sees may hold NaN, which kernels of bands do not expect.
+  const bool all_rows_see = last >= 0 && first <= cols - rows, all_columns_seen = first <= 0 && last >= cols - rows;
+  part.is_band = int64_t(__ldcg(&part.seen.count)) == all && all_rows_see && all_columns_seen ? 1 : 0;
+  if (part.is_band != 0) part.band_or_biased = arguments.mark;
 }
 
 /// Adds to what pack() has started. A block that knows that the mask is no band leaves at once, and as it does not add
@@ -110,7 +114,11 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
   __shared__ SeenScores of_warps[kWarps];
   grid_launch_dependents();
   grid_dependency_wait();  // for the packed mask
-  BandPart& part = *static_cast<BandPart*>(arguments.band);
+  BandPart& part = *static_cast<BandPart*>(arguments.kind);
+  // Before it adds its part; the last block says so if it is a band. What a graph has left there is no more.
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    part.band_or_biased = __ldcg(&part.biased) == arguments.mark ? arguments.mark : ~arguments.mark;
+  }
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row_cell = int(blockIdx.x) * kWarps + warp;
   const int denied = __ldcg(&part.denied);
   SeenScores seen;
@@ -128,20 +136,32 @@ __global__ void __launch_bounds__(32 * kWarps) find_band_kernel(const __grid_con
 }
 
 /// Of a mask that pack() has just packed.
-void find_band(const MaskView& view, const PackedMask& packed, MaskBand* band, cudaStream_t stream) {
-  const BandArguments arguments{packed, band, int(view.row_size), int(view.col_size)};
+void find_band(const MaskView& view, const PackedMask& packed, MaskKind* kind, uint32_t mark, cudaStream_t stream) {
+  const BandArguments arguments{packed, kind, mark, int(view.row_size), int(view.col_size)};
   launch_dependent(find_band_kernel, dim3(unsigned(row_groups(view))), 32 * kWarps, 0, stream, arguments,
                    "band of a mask");
 }
 
+KnownMask pack_and_mark(const MaskView& view, void* data, uint32_t mark, bool looks, cudaStream_t stream) {
+  MaskKind* const kind = place_kind(view, data);
+  looks = looks && has_band(view);
+  const KnownMask known{pack(view, data, stream, {kind, mark, looks}), kind, mark};
+  if (looks) find_band(view, known.packed, kind, mark, stream);
+  return known;
+}
+
 }  // namespace
 
-MaskAndBand pack_with_band(const MaskView& view, void* workspace, cudaStream_t stream) {
-  if (view.packed != nullptr) return {place_packed(view, view.packed), place_band(view, view.packed)};
-  MaskBand* const band = place_band(view, workspace);
-  const MaskAndBand found{pack(view, workspace, stream, band), band};
-  if (band != nullptr) find_band(view, found.packed, band, stream);
-  return found;
+KnownMask pack_with_kind(const MaskView& view, void* workspace, cudaStream_t stream, bool looks) {
+  if (view.packed != nullptr) return {place_packed(view, view.packed), place_kind(view, view.packed), kPreparedMark};
+  // Scattered: memory holds small numbers by chance.
+  const uint64_t scattered = new_launch_id() * 0x9e3779b97f4a7c15ull;
+  return pack_and_mark(view, workspace, static_cast<uint32_t>(scattered >> 32), looks, stream);
+}
+
+void prepare(const MaskView& view, void* data, cudaStream_t stream) {
+  check(cudaMemsetAsync(place_kind(view, data), 0, kKindBytes, stream), "kind of a mask");
+  pack_and_mark(view, data, kPreparedMark, true, stream);
 }
 
 }  // namespace flash_attn::cuda::mask

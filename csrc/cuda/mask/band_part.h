@@ -3,7 +3,7 @@
 
 #include <climits>
 
-#include "../../mask_band.h"
+#include "../../mask_kind.h"
 
 namespace flash_attn::cuda::mask {
 
@@ -22,11 +22,18 @@ struct SeenScores {
   }
 };
 
-struct BandPart : MaskBand {
+struct BandPart : MaskKind {
   int denied;  // 1: whoever packed the mask has seen that it is no band; 0 says nothing
   int blocks;  // that have added theirs
   SeenScores seen;
+
+  /// By whoever packs the mask. Whether it is biased others may have said by then.
+  __device__ void start() {
+    is_band = 0;
+    denied = blocks = 0;
+    seen = {};
+  }
 };
-static_assert(sizeof(BandPart) <= kBandBytes);
+static_assert(sizeof(BandPart) <= kKindBytes);
 
 }  // namespace flash_attn::cuda::mask

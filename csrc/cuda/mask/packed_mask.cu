@@ -17,8 +17,10 @@ struct PackArguments {
   int64_t first_block;
   // A block's warps lie below each other, or, where the mask has one row of cells, beside each other.
   Divisor block_cols, block_rows;
-  bool vectors;    // sixteen neighbouring values are aligned pieces of 16 bytes
-  BandPart* band;  // null: nobody will look for it
+  bool vectors;  // sixteen neighbouring values are aligned pieces of 16 bytes
+  KindPlace place;
+
+  __device__ BandPart& part() const { return *static_cast<BandPart*>(place.kind); }
 };
 
 /// Pairs of bits 2 t, 2 t + 1 of eight go to bits 0 and 1 of byte t.
@@ -48,7 +50,7 @@ struct Packer {
   const int row_cell, first_col_cell;
   const Storage* row[2];
   bool row_exists[2];
-  bool denies_band = false;
+  bool denies_band = false, adds = false;  // something other than 0
 
   __device__ Packer(const PackArguments& all, int64_t of_slice, int of_row_cell, int of_col_cell)
       : arguments(all),
@@ -110,13 +112,19 @@ struct Packer {
 
     const bool seen = __any_sync(~0u, any != 0), biased = __any_sync(~0u, (bits[0].biased | bits[1].biased) != 0);
     const bool hidden = __any_sync(~0u, low != exists[0] || high != exists[1]);
+    adds = adds || biased;
     if (lane == 0) store_class(col_cell, (seen ? kSeen : 0) | (hidden ? kHidden : 0) | (biased ? kBiased : 0));
   }
 
-  /// Of a warp, when it is through.
-  __device__ void tell_band() const {
-    if (arguments.band == nullptr || !__any_sync(~0u, denies_band) || lane != 0) return;
-    if (__ldcg(&arguments.band->denied) == 0) __stcg(&arguments.band->denied, 1);  // once said is enough
+  /// Of a block, when it is through: many that say the same to one place stand in line.
+  __device__ void tell_kind() const {
+    const KindPlace& place = arguments.place;
+    if (place.kind == nullptr) return;
+    const bool biased = sizeof(Storage) > 1 && __syncthreads_or(adds) != 0;
+    const bool denies = place.looks && __syncthreads_or(denies_band || adds) != 0;
+    if (threadIdx.x != 0) return;
+    if (biased) place.kind->biased = place.mark;
+    if (denies) arguments.part().denied = 1;
   }
 
   /// Of booleans: a cell that is hidden, or seen, as a whole needs no bits to be made. False: it is neither.
@@ -199,12 +207,10 @@ __global__ void __launch_bounds__(32 * kWarps, sizeof(Storage) == 1 ? 3 : 0)
   const bool one_row = arguments.packed.row_cells == 1;
   const int row_cell = one_row ? 0 : block_row * kWarps + warp;
   // What others have denied by then is said once more, or the look takes longer.
-  if (arguments.band != nullptr && arguments.first_block + blockIdx.x == 0 && threadIdx.x == 0) {
-    *arguments.band = BandPart{};
-  }
+  if (arguments.place.looks && arguments.first_block + blockIdx.x == 0 && threadIdx.x == 0) arguments.part().start();
   Packer<Storage> packer(arguments, slice, row_cell, (one_row ? block_col * kWarps + warp : block_col) * kColCells);
   packer.run();
-  packer.tell_band();
+  packer.tell_kind();
 }
 
 template <typename Storage>
@@ -215,27 +221,26 @@ bool has_vectors(const MaskView& view) {
 }
 
 template <typename Storage>
-void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream, MaskBand* band) {
+void launch(const MaskView& view, const PackedMask& packed, cudaStream_t stream, const KindPlace& place) {
   const bool one_row = packed.row_cells == 1;
   const int64_t cols = units(packed.col_cells, one_row ? kWarps * kColCells : kColCells);
   const int64_t rows = units(packed.row_cells, kWarps);
   const int64_t blocks = view.batch_size * view.head_size * rows * cols;
   if (blocks == 0) return;
-  const PackArguments arguments{
-      view, packed, 0, Divisor(cols), Divisor(rows), has_vectors<Storage>(view), static_cast<BandPart*>(band)};
+  const PackArguments arguments{view, packed, 0, Divisor(cols), Divisor(rows), has_vectors<Storage>(view), place};
   cuda::launch_blocks(pack_kernel<Storage>, arguments, blocks, 32 * kWarps, 0, stream, "mask packing");
 }
 
 }  // namespace
 
-PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, MaskBand* band) {
+PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, const KindPlace& place) {
   const PackedMask packed = place_packed(view, data);
   switch (view.dtype) {
-    case DType::kBool: launch<uint8_t>(view, packed, stream, band); break;
-    case DType::kFloat64: launch<double>(view, packed, stream, band); break;
-    case DType::kFloat32: launch<float>(view, packed, stream, band); break;
-    case DType::kBFloat16: launch<__nv_bfloat16>(view, packed, stream, band); break;
-    default: launch<__half>(view, packed, stream, band); break;
+    case DType::kBool: launch<uint8_t>(view, packed, stream, place); break;
+    case DType::kFloat64: launch<double>(view, packed, stream, place); break;
+    case DType::kFloat32: launch<float>(view, packed, stream, place); break;
+    case DType::kBFloat16: launch<__nv_bfloat16>(view, packed, stream, place); break;
+    default: launch<__half>(view, packed, stream, place); break;
   }
   return packed;
 }

@@ -3,16 +3,22 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../mask_band.h"
+#include "../../mask_kind.h"
 #include "../../params.h"
 
 namespace flash_attn::cuda::mask {
 
 using namespace flash_attn::mask;
 
-/// Reads the mask once and packs it into `data`, packed_bytes(view) of them. Waits for nothing on the host. `band`:
-/// null, or where a look for the mask's band begins (band_part.h), kBandBytes of them.
-PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, MaskBand* band = nullptr);
+/// Where the kind of a mask goes that is packed; kKindBytes of them.
+struct KindPlace {
+  MaskKind* kind = nullptr;  // null: nobody asks
+  uint32_t mark = 0;         // see MaskKind::biased; is never taken back
+  bool looks = false;        // a look for its band begins (band_part.h)
+};
+
+/// Reads the mask once and packs it into `data`, packed_bytes(view) of them. Waits for nothing on the host.
+PackedMask pack(const MaskView& view, void* data, cudaStream_t stream, const KindPlace& place = {});
 
 /// The mask as it was packed before, or packs it into packing_workspace(view) bytes at `workspace`.
 inline PackedMask packed_or_pack(const MaskView& view, void* workspace, cudaStream_t stream) {

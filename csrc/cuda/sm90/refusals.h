@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../kernel.h"
-#include "../../mask_band.h"
+#include "../../mask_kind.h"
 #include "../mask/packed_mask.h"
 #include "hopper/tensor_map.h"
 
@@ -15,10 +15,9 @@ inline bool has_few_scores(const ForwardParams& p) {
   return p.seqlen_k <= 512 && p.batch * p.num_heads * p.seqlen_q * p.seqlen_k <= int64_t{1} << 23;
 }
 
-/// As mask::is_read_ahead(); but an additive mask of few scores is read by tiles alone where the copy engine reaches
-/// it.
+/// As mask::is_read_ahead(); but an additive mask of few scores is read by tiles alone.
 inline bool is_read_ahead(const ForwardParams& p, int64_t sharing) {
-  const bool by_tiles = p.has_bias() && p.mask.packed == nullptr && has_few_scores(p) && has_mask_map(p);
+  const bool by_tiles = p.has_bias() && p.mask.packed == nullptr && has_few_scores(p);
   return !by_tiles && mask::is_read_ahead(p, sharing);
 }
 
@@ -40,7 +39,19 @@ inline const char* refuses_in_both_passes(const ForwardParams& p, const DeviceIn
 /// Whether attn_mask is all that hides something or changes a score, and may be causal order or a window.
 inline bool mask_may_be_band(const ForwardParams& p) {
   const bool has_rules = p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout_p > 0 || p.sinks != nullptr;
-  return p.has_bool_mask() && mask::has_band(p.mask) && p.is_dense() && !p.has_window() && !has_rules;
+  return is_read_ahead(p, kLeastSharing) && mask::has_band(p.mask) && p.is_dense() && !p.has_window() && !has_rules;
+}
+
+/// Whether attn_mask is additive, but perhaps only hides.
+inline bool mask_may_be_bits(const ForwardParams& p) {
+  return p.has_bias() && is_read_ahead(p, kLeastSharing) && p.is_dense();
+}
+
+/// The problem for kernels that run if it does: under a boolean mask that was packed before.
+inline ForwardParams bits_problem(ForwardParams p) {
+  if (p.mask.packed == nullptr) p.mask.packed = p.mask.data;  // wherever it will be
+  p.mask.dtype = DType::kBool;
+  return p;
 }
 
 /// The problem for kernels that run if it is: planned as causal, and what rows see the device finds.

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <string>
 
-#include "../../mask_band.h"
+#include "../../mask_kind.h"
 #include "checks.h"
 #include "refuse.h"
 
@@ -115,8 +115,8 @@ void fill_mask(const Arguments& a, ForwardParams& p) {
   }
   check_device("attn_mask", mask, a.q);
   p.mask = mask_view(mask);
-  if (mask.dtype == DType::kBool && !a.packed_mask) {
-    // One that was expanded is as small as what it was expanded from. (A gradient would have the expanded shape.)
+  if (!a.packed_mask) {
+    // One that was expanded is as small as what it was expanded from; but see keep_shape_of_mask().
     int64_t* const sizes[4] = {&p.mask.batch_size, &p.mask.head_size, &p.mask.row_size, &p.mask.col_size};
     for (int i = 0; i < 4; ++i) {
       if (mask.stride[i] == 0) *sizes[i] = 1;
@@ -267,6 +267,12 @@ ForwardParams make_forward_params(const Arguments& a, bool read_lengths) {
   fill_options(a, p);
   fill_slopes_and_sinks(a, p);
   return p;
+}
+
+void keep_shape_of_mask(const Arguments& a, ForwardParams& p) {
+  void* const packed = p.mask.packed;
+  p.mask = mask_view(*a.attn_mask);
+  p.mask.packed = packed;
 }
 
 MaskView mask_view(const TensorInfo& mask) {

@@ -90,6 +90,9 @@ struct PlainOptions {
 /// flash_attn/sdpa/shapes.py.
 bool fit_as_they_are(const Arguments& arguments, bool shared_heads);
 
+/// To be called where attn_mask has a gradient: that is of the shape which the mask was given in, expanded or not.
+FLASH_ATTN_EXPORT void keep_shape_of_mask(const Arguments& arguments, ForwardParams& params);
+
 /// A mask (batch | 1, heads | 1, seqlen_q | 1, seqlen_k | 1) as it lies.
 MaskView mask_view(const TensorInfo& mask);
 

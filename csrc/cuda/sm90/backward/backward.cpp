@@ -88,7 +88,7 @@ const char* dmask_name(const ExtendedPlan& extended) {
 /// How attn_mask comes to the tiles, see MaskSource.
 const char* mask_name(const Plans& plans, const ForwardParams& p) {
   if (p.mask.packed != nullptr) return "prepared";
-  if (plans.of_band.variant != nullptr) return "packed first";
+  if (plans.depend_on_kind()) return "packed first";
   switch (mask_source(plans.plan.extended, p)) {
     case MaskSource::kPacked: return "packed first";
     case MaskSource::kBytes: return "read with rows";
@@ -112,7 +112,8 @@ flash_attn::Plan plan(const BackwardParams& params, const DeviceInfo& device) {
   plan.decide("preparation", chosen.preparation.ahead > 0);
   if (params.forward.mask.data != nullptr) {
     plan.decide("mask", mask_name(plans, params.forward));
-    plan.decide("if_band", plans.of_band.variant != nullptr ? plans.of_band.variant->name : "none");
+    plan.decide("if_band", plans.has_band() ? plans.of_band.variant->name : "none");
+    if (params.dmask == nullptr) plan.decide("if_bits", plans.has_bits() ? plans.of_bits.variant->name : "none");
   }
   if (params.dmask != nullptr) plan.decide("dmask", dmask_name(chosen.extended));
   return plan;

@@ -174,7 +174,7 @@ ExtendedParams extended_params(const Plan& plan, const BackwardParams& params, c
 }
 
 KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
-                           const KeyGradients& gradients, const mask::BandCondition& condition) {
+                           const KeyGradients& gradients, const mask::KindCondition& condition) {
   const ForwardParams& p = params.forward;
   KernelParams kernel{};
   kernel.problem = p;
@@ -224,7 +224,7 @@ KernelParams kernel_params(const Plan& plan, const BackwardParams& params, const
 }
 
 RowsParams rows_params(const Plan& plan, const BackwardParams& params, const Workspace& workspace,
-                       const mask::BandCondition& condition) {
+                       const mask::KindCondition& condition) {
   const ForwardParams& p = params.forward;
   const Variant& variant = *plan.variant;
   const float accum_factor = p.dtype == DType::kBFloat16 ? variant.accum_factor_bf16 : 1.f;
@@ -291,7 +291,7 @@ void launch_dmask(const BackwardParams& params, const DeviceInfo& device, const 
 }
 
 /// All launches of one plan, which do nothing if the condition excludes them.
-void launch_plan(const Plan& plan, const BackwardParams& params, const mask::BandCondition& condition,
+void launch_plan(const Plan& plan, const BackwardParams& params, const mask::KindCondition& condition,
                  const DeviceInfo& device, cudaStream_t stream) {
   const Variant& variant = *plan.variant;
   const Workspace workspace(plan, params, params.forward.workspace);
@@ -315,22 +315,20 @@ void launch_plan(const Plan& plan, const BackwardParams& params, const mask::Ban
   if (plan.extended.computes_dmask) launch_dmask(params, device, workspace, stream);
 }
 
-/// Of attn_mask with its band, before what plans need; none if it was packed before.
+/// Of attn_mask with its kind, before what plans need; none if it was packed before.
 int64_t mask_bytes(const MaskView& mask) {
   return mask.packed != nullptr ? 0 : ceil_div(mask::stored_bytes(mask), 256) * 256;
 }
 
-/// The problem with attn_mask packed, at the beginning of its workspace.
-BackwardParams pack_mask(const BackwardParams& params, cudaStream_t stream) {
-  BackwardParams packed = params;
-  MaskView& mask = packed.forward.mask;
-  if (mask.packed != nullptr) return packed;
+/// Packs attn_mask at the beginning of the problem's workspace.
+cuda::mask::KnownMask pack_mask(BackwardParams& params, cudaStream_t stream, bool looks_for_band) {
+  MaskView& mask = params.forward.mask;
   const int64_t bytes = mask_bytes(mask);
-  void* const data = params.forward.workspace;
-  cuda::mask::pack_with_band(mask, data, stream);
+  void* const data = mask.packed != nullptr ? mask.packed : params.forward.workspace;
+  const cuda::mask::KnownMask known = cuda::mask::pack_with_kind(mask, data, stream, looks_for_band);
   mask.packed = data;
-  packed.forward.workspace = static_cast<char*>(data) + bytes;
-  return packed;
+  params.forward.workspace = static_cast<char*>(params.forward.workspace) + bytes;
+  return known;
 }
 
 /// As it is for the plans: packed, wherever.
@@ -345,6 +343,12 @@ BackwardParams backward_of_band(const BackwardParams& params) {
   return banded;
 }
 
+BackwardParams backward_of_bits(const BackwardParams& params) {
+  BackwardParams bits = params;
+  bits.forward = sm90::bits_problem(params.forward);
+  return bits;
+}
+
 }  // namespace
 
 MaskSource mask_source(const ExtendedPlan& plan, const ForwardParams& p) {
@@ -356,21 +360,31 @@ MaskSource mask_source(const ExtendedPlan& plan, const ForwardParams& p) {
 }
 
 Plans choose_plans(const BackwardParams& params, const DeviceInfo& device) {
-  return {choose_plan(params, device), choose_band_plan(params, device)};
+  return {choose_plan(params, device), choose_band_plan(params, device), choose_bits_plan(params, device)};
 }
 
 int64_t workspace_bytes(const Plans& plans, const BackwardParams& params) {
-  if (plans.of_band.variant == nullptr) return Workspace(plans.plan, params, nullptr).bytes;
-  return mask_bytes(params.forward.mask) + std::max(Workspace(plans.of_band, backward_of_band(params), nullptr).bytes,
-                                                    Workspace(plans.plan, with_packed_mask(params), nullptr).bytes);
+  if (!plans.depend_on_kind()) return Workspace(plans.plan, params, nullptr).bytes;
+  int64_t bytes = Workspace(plans.plan, with_packed_mask(params), nullptr).bytes;
+  const auto widen = [&](const Plan& plan, const BackwardParams& problem) {
+    bytes = std::max(bytes, Workspace(plan, problem, nullptr).bytes);
+  };
+  if (plans.has_band()) widen(plans.of_band, backward_of_band(params));
+  if (plans.has_bits()) widen(plans.of_bits, backward_of_bits(params));
+  return mask_bytes(params.forward.mask) + bytes;
 }
 
 void launch_plans(const Plans& plans, const BackwardParams& params, const DeviceInfo& device, cudaStream_t stream) {
-  if (plans.of_band.variant == nullptr) return launch_plan(plans.plan, params, {}, device, stream);
-  const BackwardParams packed = pack_mask(params, stream);
-  const mask::MaskBand* const band = mask::place_band(packed.forward.mask, packed.forward.mask.packed);
-  launch_plan(plans.of_band, backward_of_band(packed), {band, true}, device, stream);
-  launch_plan(plans.plan, packed, {band, false}, device, stream);
+  if (!plans.depend_on_kind()) return launch_plan(plans.plan, params, {}, device, stream);
+  BackwardParams packed = params;
+  const cuda::mask::KnownMask known = pack_mask(packed, stream, plans.has_band());
+  if (plans.has_band()) {
+    launch_plan(plans.of_band, backward_of_band(packed), mask::KindCondition::is_band(*known.kind), device, stream);
+  }
+  if (plans.has_bits()) {
+    launch_plan(plans.of_bits, backward_of_bits(packed), known.only_hides(plans.has_band()), device, stream);
+  }
+  launch_plan(plans.plan, packed, known.others(plans.has_bits()), device, stream);
 }
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -5,11 +5,15 @@
 
 namespace flash_attn::cuda::sm90::backward {
 
-/// What is launched for a problem: one plan, or two of which the device takes one, when it has found out whether
-/// attn_mask is a band.
+/// What is launched for a problem: one plan, or up to three of which the device takes one, when it has found out
+/// whether attn_mask is a band, or an additive one that only hides.
 struct Plans {
   Plan plan;
-  Plan of_band;  // without a variant: there is one plan
+  Plan of_band, of_bits;  // without a variant: there is none
+
+  bool has_band() const { return of_band.variant != nullptr; }
+  bool has_bits() const { return of_bits.variant != nullptr; }
+  bool depend_on_kind() const { return has_band() || has_bits(); }
 };
 Plans choose_plans(const BackwardParams& params, const DeviceInfo& device);
 

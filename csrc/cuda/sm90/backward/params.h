@@ -4,7 +4,7 @@
 #include <cuda.h>
 #include <vector_types.h>
 
-#include "../../../mask_band.h"
+#include "../../../mask_kind.h"
 #include "../../../sequence.h"
 #include "../../common/division.h"
 #include "../../common/tiles/sequence_blocks.h"
@@ -96,7 +96,7 @@ struct KernelParams {
   float softmax_scale, inverse_scale, scale_log2;  // inverse: 1 / softmax_scale; log2: softmax_scale / ln 2
   bool wants_dk, wants_dv;
   ExtendedParams extended;        // of the kernels of extended/ alone
-  mask::BandCondition condition;  // of these, and of those with Config::kBand, whose rows see its band
+  mask::KindCondition condition;  // of these, and of those with Config::kBand, whose rows see its band
 
   FLASH_ATTN_HOST_DEVICE bool is_ordered() const { return dq_protocol == DqProtocol::kOrdered; }
   FLASH_ATTN_HOST_DEVICE bool has_turns() const { return dq_counters != nullptr; }

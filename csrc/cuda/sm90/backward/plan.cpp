@@ -265,8 +265,12 @@ const Variant& first_to_take(const ForwardParams& p, std::initializer_list<const
   return **(variants.end() - 1);
 }
 
-// Of choose_band_plan(): launches that come to nothing take about 10 us.
-constexpr int kLeastBandRounds = 2;
+// Of plans for one kind of mask: launches that come to nothing take about 10 us.
+constexpr int kLeastRoundsOfKind = 2;
+
+bool is_worth_launches(const Plan& plan) {
+  return plan.order.num_tiles >= kLeastRoundsOfKind * plan.order.tiles_at_once;
+}
 
 }  // namespace
 
@@ -277,13 +281,26 @@ const Variant& variant_for(const ForwardParams& p) {
 Plan choose_band_plan(const BackwardParams& params, const DeviceInfo& device) {
   const ForwardParams& p = params.forward;
   const Forced forced;
-  if (!mask_may_be_band(p) || forced.any()) return {};
+  if (!mask_may_be_band(p) || params.dmask != nullptr || forced.any()) return {};
   BackwardParams banded = params;
   banded.forward = band_problem(p);
   Plan plan =
       choose_plan(banded, device, first_to_take(p, {&kD64Band, &kD96Band, &kD128Band, &kD192Band, &kD256Band}), forced);
-  const bool worth = plan.split.parts() == 1 && plan.order.num_tiles >= kLeastBandRounds * plan.order.tiles_at_once;
-  return worth ? plan : Plan{};
+  return plan.split.parts() == 1 && is_worth_launches(plan) ? plan : Plan{};
+}
+
+Plan choose_bits_plan(const BackwardParams& params, const DeviceInfo& device) {
+  const Forced forced;
+  // What sums up these gradients asks nobody whether it should.
+  const bool sums = params.dmask != nullptr || params.dslopes != nullptr || params.dsinks != nullptr;
+  if (!mask_may_be_bits(params.forward) || sums || forced.any()) return {};
+  BackwardParams bits = params;
+  bits.forward = bits_problem(params.forward);
+  const Variant& variant = extended_variant_for(bits);
+  // The same one looks at classes of mask and passes over values where there are none to add.
+  if (&variant == &extended_variant_for(params)) return {};
+  const Plan plan = choose_plan(bits, device, variant, forced);
+  return is_worth_launches(plan) ? plan : Plan{};
 }
 
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device) {

@@ -114,6 +114,8 @@ const Variant& variant_for(const ForwardParams& params);
 /// The plan for a problem whose attn_mask is perhaps causal order or a window, by a kernel that does nothing otherwise.
 /// Without a variant: there is none, or it is not worth its launches.
 Plan choose_band_plan(const BackwardParams& params, const DeviceInfo& device);
+/// The same where attn_mask is additive and perhaps only hides: a plan for bits_problem().
+Plan choose_bits_plan(const BackwardParams& params, const DeviceInfo& device);
 /// The plan; what FLASH_ATTN_BACKWARD_PLAN asks for, or std::runtime_error if the problem does not take it.
 Plan choose_plan(const BackwardParams& params, const DeviceInfo& device);
 /// With this kernel.

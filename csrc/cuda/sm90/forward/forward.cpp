@@ -41,18 +41,31 @@ auto launch_of(const Plan& plan, const ForwardParams& p) {
   return p.dtype == DType::kBFloat16 ? plan.variant->launch_bf16 : plan.variant->launch_fp16;
 }
 
-/// The plan, and one that comes before it if it has a variant.
+/// The plan, and those that come before it if they have a variant.
 struct Plans {
-  Plan plan, of_band;
+  Plan plan, of_band, of_bits;
   int64_t bytes;  // of workspace
 
   Plans(const ForwardParams& p, const DeviceInfo& device, void* workspace)
-      : plan(choose_plan(p, device)), of_band(choose_band_plan(p, device)) {
-    plan.done_as_band = of_band.variant != nullptr;
+      : plan(choose_plan(p, device)), of_band(choose_band_plan(p, device)), of_bits(choose_bits_plan(p, device)) {
+    plan.depends_on_kind = has_band() || has_bits();
     bytes = place_workspace(plan, p, workspace);
-    if (!plan.done_as_band) return;
-    bytes += place_workspace(of_band, band_problem(p),
-                             workspace == nullptr ? nullptr : static_cast<char*>(workspace) + bytes);
+    const auto place = [&](Plan& other, const ForwardParams& problem) {
+      bytes += place_workspace(other, problem, workspace == nullptr ? nullptr : static_cast<char*>(workspace) + bytes);
+    };
+    if (has_band()) place(of_band, band_problem(p));
+    if (has_bits()) place(of_bits, bits_problem(p));
+  }
+
+  bool has_band() const { return of_band.variant != nullptr; }
+  bool has_bits() const { return of_bits.variant != nullptr; }
+
+  /// What each waits for.
+  void set_conditions(const mask::KnownMask& known) {
+    of_band.condition = mask::KindCondition::is_band(*known.kind);
+    of_bits.condition = known.only_hides(has_band());
+    plan.condition = known.others(has_bits());
+    of_bits.packed = plan.packed = known.packed;
   }
 };
 
@@ -66,7 +79,8 @@ flash_attn::Plan plan(const ForwardParams& p, const DeviceInfo& device) {
   plan.decide("key_splits", chosen.schedule.num_splits);
   if (p.mask.data != nullptr) {
     plan.decide("mask", p.mask.packed != nullptr ? "prepared" : chosen.packs_mask ? "packed first" : "read by tiles");
-    plan.decide("if_band", plans.of_band.variant != nullptr ? plans.of_band.variant->name : "none");
+    plan.decide("if_band", plans.has_band() ? plans.of_band.variant->name : "none");
+    plan.decide("if_bits", plans.has_bits() ? plans.of_bits.variant->name : "none");
   }
   return plan;
 }
@@ -75,11 +89,10 @@ void launch(const ForwardParams& p, const DeviceInfo& device, void* stream) {
   Plans plans(p, device, p.workspace);
   Plan& chosen = plans.plan;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (chosen.done_as_band) {
-    const mask::MaskAndBand found = mask::pack_with_band(p.mask, chosen.mask_workspace, cuda_stream);
-    chosen.packed = found.packed;
-    chosen.band = plans.of_band.band = found.band;
-    launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
+  if (chosen.depends_on_kind) {
+    plans.set_conditions(mask::pack_with_kind(p.mask, chosen.mask_workspace, cuda_stream, plans.has_band()));
+    if (plans.has_band()) launch_of(plans.of_band, p)(band_problem(p), plans.of_band, cuda_stream);
+    if (plans.has_bits()) launch_of(plans.of_bits, p)(bits_problem(p), plans.of_bits, cuda_stream);
   } else if (chosen.packs_mask) {
     chosen.packed = mask::packed_or_pack(p.mask, chosen.mask_workspace, cuda_stream);
   } else if (chosen.mask_workspace != nullptr) {  // else the tiles look at what they have loaded of V

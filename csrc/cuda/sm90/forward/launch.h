@@ -77,7 +77,7 @@ constexpr Variant make_variant(const char* name, double efficiency, double tile_
 template <typename Config>
 void launch_band_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
   static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
-  const BandParams params{kernel_params<Config>(problem, plan), plan.band};
+  const BandParams params{kernel_params<Config>(problem, plan), &plan.condition.band()};
   launch_forward<Config>(forward_kernel<Config>, sizeof(SharedStorage<Config>), params, plan, stream);
 }
 

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "../../../mask_band.h"
+#include "../../../mask_kind.h"
 #include "../../common/tiles/schedule.h"
 #include "../hopper/tensor_map.h"
 
@@ -31,7 +31,7 @@ struct KernelParams {
 
 /// Of a kernel that does what attn_mask says if it is a band, and nothing if it is not.
 struct BandParams : KernelParams {
-  const mask::MaskBand* band;  // of `problem`, which has no mask
+  const mask::MaskKind* band;  // of `problem`, which has no mask
 };
 
 }  // namespace flash_attn::cuda::sm90::forward

@@ -31,7 +31,7 @@ constexpr double kCombineClocks = 9000;       // launching combine.h's kernel, a
 constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth, partial results written and read
 constexpr int kMaxSplits = 8;
 constexpr int kSampledTiles = 32;
-constexpr double kLeastBandClocks = 100'000;  // of choose_band_plan()
+constexpr double kLeastClocksOfKind = 100'000;  // of choose_band_plan() and choose_bits_plan()
 
 /// Blocks a tile visits, over one head.
 struct TileLengths {
@@ -143,6 +143,9 @@ const Variants& first_to_take(const ForwardParams& p, std::initializer_list<cons
   return **(lists.end() - 1);
 }
 
+/// A launch that comes to nothing takes 2 us, and one that adds up parts would not come to nothing.
+Plan if_worth_launch(const Plan& plan) { return plan.is_split() || plan.clocks < kLeastClocksOfKind ? Plan{} : plan; }
+
 const char* forced_kernel() {
   const char* const forced = std::getenv("FLASH_ATTN_FORWARD_KERNEL");
   return forced != nullptr && *forced != '\0' ? forced : nullptr;
@@ -227,8 +230,12 @@ Plan choose_band_plan(const ForwardParams& params, const DeviceInfo& device) {
   const ForwardParams p = band_problem(params);
   const Plan plan =
       choose_plan(p, device, *first_to_take(p, {&kBandD64, &kBandD96, &kBandD128, &kBandD192, &kBandD256}).begin());
-  // A launch that comes to nothing takes 2 us.
-  return plan.is_split() || plan.clocks < kLeastBandClocks ? Plan{} : plan;
+  return if_worth_launch(plan);
+}
+
+Plan choose_bits_plan(const ForwardParams& params, const DeviceInfo& device) {
+  if (!mask_may_be_bits(params) || forced_kernel() != nullptr) return {};
+  return if_worth_launch(choose_plan(bits_problem(params), device));
 }
 
 int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace) {
@@ -252,7 +259,7 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
   if (params.mask.data != nullptr && (plan.packs_mask || !has_few_scores(params))) {
     if (workspace != nullptr) plan.mask_workspace = static_cast<char*>(workspace) + bytes;
     bytes += plan.packs_mask ? mask::packing_workspace(params.mask) : mask::bad_rows_bytes(params);
-    if (plan.done_as_band) bytes += mask::band_workspace(params.mask);
+    if (plan.depends_on_kind) bytes += mask::kind_workspace(params.mask);
   }
   return bytes;
 }

@@ -52,8 +52,8 @@ struct Plan {
   mask::PackedMask packed;         // then
   mask::BadRows bad_rows;          // of V, where an additive mask is not packed
   void* mask_workspace = nullptr;  // for one of the two; set by place_workspace() as well
-  mask::MaskBand* band = nullptr;  // of attn_mask
-  bool done_as_band = false;       // the plan of choose_band_plan() comes before, and does all if attn_mask is a band
+  bool depends_on_kind = false;    // of attn_mask: other plans come before, see choose_band_plan(), choose_bits_plan()
+  mask::KindCondition condition;   // then
 
   bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
   bool is_split() const { return schedule.num_splits > 1; }
@@ -70,6 +70,9 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
 /// The plan for a problem whose attn_mask is perhaps causal order or a window, to be launched before that of
 /// choose_plan(): it does nothing otherwise. Without a variant: there is none, or it is not worth a launch.
 Plan choose_band_plan(const ForwardParams& params, const DeviceInfo& device);
+/// The same for a problem whose attn_mask is additive and perhaps adds nothing but 0 to what it shows: a plan for
+/// bits_problem().
+Plan choose_bits_plan(const ForwardParams& params, const DeviceInfo& device);
 /// Whether the problem has what only extended kernels know: attn_mask, a rule of scores beyond a scale, or dropout.
 bool is_extended(const ForwardParams& params);
 /// All kernels for the problem's head dimensions, extended ones if it needs them.

@@ -15,7 +15,7 @@ namespace flash_attn::cuda::sm90::forward {
 template <typename Config>
 FLASH_ATTN_DEVICE void make_next_tile(const typename Config::Params& params, int index,
                                       typename Config::TileType& tile) {
-  const mask::MaskBand* found = nullptr;
+  const mask::MaskKind* found = nullptr;
   if constexpr (Config::kBand) found = params.band;
   make_tile<Config::kBlockM, Config::kBlockN>(params.schedule, params.problem, index, tile, found);
 }

@@ -2,7 +2,7 @@
 // tiles (common/tiles/order.h) into a Tile, and the others work on the Tile alone.
 #pragma once
 
-#include "../../../mask_band.h"
+#include "../../../mask_kind.h"
 #include "../../common/tiles/order.h"
 #include "../../common/tiles/visibility.h"
 
@@ -33,7 +33,7 @@ struct Tile {
 /// `found` rows see the band that was found in attn_mask, not what the problem says.
 template <int kBlockM, int kBlockN, typename AnyTile>
 FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, AnyTile& tile,
-                                 const mask::MaskBand* found = nullptr) {
+                                 const mask::MaskKind* found = nullptr) {
   int split_tile = -1, part = 0;
   if (index >= s.split_begin) {
     split_tile = (index - s.split_begin) / s.num_splits;

@@ -14,7 +14,7 @@ struct ClassesArguments {
   int64_t num_blocks;
   int blocks_of_cta;
   int64_t first_block;
-  mask::BandCondition condition;
+  mask::KindCondition condition;
 };
 
 /// Sixteen keys of 64 queries as a lane's word of ScoreBits.
@@ -80,7 +80,7 @@ TileClasses place_tile_classes(const MaskView& mask, int block_m, uint8_t* data,
 }
 
 void fill_tile_classes(const MaskView& mask, const mask::PackedMask& packed, int block_m, const TileClasses& classes,
-                       const mask::BandCondition& condition, cudaStream_t stream) {
+                       const mask::KindCondition& condition, cudaStream_t stream) {
   // Of many blocks most are skipped, or all, which takes as long as starting CTAs for them.
   constexpr int64_t kManyBlocks = 4096;
   const TileClassSizes sizes(mask, block_m);

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../../../mask_band.h"
+#include "../../../../mask_kind.h"
 #include "../../../../sequence.h"
 #include "params.h"
 
@@ -26,6 +26,6 @@ struct TileClassSizes {
 };
 TileClasses place_tile_classes(const MaskView& mask, int block_m, uint8_t* data, uint32_t* bits);
 void fill_tile_classes(const MaskView& mask, const mask::PackedMask& packed, int block_m, const TileClasses& classes,
-                       const mask::BandCondition& condition, cudaStream_t stream);
+                       const mask::KindCondition& condition, cudaStream_t stream);
 
 }  // namespace flash_attn::cuda::sm90::backward

@@ -11,6 +11,7 @@ namespace {
 
 // Of adds_dmask(): a tile takes a step to add and to say so, which those after it wait for.
 constexpr int64_t kMaxDmaskTurns = 16;
+constexpr int64_t kMostKeysByLoads = 256;  // of packs_mask_first()
 
 /// How many scores share a number of the mask, if no rows and no columns do.
 int64_t scores_of_number(const ForwardParams& p) {
@@ -20,7 +21,11 @@ int64_t scores_of_number(const ForwardParams& p) {
 
 /// Whether attn_mask is packed first. Tiles add up the gradient of what they have not read ahead.
 bool packs_mask_first(const BackwardParams& params) {
-  return is_read_ahead(params.forward, params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing);
+  const ForwardParams& p = params.forward;
+  const int64_t sharing = params.dmask != nullptr ? kLeastSharing + 1 : kLeastSharing;
+  // What tiles load by themselves takes them so long that from some keys on the launches pay.
+  const bool pays = p.has_bias() && !has_mask_map(p) && p.seqlen_k > kMostKeysByLoads;
+  return pays ? mask::is_read_ahead(p, sharing) : is_read_ahead(p, sharing);
 }
 
 /// Whether the tiles can store or add attn_mask's gradient, see extended/dmask.h; `has_follower`: a thread is free to

@@ -94,7 +94,7 @@ constexpr int kKeyRows = 16;  // of a CTA, of one head's dk or dv
 struct AddPartsParams {
   PartsParams parts;
   SequenceBlocks groups;  // of kKeyRows keys
-  mask::BandCondition condition;
+  mask::KindCondition condition;
 };
 
 template <typename Element, bool kConditional>
@@ -119,12 +119,12 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
 
 }  // namespace
 
-void launch_add_parts(const PartsParams& params, const mask::BandCondition& condition, cudaStream_t stream) {
+void launch_add_parts(const PartsParams& params, const mask::KindCondition& condition, cudaStream_t stream) {
   const ForwardParams& p = params.problem.forward;
   const AddPartsParams arguments{params, SequenceBlocks::of_keys(p, kKeyRows), condition};
   const int64_t ctas = arguments.groups.count() * p.num_heads_k;
   const bool bf16 = p.dtype == DType::kBFloat16;
-  const auto kernel = condition.band == nullptr
+  const auto kernel = !condition.exists()
                           ? (bf16 ? add_parts_kernel<__nv_bfloat16, false> : add_parts_kernel<__half, false>)
                           : (bf16 ? add_parts_kernel<__nv_bfloat16, true> : add_parts_kernel<__half, true>);
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas), 2), kThreads, 0, stream, arguments, "sm90 backward dk dv");
@@ -135,7 +135,7 @@ void launch_convert_dq(const RowsParams& params, cudaStream_t stream) {
   const int64_t pairs = int64_t{params.block_m} * params.dq_columns / (2 * kDqTile);
   const int64_t ctas = params.m_blocks.count() * p.num_heads * pairs;
   const bool bf16 = p.dtype == DType::kBFloat16;
-  const auto kernel = params.condition.band == nullptr && !params.extended
+  const auto kernel = !params.condition.exists() && !params.extended
                           ? (bf16 ? convert_dq_kernel<__nv_bfloat16, false> : convert_dq_kernel<__half, false>)
                           : (bf16 ? convert_dq_kernel<__nv_bfloat16, true> : convert_dq_kernel<__half, true>);
   launch_dependent(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, stream, params, "sm90 backward dq");

@@ -17,7 +17,7 @@ struct PartsParams {
 };
 
 /// Adds them up, in order.
-void launch_add_parts(const PartsParams& params, const mask::BandCondition& condition, cudaStream_t stream);
+void launch_add_parts(const PartsParams& params, const mask::KindCondition& condition, cudaStream_t stream);
 
 /// dq = dq_scale * dq_accum.
 void launch_convert_dq(const RowsParams& params, cudaStream_t stream);

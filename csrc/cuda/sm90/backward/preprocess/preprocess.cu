@@ -234,10 +234,10 @@ template <typename Element>
 auto preprocess_for(const RowsParams& params) {
   const int columns = params.dq_columns;
   if (!params.extended) {
-    return params.condition.band == nullptr ? preprocess_for<Element, Statistics::kPlain, false>(columns)
-                                            : preprocess_for<Element, Statistics::kPlain, true>(columns);
+    return params.condition.exists() ? preprocess_for<Element, Statistics::kPlain, true>(columns)
+                                     : preprocess_for<Element, Statistics::kPlain, false>(columns);
   }
-  if (params.problem.forward.has_bias()) return preprocess_for<Element, Statistics::kCounted, false>(columns);
+  if (params.problem.forward.has_bias()) return preprocess_for<Element, Statistics::kCounted, true>(columns);
   return params.unpacked_mask.count > 0 ? preprocess_for<Element, Statistics::kBesideMask, false>(columns)
                                         : preprocess_for<Element, Statistics::kExtended, true>(columns);
 }

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../../../mask_band.h"
+#include "../../../../mask_kind.h"
 #include "../../../../params.h"
 #include "../../../common/tiles/sequence_blocks.h"
 #include "../extended/params.h"
@@ -46,7 +46,7 @@ struct RowsParams {
   uint4* cleared;  // (num_cleared), counters of the main kernel
   int64_t num_cleared;
   PackedBlocksParams packed_blocks;
-  mask::BandCondition condition;
+  mask::KindCondition condition;
   UnpackedMask unpacked_mask;
   const BlockCounters* dq_counters;  // of extended/: 0 where no tile has stored anything; null: dq_accum was 0 at first
 };

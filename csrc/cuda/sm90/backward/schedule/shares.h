@@ -42,7 +42,7 @@ template <typename Config>
 FLASH_ATTN_DEVICE int first_block_seeing(const KernelParams& params, int n_block) {
   const int diagonal = params.problem.causal == Causal::kTopLeft ? 0 : params.seqlen_k - params.seqlen_q;
   Band band{diagonal + params.window_right, -kUnbounded, params.seqlen_k, params.seqlen_q};
-  if constexpr (Config::kBand) band.right = params.condition.band->right;
+  if constexpr (Config::kBand) band.right = params.condition.band().right;
   const int row = band.first_row(n_block * Config::kBlockN);
   if (n_block == 0) return 0;
   const bool none = n_block == params.schedule.num_n_blocks || row >= params.seqlen_q;

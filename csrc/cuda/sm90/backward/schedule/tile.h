@@ -120,8 +120,8 @@ FLASH_ATTN_DEVICE bool make_tile(const KernelParams& params, int index, Tile& ti
 
   Band band{right_bound(params.window_right, diagonal), left_bound(params.window_left, diagonal), seqlen_k, seqlen_q};
   if constexpr (Config::kBand) {
-    band.right = params.condition.band->right;
-    band.left = params.condition.band->left;
+    band.right = params.condition.band().right;
+    band.left = params.condition.band().left;
   }
   const IntRange seeing = band.row_blocks<kBlockM>(n_begin, n_begin + kBlockN);
   tile.m_begin = seeing.begin;

@@ -11,7 +11,7 @@ namespace flash_attn::cuda::sm90::forward {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     extended_forward_kernel(const __grid_constant__ ExtendedParams params) {
-  if (params.done_as_band != nullptr && params.done_as_band->is_band) return;
+  if (params.condition.excludes()) return;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   ExtendedStorage<Config>& shared = *reinterpret_cast<ExtendedStorage<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);

@@ -21,7 +21,7 @@ void launch_extended_kernel(const ForwardParams& p, const Plan& plan, cudaStream
   if (Config::kBias == Bias::kStaged) params.bias = make_mask_map(p.mask, 64);
   params.packed = plan.packed;
   params.bad_rows = plan.bad_rows;
-  params.done_as_band = plan.done_as_band ? plan.band : nullptr;
+  params.condition = plan.condition;
   params.natural = p.softcap > 0 || p.alibi_slopes != nullptr || p.has_bias();
   params.has_bits = p.has_bool_mask();
   params.has_dropout = p.dropout_p > 0;

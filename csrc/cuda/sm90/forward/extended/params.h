@@ -16,11 +16,10 @@ struct ExtendedParams : KernelParams {
   bool natural;
   bool has_bits;  // attn_mask is boolean
   bool has_dropout;
-  bool mask_pairs;              // columns 2 j and 2 j + 1 of an additive mask are one aligned word
-  float scale, softcap, inner;  // see ScoreRules
-  CapPolynomial cap;            // with softcap
-  // Null, or where it is said that the kernel before has done all: attn_mask is a band.
-  const mask::MaskBand* done_as_band;
+  bool mask_pairs;                // columns 2 j and 2 j + 1 of an additive mask are one aligned word
+  float scale, softcap, inner;    // see ScoreRules
+  CapPolynomial cap;              // with softcap
+  mask::KindCondition condition;  // of attn_mask
 };
 
 }  // namespace flash_attn::cuda::sm90::forward
