@@ -98,6 +98,7 @@ struct BackwardBlock : BackwardEpilogue<Config> {
     };
     if constexpr (kStages > 1) {
       multiply_s();
+      if constexpr (Config::kEarlyTurns) end_last_turn();
       draw_beside();
       multiply_dp();
     } else {  // dO is loaded first
