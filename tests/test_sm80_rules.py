@@ -1,4 +1,4 @@
-"""The mma.sync kernels of head dims 192 and 256 that know one rule, and the fixed order of their gradients."""
+"""The mma.sync kernels that know one rule, and the fixed order of their gradients."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ RULES = {
         *(replace(BIASED, mask_kind=kind, seqlen_k=392) for kind in ("random", "documents", "lowest")),
         replace(BIASED, causal=ops.BOTTOM_RIGHT, seqlen_k=392, mask_dims=(False, False, True, True)),
         replace(BIASED, window=(70, 30), seqlen_k=392, dtype=torch.float16),
+        # A gradient that the batch's entries share, by more tiles than run at a time, and by few.
+        replace(BIASED, batch=20, heads_k=4, seqlen_k=392, mask_dims=(False, True, True, True)),
+        replace(BIASED, batch=3, seqlen_k=392, mask_dims=(False, True, True, True), causal=ops.TOP_LEFT),
     ],
     "dropout": [
         DROPPED,
@@ -38,7 +41,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("head_dim", [160, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("rule", RULES)
 def test_one_rule_alone(rule: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
@@ -46,7 +49,7 @@ def test_one_rule_alone(rule: str, head_dim: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("head_dim", [64, 192, 256])
 def test_gradients_in_a_fixed_order_repeat(head_dim: int, causal: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With heads that fill the GPU, of fewer blocks of query rows than of keys, and with one alone."""
     monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")

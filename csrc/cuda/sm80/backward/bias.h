@@ -3,6 +3,8 @@
 // cp.async from where the mask lies; ldmatrix transposes them.
 #pragma once
 
+#include <cstring>
+
 #include "../copy_part.h"
 #include "gradients.h"
 
@@ -23,12 +25,22 @@ struct BiasTile {
   template <typename Element>
   SM80_DEVICE static void load(uint32_t tile, int warp_q, const WarpPlace& at, const Element* from, int64_t row_stride,
                                int queries, int keys) {
-    const int octet = int(at.lane) % kOctets, bytes = 2 * min(max(keys - 8 * octet, 0), 8);
+    const int octet = int(at.lane) % kOctets;
+    constexpr int kStep = 32 / kOctets;
+    if (queries >= Config::kWarpQueries && keys >= Config::kWarpKeys) {  // nearly always
+      const Element* piece = from + int(at.lane) / kOctets * row_stride + 8 * octet;
 #pragma unroll
-    for (int query = int(at.lane) / kOctets; query < Config::kWarpQueries; query += 32 / kOctets) {
-      const bool exists = query < queries && bytes > 0;
-      cp_async_part(tile + offset(warp_q, at, query, octet), exists ? from + query * row_stride + 8 * octet : from,
-                    exists ? bytes : 0);
+      for (int i = 0; i < Config::kWarpQueries; i += kStep, piece += kStep * row_stride) {
+        cp_async_16(tile + offset(warp_q, at, int(at.lane) / kOctets + i, octet), piece);
+      }
+    } else {
+      const int bytes = 2 * min(max(keys - 8 * octet, 0), 8);
+#pragma unroll 1
+      for (int query = int(at.lane) / kOctets; query < Config::kWarpQueries; query += kStep) {
+        const bool exists = query < queries && bytes > 0;
+        cp_async_part(tile + offset(warp_q, at, query, octet), exists ? from + query * row_stride + 8 * octet : from,
+                      exists ? bytes : 0);
+      }
     }
     cp_async_commit();
   }
@@ -38,6 +50,25 @@ struct BiasTile {
     ldmatrix_x4_trans(pairs, tile + offset(warp_q, at, 8 * n + int(at.lane) % 8, int(at.lane) / 8));
   }
 };
+
+/// Whether one instruction compares a pair.
+template <typename Element>
+constexpr bool kComparesPairs =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    std::is_same_v<Element, __half>;
+#else
+    true;
+#endif
+
+/// All bits of those halves of a pair that are not -inf.
+template <typename Element>
+SM80_DEVICE uint32_t finite_halves(uint32_t pair, Element) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  constexpr uint32_t kInfinities = std::is_same_v<Element, __half> ? 0xfc00fc00u : 0xff80ff80u;
+  Pair x, infinities;
+  memcpy(&x, &pair, 4), memcpy(&infinities, &kInfinities, 4);
+  return __hneu2_mask(x, infinities);
+}
 
 template <typename Config>
 struct BiasRules : GradientRules<Config> {
@@ -59,9 +90,14 @@ struct BiasRules : GradientRules<Config> {
                          const WarpPlace& at, Fragments& p_t, Fragments& ds_t) const {
     cp_async_wait<0>();
     __syncwarp();  // all of the warp's biases are there
+    const bool partial = this->is_partial(at);
     if (params.adds_mask_gradient) {
-      apply_to<true, true>(s, dp, minus_lse, p_tile, warp_q, head, at, p_t, ds_t);
-    } else if (this->is_partial(at)) {
+      if (partial) {
+        apply_to<true, true>(s, dp, minus_lse, p_tile, warp_q, head, at, p_t, ds_t);
+      } else {
+        apply_to<false, true>(s, dp, minus_lse, p_tile, warp_q, head, at, p_t, ds_t);
+      }
+    } else if (partial) {
       apply_to<true, false>(s, dp, minus_lse, p_tile, warp_q, head, at, p_t, ds_t);
     } else {
       apply_to<false, false>(s, dp, minus_lse, p_tile, warp_q, head, at, p_t, ds_t);
@@ -81,6 +117,7 @@ struct BiasRules : GradientRules<Config> {
   template <bool kPartial, bool kGradient>
   SM80_DEVICE void apply_to(const Scores& s, const Scores& dp, uint32_t minus_lse, uint32_t p_tile, int warp_q,
                             int head, const WarpPlace& at, Fragments& p_t, Fragments& ds_t) const {
+    constexpr bool kByPairs = !kGradient && kComparesPairs<Element>;  // who is hidden is asked of packed P and dS
     SeenQueries seen[kKeyTiles][2];
     if constexpr (kPartial) {
 #pragma unroll
@@ -103,20 +140,21 @@ struct BiasRules : GradientRules<Config> {
         for (int i = 0; i < 4; ++i) {
           const uint32_t pair = bias[2 * m + i / 2];
           const float b = i % 2 == 0 ? low_half(pair, Element()) : high_half(pair, Element());
-          bool sees = b != -INFINITY;
-          if constexpr (kPartial) sees = sees & seen[m][i / 2].hold(n, i);
           x[i] = cuda::probability((fmaf(s[m][n][i], scale, b) + (i % 2 == 0 ? lse.x : lse.y)) * kLog2E);
           dx[i] = x[i] * dp[m][n][i];
-          x[i] = sees ? x[i] : 0.f;
-          dx[i] = sees ? dx[i] : 0.f;
+          bool sees = !kPartial || seen[m][i / 2].hold(n, i);
+          if constexpr (!kByPairs) sees = sees & (b != -INFINITY);
+          if constexpr (kPartial || !kByPairs) x[i] = sees ? x[i] : 0.f, dx[i] = sees ? dx[i] : 0.f;
           if constexpr (kGradient) {
             if (sees) atomicAdd(to + i % 2 * row_size + 16 * m + i / 2 * 8, dx[i]);
           }
         }
-        p_t[n / 2][m][n % 2 * 2] = pack<Element>(x[0], x[1]);
-        p_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
-        ds_t[n / 2][m][n % 2 * 2] = pack<Element>(dx[0], dx[1]);
-        ds_t[n / 2][m][n % 2 * 2 + 1] = pack<Element>(dx[2], dx[3]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // of the keys
+          const uint32_t sees = kByPairs ? finite_halves(bias[2 * m + half], Element()) : ~0u;
+          p_t[n / 2][m][n % 2 * 2 + half] = pack<Element>(x[2 * half], x[2 * half + 1]) & sees;
+          ds_t[n / 2][m][n % 2 * 2 + half] = pack<Element>(dx[2 * half], dx[2 * half + 1]) & sees;
+        }
       }
       if constexpr (kGradient) to += 8 * row_size;
     }

@@ -1,9 +1,10 @@
 // Backward (Dao 2023, arXiv:2307.08691, algorithm 2), see config.h for who has what. For each block of query rows, of
 // each query head that reads the block's keys:
 //
-//   wait for Q, dO           S^T = K Q^T   dP^T = V dO^T - delta       begin to load the next block's Q, dO
+//   wait for Q, dO           S^T = K Q^T   dP^T = V dO^T - delta       the next block's place for Q, dO is free
 //                            P = exp(S - lse)   dS = P dP              to shared memory
-//                            dV += P^T dO   dK += dS^T Q               own query rows, from registers
+//                            dV += P^T dO   dK += dS^T Q               own query rows, from registers; the next block
+//                                                                      is loaded among these products
 //   wait for all warps' dS   dV += P^T dO   dK += dS^T Q               the others'
 //                            dQ = dS K                                 added to dq_accum in global memory
 //
@@ -27,6 +28,7 @@ struct BackwardBlock : BackwardEpilogue<Config> {
   using Base::lane, Base::warp, Base::add_slope_sum, Base::slope_sum, Base::store_slope_sum, Base::warp_key,
       Base::warp_q, Base::advance, Base::accum_block;
   using Base::params, Base::p, Base::tile, Base::shared, Base::head, Base::m_block, Base::step;
+  using typename Base::Side;
   using Element = typename Config::Element;
   using Tile = SharedTile<Config::kHeadDim>;
   using ScoreTile = SharedTile<Config::kBlockM>;  // (keys, queries)
@@ -96,6 +98,7 @@ struct BackwardBlock : BackwardEpilogue<Config> {
     };
     if constexpr (kStages > 1) {
       multiply_s();
+      if constexpr (Config::kEarlyTurns) end_last_turn();
       draw_beside();
       multiply_dp();
     } else {  // dO is loaded first
@@ -137,13 +140,15 @@ struct BackwardBlock : BackwardEpilogue<Config> {
     return shared + tiles + stage * Config::kQueryBytes + Tile::offset(row + at % 16, 2 * warp_q() + at / 16);
   }
 
-  /// dV += P^T dO or dK += dS^T Q.
-  template <typename Accumulators, typename Fragments>
-  SM80_DEVICE void add_own_queries(Accumulators& acc, const Fragments& a, uint32_t tiles, int stage) const {
+  /// dV += P^T dO or dK += dS^T Q; `beside(k)` after each sixteen queries.
+  template <typename Accumulators, typename Fragments, typename Beside>
+  SM80_DEVICE void add_own_queries(Accumulators& acc, const Fragments& a, uint32_t tiles, int stage,
+                                   const Beside& beside) const {
     const uint32_t b = query_rows(tiles, stage, warp_q() * Config::kWarpQueries);
 #pragma unroll
     for (int k = 0; k < kQuerySteps; ++k) {
       multiply_step<Element, Config::kHeadDim, Config::kWarpsQ>(acc, a[k], b + k * 16 * Tile::kRowBytes);
+      beside(k);
     }
   }
 
@@ -240,7 +245,8 @@ struct BackwardBlock : BackwardEpilogue<Config> {
 
   // -- the loop over blocks of query rows
 
-  SM80_DEVICE void process_block() {
+  /// Returns the next step, where its copies are spread.
+  SM80_DEVICE typename Base::NextCopies process_block() {
     const int stage = step % kStages;
     if constexpr (Config::kMasks) {
       if (p.mask.data != nullptr) this->clear_blind_queries(stage);
@@ -252,14 +258,29 @@ struct BackwardBlock : BackwardEpilogue<Config> {
       compute_scores(stage);
     }
     if (!Config::kEarlyTurns || blind) end_last_turn();
-    if constexpr (kStages > 1) this->template load_next<kDo, kQ>();
+    [[maybe_unused]] typename Base::NextCopies next{};
+    const auto copy_beside = [&](Side side) {
+      return [&, side](int k) {
+        if constexpr (Config::kSpreadsCopies) this->copy_share(next, side, k, kQuerySteps);
+      };
+    };
+    if constexpr (Config::kSpreadsCopies) {
+      next = this->begin_next();
+    } else if constexpr (kStages > 1) {
+      this->template load_next<kDo, kQ>();
+    }
     if (step > 0) barrier_wait(scores_read(), uint32_t(step - 1) & 1);
     store_scores();
     barrier_arrive_warp(scores_written());
-    if (!(Config::kFewRegisters ? rules.is_blind(warp_place()) : blind)) {
-      add_own_queries(dv, p_t, Config::kDo, stage);
-      add_own_queries(dk, ds_t, Config::kQ, stage);
+    if constexpr (Config::kSpreadsCopies) this->find_pieces(next);
+    if (!(Config::kFewRegisters || Config::kBias ? rules.is_blind(warp_place()) : blind)) {
+      add_own_queries(dv, p_t, Config::kDo, stage, copy_beside(kDo));
+      add_own_queries(dk, ds_t, Config::kQ, stage, copy_beside(kQ));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuerySteps; ++k) copy_beside(kDo)(k), copy_beside(kQ)(k);
     }
+    if constexpr (Config::kSpreadsCopies) this->end_next(next);
     barrier_wait(scores_written(), uint32_t(step) & 1);
     add_other_queries(dv, Config::kP, Config::kDo, stage);
     if constexpr (Config::kBias) barrier_arrive_warp(this->p_read());
@@ -278,6 +299,7 @@ struct BackwardBlock : BackwardEpilogue<Config> {
       }
       if (params.problem.dq.data != nullptr) add_dq(dq, pass, turns);
     }
+    return next;
   }
 
   SM80_DEVICE void run() {
@@ -298,9 +320,13 @@ struct BackwardBlock : BackwardEpilogue<Config> {
     }
 #pragma unroll 1
     while (more) {
-      process_block();
+      [[maybe_unused]] const auto next = process_block();
       int next_head = head, next_block = m_block;
-      more = advance(next_head, next_block);
+      if constexpr (Config::kSpreadsCopies && Config::kRules == Rules::kMask) {
+        more = next.any, next_head = next.head, next_block = next.block;
+      } else {
+        more = advance(next_head, next_block);
+      }
       if constexpr (Config::kExtended) {
         if (next_head != head) store_slope_sum(head, slope_sum());
       }

@@ -83,6 +83,8 @@ void launch_backward(const BackwardPlan& plan, const BackwardParams& problem, cu
     const int64_t numbers = mask.batch_size * mask.head_size * mask.row_size * mask.col_size;
     cuda::check(cudaMemsetAsync(problem.dmask, 0, size_t(4 * numbers), stream), "sm80 clearing attn_mask's gradient");
     params.adds_mask_gradient = true;
+    params.entries_beside =
+        mask.batch_size == 1 && mask.head_size == problem.forward.num_heads && problem.forward.cu_seqlens_k == nullptr;
   }
   const bool dmask_alone = problem.dq.data == nullptr && problem.dk.data == nullptr && problem.dv.data == nullptr &&
                            problem.dslopes == nullptr && !plan.adds_mask_gradient;

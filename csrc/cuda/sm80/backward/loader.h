@@ -1,6 +1,7 @@
 // Tiles of a block's tensors, from global to shared memory.
 #pragma once
 
+#include "../copy_part.h"
 #include "../tile_copy.h"
 #include "schedule/walk.h"
 
@@ -99,31 +100,41 @@ struct BackwardLoader : BackwardWalk<Config> {
     return {of_head, block, tile.row_begin - row, tile.row_end - row, int64_t{accum_block(of_head, block)} * kBlockM};
   }
 
-  /// Q or dO of a block of query rows, whose rows consist of 16-byte pieces.
-  SM80_DEVICE void copy_queries(Side side, const QueryBlock& from_block, int stage) const {
-    using Copy = TileCopy<kBlockM, Config::kHeadDim, Config::kThreads>;
+  using QueryCopy = TileCopy<kBlockM, Config::kHeadDim, Config::kThreads>;
+  /// Of a thread's first piece of Q or dO, whose rows consist of 16-byte pieces.
+  struct Piece {
+    const char* from;
+    uint32_t to;
+  };
+  SM80_DEVICE Piece query_piece(Side side, int of_head, int block, int stage) const {
     const QuerySteps& steps = side == kQ ? params.q : params.dout;
-    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v), first = from_block.first, last = from_block.last;
-    const uint32_t thread = loading_thread(), row = uint32_t(Copy::row(thread)), chunk = uint32_t(Copy::chunk(thread));
-    const char* const from = (side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(from_block.head)} * steps.head +
-                             uint64_t{uint32_t(from_block.block)} * steps.block +
-                             (uint64_t{row} * steps.row + 16 * chunk);
-    const uint32_t to =
-        shared + (side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes + Copy::offset(thread);
+    const uint32_t thread = loading_thread(), row = uint32_t(QueryCopy::row(thread)),
+                   chunk = uint32_t(QueryCopy::chunk(thread));
+    return {(side == kQ ? tile.q : tile.dout) + uint64_t{uint32_t(of_head)} * steps.head +
+                uint64_t{uint32_t(block)} * steps.block + (uint64_t{row} * steps.row + 16 * chunk),
+            shared + (side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes + QueryCopy::offset(thread)};
+  }
+  SM80_DEVICE int64_t copy_step(Side side) const {
+    return QueryCopy::kStep * (side == kQ ? params.q.row : params.dout.row);
+  }
+
+  SM80_DEVICE void copy_queries(Side side, const QueryBlock& of, int stage) const {
+    const Piece piece = query_piece(side, of.head, of.block, stage);
+    const int columns = int(side == kQ ? p.head_dim : p.head_dim_v), first = of.first, last = of.last;
     if ((first <= 0) & (last >= kBlockM) & (columns == Config::kHeadDim)) {
-      Copy::copy(to, from, Copy::kStep * steps.row);
+      QueryCopy::copy(piece.to, piece.from, copy_step(side));
     } else {
-      Copy::template copy_part<Copy::kRowsAtOnce>(to, from, Copy::kStep * steps.row, columns - 8 * int(chunk),
-                                                  [&](int further) {
-                                                    const int at = int(row) + further;
-                                                    return at >= first && at < last;
-                                                  });
+      const uint32_t thread = loading_thread();
+      const int row = QueryCopy::row(thread), left = columns - 8 * QueryCopy::chunk(thread);
+      QueryCopy::template copy_part<QueryCopy::kRowsAtOnce>(
+          piece.to, piece.from, copy_step(side), left,
+          [&](int further) { return row + further >= first && row + further < last; });
     }
   }
 
   /// Q and lse of a block of query rows, or dO and delta.
   SM80_DEVICE void load_queries(Side side, const QueryBlock& from, int stage) const {
-    if constexpr (Config::kExtended || Config::kBias) {
+    if constexpr (Config::kExtended) {
       load<kBlockM>((side == kQ ? Config::kQ : Config::kDo) + stage * Config::kQueryBytes,
                     side == kQ ? p.q : params.problem.dout, p.cu_seqlens_q != nullptr, tile.sequence.q_row,
                     from.block * kBlockM, tile.row_begin, tile.row_end, from.head,
@@ -131,6 +142,10 @@ struct BackwardLoader : BackwardWalk<Config> {
     } else {
       copy_queries(side, from, stage);
     }
+    copy_statistics(side, from, stage);
+  }
+
+  SM80_DEVICE void copy_statistics(Side side, const QueryBlock& from, int stage) const {
     if (threadIdx.x < kBlockM / 4) {
       cp_async_16(shared + (side == kQ ? Config::kLse : Config::kDelta) + stage * Config::kStatisticBytes +
                       16 * int(threadIdx.x),
@@ -162,6 +177,52 @@ struct BackwardLoader : BackwardWalk<Config> {
       if (!(Config::kTogether && side == kDo)) arrive_loaded(side, stage);
     };
     (load_side(kSides), ...);
+  }
+
+  // The same where both sides have one barrier, in two halves: the copies of whole tiles are issued among products, in
+  // whose time their addresses are worked out.
+
+  struct NextCopies {
+    bool any;        // there is a next step
+    uint32_t whole;  // 0: its copies have been issued
+    int head, block;
+    Piece piece[2];  // by sides
+  };
+  SM80_DEVICE NextCopies begin_next() const {
+    NextCopies next{false, 0, head, m_block, {}};
+    if (!advance(next.head, next.block)) return next;
+    const int stage = (step + 1) % kStages;
+    if (step + 1 >= kStages) barrier_wait(empty(kDo, stage), uint32_t((step + 1) / kStages - 1) & 1);
+    const QueryBlock block = query_block(next.head, next.block);
+    next.any = true;
+    next.whole = (block.first <= 0) & (block.last >= kBlockM) & (int(p.head_dim) == Config::kHeadDim) &
+                 (int(p.head_dim_v) == Config::kHeadDim);
+    copy_statistics(kQ, block, stage);
+    copy_statistics(kDo, block, stage);
+    if (next.whole == 0) {
+      copy_queries(kQ, block, stage);
+      copy_queries(kDo, block, stage);
+    }
+    return next;
+  }
+  SM80_DEVICE void find_pieces(NextCopies& next) const {
+    const int stage = (step + 1) % kStages;
+    next.piece[kQ] = query_piece(kQ, next.head, next.block, stage);
+    next.piece[kDo] = query_piece(kDo, next.head, next.block, stage);
+  }
+  /// Share `share` of `shares`.
+  SM80_DEVICE void copy_share(const NextCopies& next, Side side, int share, int shares) const {
+    constexpr int kGroups = Tile::kChunks / QueryCopy::kGroup, kCopies = kBlockM / QueryCopy::kStep * kGroups;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (i * shares / kCopies != share) continue;
+      cp_async_16_if(
+          next.piece[side].to + i / kGroups * QueryCopy::kStep * Tile::kRowBytes + i % kGroups * QueryCopy::kGroup * 16,
+          next.piece[side].from + i / kGroups * copy_step(side) + i % kGroups * QueryCopy::kGroup * 16, next.whole);
+    }
+  }
+  SM80_DEVICE void end_next(const NextCopies& next) const {
+    if (next.any) arrive_loaded(kQ, (step + 1) % kStages);
   }
 };
 

@@ -30,6 +30,9 @@ struct BackwardKernelParams {
   bool aligned;  // rows of all tensors consist of whole, aligned pieces of 16 bytes
   QuerySteps q, dout;
   bool adds_mask_gradient;  // each dS to attn_mask's gradient, as it comes
+  // Blocks of keys of the batch's entries follow each other, which add to the same part of attn_mask's gradient: it
+  // stays in L2 until all have.
+  bool entries_beside;
   // Workspace. A query head's blocks lie together, those of (batch, head) by batch and then head.
   float* dq_accum;  // (heads, blocks, block_m x columns), a block in the order of accumulator fragments, see dq_place()
   float* minus_lse;    // (heads, blocks, block_m), times lse_factor; -inf: the row sees nothing, or does not exist

@@ -65,6 +65,13 @@ SM80_DEVICE void place_index(const BackwardKernelParams& params, uint32_t index,
     number = group * spread + in_group - head * size;
     return;
   }
+  if (params.entries_beside) {
+    const uint32_t batch = uint32_t(params.problem.forward.batch), heads = uint32_t(params.problem.forward.num_heads_k);
+    const uint32_t of_entry = index / batch, in_entry = of_entry / blocks;  // (heads, blocks); head
+    head = (index - of_entry * batch) * heads + in_entry;
+    number = of_entry - in_entry * blocks;
+    return;
+  }
   head = index / blocks;
   number = index - head * blocks;
   if (params.falls) number = blocks - 1 - number;
@@ -85,7 +92,7 @@ SM80_DEVICE bool find_tile(const BackwardKernelParams& params, BackwardTile& til
   const uint32_t index = tile_index(params), heads = uint32_t(p.num_heads_k), parts = uint32_t(params.parts);
   uint32_t outer, number;
   place_index(params, index / parts, outer, number);
-  tile.part = int(index);
+  tile.part = int((outer * uint32_t(params.num_n_blocks) + number) * parts + index % parts);
   BlockPlace place{int(outer / heads), int(number)};
   if (p.cu_seqlens_k != nullptr) {
     place = find_packed_block(p.cu_seqlens_k, p.total_k, int(p.batch), kBlockN, int(number));
