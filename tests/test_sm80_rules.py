@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.torch_op import attention as ops
 from problems import MASK_KINDS, Problem, check_all, run
 
@@ -46,6 +47,23 @@ RULES = {
 def test_one_rule_alone(rule: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
     check_all([replace(p, head_dim=head_dim, head_dim_v=head_dim) for p in RULES[rule]], "cuda")
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("shared", [False, True], ids=["bias", "shared bias"])
+def test_a_key_that_a_bias_hides_from_a_block_may_be_nan(
+    shared: bool, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is hidden from the last block's rows alone, of which most do not exist. Its score is no number either."""
+    monkeypatch.setenv("FLASH_ATTN_FORCE", "sm80")
+    q, k, v = (torch.randn(8, 1, 152, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    bias = torch.randn(1 if shared else 8, 1, 152, 152, dtype=torch.bfloat16, device="cuda")
+    bias[..., 128:, [40, 151]] = -torch.inf
+    expected = sdpa(q, k, v, bias)
+    k[..., [40, 151], :] = v[..., [40, 151], :] = torch.nan
+    out = sdpa(q, k, v, bias)
+    assert torch.isnan(out[..., :128, :]).all()
+    assert torch.equal(out[..., 128:, :], expected[..., 128:, :])
 
 
 @pytest.mark.parametrize("causal", [ops.NONE, ops.TOP_LEFT], ids=["full", "causal"])

@@ -25,13 +25,13 @@ SM80_DEVICE float quad_max(float x) {
 /// row_max is a reference, not always the maximum: it moves, and what has been summed is rescaled, only when some row's
 /// maximum has grown by more than kGrowth. Results are the same, for P is relative to whatever row_max is.
 ///
-/// kNatural: S holds scores in natural units, which may be as low as the smallest float: the difference is taken first.
-/// Else S is q.k, and row_max is in log2, scaled: what it loses by being rounded all of a row lose. Beyond kLarge that
-/// is too much. Then row_max is q.k itself, times a power of 2 by which it stays beyond kLarge, and is subtracted from
-/// the row's S before anything else, which is exact near it.
+/// kNatural: S and row_max are scores in natural units, which may be as low as the smallest float. Else S is q.k, and
+/// row_max is in log2, scaled. Either way it is subtracted by the fma that scales; what it loses by being rounded all
+/// of a row lose. Beyond kLarge that is too much. Then it is subtracted from the row's S before anything else, which is
+/// exact near it; where S is q.k, row_max is q.k itself then, times a power of 2 by which it stays beyond kLarge.
 template <int kMTiles, int kNTiles, bool kNatural>
 struct OnlineSoftmax {
-  static constexpr float kGrowth = kNatural ? 4.f * kLn2 : 4.f, kLarge = 4096.f;
+  static constexpr float kUnit = kNatural ? kLn2 : 1.f, kGrowth = 4.f * kUnit, kLarge = 4096.f * kUnit;
 
   const float scale;          // from S to row_max's unit: softmax_scale / ln 2, or 1
   float row_max[kMTiles][2];  // -inf: the row has seen nothing
@@ -48,7 +48,7 @@ struct OnlineSoftmax {
 
   using RowValues = float[kMTiles][2];
 
-  SM80_DEVICE static bool is_large(float x) { return !kNatural && fabsf(x) > kLarge && x != -INFINITY; }
+  SM80_DEVICE static bool is_large(float x) { return fabsf(x) > kLarge && x != -INFINITY; }
   /// Of a large row_max.
   SM80_DEVICE float large_unit() const {
     return fmaxf(1.f, 2.f * __uint_as_float(__float_as_uint(scale) & 0xff800000u));
@@ -71,7 +71,7 @@ struct OnlineSoftmax {
   /// `rescale_out(m, half, factor)` is called for every row of this lane when some row of the warp has grown.
   template <typename RescaleOut>
   SM80_DEVICE void rescale(float (&s)[kMTiles][kNTiles][4], const RowValues& largest, const RescaleOut& rescale_out) {
-    bool grown = !kNatural && any_large;
+    bool grown = any_large;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -81,29 +81,30 @@ struct OnlineSoftmax {
     }
     if (!__any_sync(~0u, grown)) return;
     RowValues high;
-    bool large = any_large;
+    bool large = !kNatural && any_large;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         high[m][r] = quad_max(largest[m][r]);
-        large = large || is_large(high[m][r] * scale);
+        large = large || is_large(kNatural ? fmaxf(row_max[m][r], high[m][r]) : high[m][r] * scale);
       }
     }
-    large = any_large = !kNatural && __any_sync(~0u, large);
+    large = any_large = __any_sync(~0u, large);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& reference = row_max[m][r];
         float factor;
-        if (large) {
+        if (!kNatural && large) {
           factor = take_large(s, m, r, high[m][r]);
         } else {
           const float top = fmaxf(reference, high[m][r] * scale);
           // A row that has seen nothing has nothing to rescale: 0 - 0, not -inf - -inf.
           factor = top == -INFINITY ? 1.f : exponential(reference - top);
           reference = top;
+          if (kNatural && large) subtract(s, m, r, is_large(top) ? top : 0.f);
         }
         row_sum[m][r] *= factor;
         rescale_out(m, r, factor);
@@ -115,11 +116,11 @@ struct OnlineSoftmax {
   SM80_DEVICE void exponentials(float (&s)[kMTiles][kNTiles][4], int m, int n) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float base = fabsf(row_max[m][r]) <= (kNatural ? kLargest : kLarge) ? row_max[m][r] : 0.f;
+      const float base = fabsf(row_max[m][r]) <= kLarge ? row_max[m][r] * (kNatural ? kLog2E : 1.f) : 0.f;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s[m][n][2 * r + c];
-        x = kNatural ? exponential(x - base) : fast_exp2(fmaf(x, scale, -base));
+        x = fast_exp2(fmaf(x, kNatural ? kLog2E : scale, -base));
       }
       row_sum[m][r] += s[m][n][2 * r] + s[m][n][2 * r + 1];
     }
@@ -127,7 +128,7 @@ struct OnlineSoftmax {
 
   /// A row's reference in the unit of S.
   SM80_DEVICE float reference(int m, int r) const {
-    return row_max[m][r] / (is_large(row_max[m][r]) ? large_unit() : scale);
+    return row_max[m][r] / (!kNatural && is_large(row_max[m][r]) ? large_unit() : scale);
   }
 
   /// Of one row, after the last block, whose P sum up to `sum`: what O is to be multiplied by, and lse. `sink` joins
@@ -147,8 +148,6 @@ struct OnlineSoftmax {
   }
 
  private:
-  static constexpr float kLargest = 3.402823466e38f;
-
   /// Of one row when some row of the warp is large: its reference moves, and its S are made relative to it. Returns
   /// what has been summed is to be multiplied by.
   SM80_DEVICE float take_large(float (&s)[kMTiles][kNTiles][4], int m, int r, float high) {
@@ -168,9 +167,12 @@ struct OnlineSoftmax {
       factor = exponential(fmaf(-high, scale, reference));
       move(high);
     }
+    subtract(s, m, r, shift);
+    return factor;
+  }
+  SM80_DEVICE static void subtract(float (&s)[kMTiles][kNTiles][4], int m, int r, float shift) {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) s[m][n][2 * r] -= shift, s[m][n][2 * r + 1] -= shift;
-    return factor;
   }
 
   SM80_DEVICE static float exponential_natural(float x) { return fast_exp2(x * kLog2E); }

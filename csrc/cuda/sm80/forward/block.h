@@ -23,7 +23,8 @@ struct ForwardBlock {
   static constexpr bool kDropout = Config::kRules == Rules::kDropout, kMask = Config::kRules == Rules::kMask,
                         kBias = Config::kBias, kExtended = Config::kExtended, kMasks = kMask || kBias || kExtended;
   static_assert(!kMasks || kBlockN <= 128);
-  static constexpr int kAliveWords = 4;  // of lane % 4: bits of the columns of its fragments, of a whole tile
+  static constexpr int kAliveWords = 4 * Config::kWarps;  // see `alive`
+  static constexpr uint32_t kAllColumns = ~0u >> (32 - 2 * kBlockN / 8), kAllOfWarp = ~0u >> (32 - 2 * kNTiles);
   using Scores = float[kMTiles][kNTiles][4];
   using KvCopy = TileCopy<kBlockN, Config::kHeadDim, Config::kThreads>;
 
@@ -32,12 +33,14 @@ struct ForwardBlock {
   const ForwardParams& p;
   unsigned char* const shared;  // q, the ring's slots, `seen`
   const int warp, lane;
-  uint32_t* const alive;                         // with masks: the columns of a tile that some row sees
+  // With masks: what columns of a tile each warp sees. Word lane % 4 of its four: a bit for each of a lane's
+  // fragments'.
+  uint32_t* const alive;
   const int first_block, first_full, last_full;  // of the tile: asked for in every block
   uint32_t k_slot;                               // that K is read from; V lies in the one after it
   int load_block;                                // whose K, or after it V, is loaded next
-  // This thread's first piece of those; worked out for each tile where tiles are left out or registers are few.
-  static constexpr bool kPointers = Config::kRules == Rules::kPlain;
+  // This thread's first piece of those; worked out for each tile where tiles are left out.
+  static constexpr bool kPointers = Config::kRules == Rules::kPlain || kDropout;
   const char *k_from, *v_from;
   float o[kMTiles][kDTiles][4];
   Scores s;
@@ -233,11 +236,11 @@ struct ForwardBlock {
   using BiasTile = SharedTile<kBlockN>;
   /// Of a tile; `block` before block_begin(): there is none.
   SM80_DEVICE void load_bias(int block) const;
-  /// From S of the tile to scores, in natural units.
-  SM80_DEVICE void add_bias();
+  /// From S of the tile to scores, in natural units. Returns whether the warp has a bias of -inf.
+  SM80_DEVICE bool add_bias();
 
-  /// From S, as it was computed, to what exponentials are taken of.
-  SM80_DEVICE void apply_rules(int col);
+  /// From S, as it was computed, to what exponentials are taken of. Returns whether attn_mask may hide some of them.
+  SM80_DEVICE bool apply_rules(int col);
 
   /// In extended kernels: P of what dropout takes away becomes 0.
   SM80_DEVICE void drop(int col);
@@ -271,13 +274,15 @@ struct ForwardBlock {
   /// Before a barrier, V's arrival. Bit 2 n + c: of column 8 n + 2 (lane % 4) + c of the fragments, for the lane's
   /// rows.
   SM80_DEVICE void tell_seen_columns(uint32_t columns) const;
+  /// Likewise, from the tile's scores. `hides`: attn_mask may hide some of them.
+  SM80_DEVICE void tell_seen_scores(int block, bool hides) const;
   SM80_DEVICE uint32_t columns_of_scores() const;
 
   /// Kernels of Rules::kMask join other bounds with the bits of attn_mask, before S is computed, and tell the columns.
   SM80_DEVICE void limit_mask_bits(int col);
 
-  /// All threads call it, after that barrier and before the product; a barrier stands at the end.
-  SM80_DEVICE void clear_unseen_v(uint32_t v_slot);
+  /// All threads call it, after that barrier and before the product; a barrier stands at the end if V changes.
+  SM80_DEVICE void clear_unseen_v(uint32_t v_slot) const;
 
   // -- the loop over tiles
 
@@ -297,10 +302,10 @@ struct ForwardBlock {
   /// From S of a tile, whose K is in k_slot, to O.
   SM80_DEVICE void finish_tile(int block) {
     const int col = block * kBlockN + warp_key();
-    apply_rules(col);
+    const bool hides = apply_rules(col);
     if constexpr (kBias && !Config::kHasP) load_bias(visited_block(block - 1));
     if constexpr (kBias || kExtended) {
-      if (may_have_unseen_v(block)) tell_seen_columns(columns_of_scores());
+      if (may_have_unseen_v(block)) tell_seen_scores(block, hides);
     }
     rescale();
     if constexpr (!Config::kBeside) take_exponentials();
@@ -334,10 +339,11 @@ struct ForwardBlock {
       begin_loads();
       if constexpr (kBias) load_bias(block);
       load_next<true>(slots_begin());
-      if constexpr (kSlots == 3) load_next<false>(slots_begin() + Config::kSlotBytes);
+      load_next<false>(slots_begin() + Config::kSlotBytes);
       draw_kept(block * kBlockN + warp_key());
-      wait_tile();  // Q and the first K
-      load_next<kSameAhead>(slots_end() - Config::kSlotBytes);
+      cp_async_wait<1>();
+      __syncthreads();  // Q and the first K are there
+      if constexpr (kSlots == 3) load_next<true>(slots_end() - Config::kSlotBytes);
       for (;;) {
         if constexpr (kMask) {
           if (may_have_unseen_v(block)) limit_mask_bits(block * kBlockN + warp_key());

@@ -44,8 +44,8 @@ struct ForwardConfig {
 #else
   static constexpr bool kTight = false;
 #endif
-  static constexpr bool kPacks = kWarpsD == 1 && !kExtended &&
-                                 (kTight || (kDTiles >= 16 && (kRules == Rules::kDropout || kRules == Rules::kBias)));
+  static constexpr bool kPacks =
+      kWarpsD == 1 && !kExtended && (kTight || (kDTiles + kNTiles >= 24 && (kRules == Rules::kDropout || kBias)));
   static constexpr bool kBeside = kWarpsD == 1 && !kExtended && !kPacks;
   // Shared memory, in bytes from its start: Q, the ring; where rows are shared, P, in whose place biases lie until it
   // comes, and a number a row and warp; else biases.

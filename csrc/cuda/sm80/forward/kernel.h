@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     forward_kernel(const __grid_constant__ ForwardKernelParams params) {
   if constexpr (Config::kHasCode) {
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ uint32_t alive[ForwardBlock<Config>::kAliveWords];
+    __shared__ uint4 alive[ForwardBlock<Config>::kAliveWords / 4];
     __shared__ ForwardTile shared_tile;  // read again wherever it is needed: it would take twenty registers
     {
       ForwardTile tile;
@@ -38,12 +38,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         if (Config::kRules == Rules::kDropout) {
           tile.dropout = make_dropout(params.problem.rng_state, params.problem.dropout_p);
         }
+        if constexpr (Config::kBias) {
+          const MaskView& mask = params.problem.mask;
+          tile.mask = static_cast<const char*>(mask.data) + 2 * (tile.batch * mask.batch + tile.head * mask.head) +
+                      tile.m_begin * params.mask_row;
+        }
         shared_tile = tile;
       }
     }
-    if (ForwardBlock<Config>::kMasks && threadIdx.x < ForwardBlock<Config>::kAliveWords) alive[threadIdx.x] = 0;
-    __syncthreads();  // the tile and `alive` are there
-    ForwardBlock<Config>(params, shared_tile, shared, alive).run();
+    __syncthreads();  // the tile is there
+    ForwardBlock<Config>(params, shared_tile, shared, reinterpret_cast<uint32_t*>(alive)).run();
   } else {
     __trap();
   }

@@ -41,6 +41,7 @@ void launch_forward(const ForwardParams& p, const DeviceInfo& device, void* stre
   params.k_copy_step = bytes_of_rows(p.k, variant.copy_step),
   params.v_copy_step = bytes_of_rows(p.v, variant.copy_step);
   params.k_tile_step = bytes_of_rows(p.k, variant.block_n), params.v_tile_step = bytes_of_rows(p.v, variant.block_n);
+  params.mask_row = 2 * p.mask.row;
   params.falls = rows_see_prefixes(p);
   params.aligned = plan.aligned;
   if (plan.packs_mask) params.packed = mask::packed_or_pack(p.mask, p.workspace, stream);

@@ -13,6 +13,7 @@ struct ForwardKernelParams {
   TileSchedule schedule;  // packed: num_m_blocks of all sequences together, and tiles head by head
   // Bytes between rows of K and V that a thread copies one after the other, and between tiles.
   int64_t k_copy_step, v_copy_step, k_tile_step, v_tile_step;
+  int64_t mask_row;         // bytes between rows of attn_mask, for kernels of Rules::kBias
   bool falls;               // packed: the last query rows come first
   bool aligned;             // q, k and v consist of whole 16-byte pieces
   mask::PackedMask packed;  // seen null: attn_mask, if any, is read where it lies

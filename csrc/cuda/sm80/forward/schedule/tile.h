@@ -18,6 +18,7 @@ struct ForwardTile {
   int block_begin, block_end;
   int whole_begin, whole_count;  // tiles of keys that exist in full
   const char *k, *v;             // the sequence's first key of kv_head
+  const char* mask;              // of Rules::kBias: the tile's first row of attn_mask
   int part_row;                  // first row of the tile's partial results; -1: not split
   Dropout dropout;               // in kernels of Rules::kDropout
 

@@ -11,24 +11,33 @@ namespace flash_attn::cuda::sm80 {
 template <typename Config>
 SM80_DEVICE void ForwardBlock<Config>::load_bias(int block) const {
   if (block < block_begin()) return;
-  constexpr int kChunks = kSubN / 8, kStep = 32 / kChunks;
+  static_assert(BiasTile::kWholeLines);
+  constexpr int kChunks = kSubN / 8, kStep = 32 / kChunks;  // of a row; rows between two of this thread's pieces
   const uint32_t thread = fresh_thread(block);
-  const int chunk = warp_key() / 8 + int(thread) % kChunks, first = warp_row() + int(thread) % 32 / kChunks;
-  const int bytes = 2 * min(max(int(tile.sequence.seqlen_k) - block * kBlockN - 8 * chunk, 0), 8);
-  const int rows = int(tile.sequence.seqlen_q) - tile.m_begin;
-  const Element* const from = static_cast<const Element*>(p.mask.data) + tile.batch * p.mask.batch +
-                              tile.head * p.mask.head + tile.m_begin * p.mask.row + block * kBlockN + 8 * chunk;
+  const uint32_t chunk = uint32_t(warp_key()) / 8 + thread % kChunks, first = warp_row() + thread % 32 / kChunks;
+  const uint32_t to = q_tile() + Config::kBiases + BiasTile::offset(first, chunk);
+  const char* from =
+      tile.mask + 2 * uint64_t{uint32_t(block * kBlockN + 8 * chunk)} + uint64_t{first} * params.mask_row;
+  const int64_t step = kStep * params.mask_row;
+  const int rows = int(tile.sequence.seqlen_q) - tile.m_begin, columns = int(tile.sequence.seqlen_k) - block * kBlockN;
   __syncwarp();  // all have read the last ones
+  // A piece's place in its row changes with the row's number in eight.
+  const auto place = [&](int i) { return (to ^ (i * kStep % 8 * 16)) + i * kStep * BiasTile::kRowBytes; };
+  if (rows >= kBlockM && columns >= kBlockN) {
 #pragma unroll
-  for (int row = first; row < warp_row() + Config::kWarpRows; row += kStep) {
-    const bool exists = row < rows && bytes > 0;
-    cp_async_part(q_tile() + Config::kBiases + BiasTile::offset(row, chunk),
-                  exists ? from + row * p.mask.row : static_cast<const Element*>(p.mask.data), exists ? bytes : 0);
+    for (int i = 0; i < Config::kWarpRows / kStep; ++i, from += step) cp_async_16(place(i), from);
+  } else {
+    const int bytes = 2 * min(max(columns - 8 * int(chunk), 0), 8);
+#pragma unroll 1
+    for (int i = 0; i < Config::kWarpRows / kStep; ++i, from += step) {
+      const bool exists = int(first) + i * kStep < rows && bytes > 0;
+      cp_async_part(place(i), exists ? from : static_cast<const char*>(p.mask.data), exists ? bytes : 0);
+    }
   }
 }
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::add_bias() {
+SM80_DEVICE bool ForwardBlock<Config>::add_bias() {
   cp_async_wait<1>();  // the group after theirs is of V or of the next K
   __syncwarp();        // the warp's biases are there
   const float scale = float(p.softmax_scale);
@@ -53,11 +62,12 @@ SM80_DEVICE void ForwardBlock<Config>::add_bias() {
     return least;
   };
   const uint32_t least = visit_biases([scale](float& score, float bias) { score = fmaf(score, scale, bias); });
-  if (!__any_sync(~0u, has_lowest(least, Element()))) return;
+  if (!__any_sync(~0u, has_lowest(least, Element()))) return false;
   // A hidden score becomes -inf whatever it was, for a NaN that is masked out must go.
   visit_biases([](float& score, float bias) {
     if (bias == -INFINITY) score = bias;
   });
+  return true;
 }
 
 }  // namespace flash_attn::cuda::sm80

@@ -32,7 +32,7 @@ SM80_DEVICE void ForwardBlock<Config>::load_mask(int col) {
 }
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::apply_rules(int col) {
+SM80_DEVICE bool ForwardBlock<Config>::apply_rules(int col) {
   const FragmentPlace at = place(col);
   if constexpr (kExtended) {
     ScoreRules(p, tile.sequence, tile.batch, tile.head).apply(s, at);
@@ -44,12 +44,14 @@ SM80_DEVICE void ForwardBlock<Config>::apply_rules(int col) {
       }
     }
   }
-  if constexpr (kBias) add_bias();
+  bool hides = true;
+  if constexpr (kBias) hides = add_bias();
   if constexpr (kMask) {
     mask_bits.apply(s);
   } else if (col < full_begin() || col + kSubN > full_end()) {
     mask_columns(s, at, ColumnBounds(p, tile.sequence));
   }
+  return hides;
 }
 
 template <typename Config>

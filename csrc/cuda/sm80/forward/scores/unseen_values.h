@@ -59,20 +59,39 @@ SM80_DEVICE void ForwardBlock<Config>::tell_seen_columns(uint32_t columns) const
   columns |= __shfl_xor_sync(~0u, columns, 4);
   columns |= __shfl_xor_sync(~0u, columns, 8);
   columns |= __shfl_xor_sync(~0u, columns, 16);
-  if (lane < 4) atomicOr(alive + lane, columns << (warp_key() / 4));
+  if (lane < 4) alive[4 * warp + lane] = columns << (warp_key() / 4);
 }
 
 template <typename Config>
-SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(uint32_t v_slot) {
+SM80_DEVICE void ForwardBlock<Config>::tell_seen_scores(int block, bool hides) const {
+  const bool limited = block * kBlockN < full_begin() || (block + 1) * kBlockN > full_end();
+  if (hides || limited || tile.m_begin + warp_row() >= int(tile.sequence.seqlen_q)) {
+    tell_seen_columns(columns_of_scores());
+  } else if (lane < 4) {
+    alive[4 * warp + lane] = kAllOfWarp << (warp_key() / 4);
+  }
+}
+
+template <typename Config>
+SM80_DEVICE void ForwardBlock<Config>::clear_unseen_v(uint32_t v_slot) const {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int w = 0; w < Config::kWarps; ++w) {
+    const uint4 x = reinterpret_cast<const uint4*>(alive)[w];
+    words[0] |= x.x, words[1] |= x.y, words[2] |= x.z, words[3] |= x.w;
+  }
+  if ((words[0] & words[1] & words[2] & words[3]) == kAllColumns) return;
+#pragma unroll 1
   for (int row = warp; row < kBlockN; row += Config::kWarps) {
-    if ((alive[row % 8 / 2] >> (2 * (row / 8) + row % 2) & 1) != 0) continue;
+    const uint32_t word = row % 4 < 2 ? (row % 8 < 4 ? words[0] : words[2]) : (row % 8 < 4 ? words[1] : words[3]);
+    if ((word >> (2 * (row / 8) + row % 2) & 1) != 0) continue;
+#pragma unroll 1
     for (int chunk = lane; chunk < Tile::kChunks; chunk += 32) {
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_slot + Tile::offset(row, chunk)), "r"(0)
                    : "memory");
     }
   }
-  __syncthreads();                                        // V is clean, and all have read the words
-  if (threadIdx.x < kAliveWords) alive[threadIdx.x] = 0;  // for the next time, before which another barrier stands
+  __syncthreads();  // V is clean
 }
 
 }  // namespace flash_attn::cuda::sm80
