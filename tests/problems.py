@@ -35,6 +35,7 @@ MASK_KINDS = ("random", "sparse", "documents", "padding", "causal", "window", "p
 HOPPER_FORWARD = (
     *("d64 256x64", "d64 192x128", "d64 128x128", "d96 192x80", "d96 128x128", "d128 128x128", "d128 192x64"),
     *("d128 192x80", "d192 128x96", "d192/128 128x96", "d256 128x64", "d256/128 128x80"),
+    *("d64 cluster 128x128", "d128 cluster 128x128", "d256 cluster 128x64"),
 )
 
 # Those that know masks and rules of scores: without an additive mask, and with one.

@@ -271,6 +271,8 @@ def test_every_hopper_forward_kernel(name: str, monkeypatch: pytest.MonkeyPatch)
     problems = [
         replace(_tensor_core_problem(seed), head_dim=head_dim, head_dim_v=head_dim_v, seed=seed) for seed in range(30)
     ]
+    if "cluster" in name:  # these take no packed query rows
+        problems = [replace(problem, packed=False, one_starts=False) for problem in problems]
     monkeypatch.setenv("FLASH_ATTN_FORWARD_KERNEL", name)
     check_all(problems, "cuda", "cuda")
 

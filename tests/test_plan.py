@@ -98,12 +98,26 @@ def test_a_forward_kernel_can_be_asked_for_by_its_name(name: str, monkeypatch: p
 
 @needs_sm90
 def test_keys_are_shared_out_when_there_are_few_tiles() -> None:
-    few = plan(batch=1, heads=1, seqlen_q=128, seqlen_k=65536)["forward"]
+    few = plan(batch=1, heads=70, seqlen_q=128, seqlen_k=65536)["forward"]
     assert few["decisions"]["key_splits"] >= 2
     assert few["workspace_bytes"] >= 2 * 128 * 128 * 4, "two parts' float32 results at least"
     whole_waves = plan(batch=1, heads=132, seqlen_q=few["tile"][0])["forward"]
     assert whole_waves["decisions"]["key_splits"] == 1
     assert whole_waves["workspace_bytes"] == 0
+
+
+@needs_sm90
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tiles", [1, 10, 16, 32, 66])
+def test_a_cluster_shares_out_the_keys_of_each_of_few_tiles(tiles: int, head_dim: int) -> None:
+    for causal in (0, 2):
+        few = plan(batch=1, heads=tiles, seqlen_q=128, seqlen_k=4096, head_dim=head_dim, causal=causal)["forward"]
+        parts, ctas = few["decisions"]["key_splits"], few["decisions"]["ctas"]
+        assert "cluster" in few["kernel"] and 2 <= parts <= 8
+        assert ctas == tiles * parts <= 132, "all run at once"
+        assert few["workspace_bytes"] == 0
+    one_block = plan(batch=1, heads=tiles, seqlen_q=128, seqlen_k=64, head_dim=head_dim)["forward"]
+    assert "cluster" not in one_block["kernel"]
 
 
 @needs_sm90

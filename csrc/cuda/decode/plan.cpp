@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../../sequence.h"
+#include "../common/clusters.h"
 #include "../common/forced_decisions.h"
 
 namespace flash_attn::cuda::decode {
@@ -11,7 +12,6 @@ namespace {
 constexpr int kReservedBytes = 1024;  // of shared memory, a block, by the system
 constexpr int kMaxStages = 6;
 constexpr int64_t kEnoughBytes = 128 << 10;  // of an SM's stages
-constexpr int kMostOfCluster = 8;            // CTAs that any GPU puts together
 constexpr int64_t kRowsOfWarps = 32;         // packed; more are a warpgroup's where there is one
 
 const Variants& variants_for(int64_t head_dim, bool float8) {
@@ -94,14 +94,6 @@ int even_ctas(int ctas, int64_t tiles) {
     if (fewer < tiles || fewer / tiles % kAtOnce == 0) return fewer;
   }
   return first > 0 ? first : ctas;
-}
-
-/// CTAs that run at once at least as clusters, which get an SM for each: neighbouring SMs have pairs, larger clusters
-/// are spread over a GPC, which is of 14 to 18 SMs.
-int ctas_in_clusters(const DeviceInfo& device, int cluster) {
-  constexpr int kLeastSms = 14, kMostSms = 18;
-  if (cluster <= 2) return device.num_sms / 2 * 2;
-  return int(ceil_div(device.num_sms, kMostSms)) * (kLeastSms / cluster) * cluster;
 }
 
 /// A cluster for each of few tiles with few blocks, of as many CTAs; 1: none.

@@ -23,6 +23,8 @@ struct Shape {
   // Write out through a buffer of its own, 4 KB a warp, instead of through Q's. A single Q stage needs it.
   static constexpr bool kOutBuffer = false;
   static constexpr bool kBand = false;  // what rows see is found on the device: BandParams
+  // The parts of a tile are a cluster's CTAs, which put them together. Each has one tile, and all are split.
+  static constexpr bool kCluster = false;
 };
 
 template <typename Element_, typename Shape, bool kMasked_>
@@ -47,6 +49,9 @@ struct KernelConfig : Shape {
   static constexpr int kTileSlots = 4;
 
   static constexpr int kSchedulerThreads = 1;  // that write a tile
+
+  // Of a part: O of a warp's 16 rows.
+  static constexpr int kWarpBytesOfPart = 16 * Shape::kHeadDimV * 4;
 
   // A CTA starts with 65,536 / kThreads registers a thread; setmaxnreg moves them from producer to consumers.
   static constexpr int kProducerRegisters = Shape::kConsumers == 2 ? 56 : 32;
@@ -76,10 +81,31 @@ struct SharedStorage {
   typename Config::TileType tiles[Config::kTileSlots];
 };
 
+/// Parts come into the stages of K and V, which are free by then. A slot has what one CTA of the cluster sends of one
+/// warp's rows.
+template <typename Config>
+struct ClusterStorage : SharedStorage<Config> {
+  float2 statistics[kPartSlots][16];  // row_max, row_sum
+  // ready: K and V of all other CTAs have been read. full: all have sent of the warp's rows.
+  uint64_t peers_ready, parts_full[4 * Config::kConsumers];
+  /// O in the order of fragments: [4 floats of a thread][lane].
+  FLASH_ATTN_DEVICE float* part(int slot) const {
+    return reinterpret_cast<float*>(const_cast<uint8_t*>(&this->k[0][0]) + slot * Config::kWarpBytesOfPart);
+  }
+  static_assert(Config::kConsumers == 2, "see kPartSlots");
+  static_assert(Config::kStagesKV * (Config::kBytesK + Config::kBytesV) >= kPartSlots * Config::kWarpBytesOfPart,
+                "v follows k");
+};
+
+/// What a kernel has in shared memory.
+template <typename Config>
+using StorageOf = std::conditional_t<Config::kCluster, ClusterStorage<Config>, SharedStorage<Config>>;
+
 /// Named barriers; 0 is __syncthreads.
 enum Barrier : int {
   kIssue = 1,  // + consumer: whose turn it is to issue matrix products
   kVote = 5,   // + consumer: the vote of OnlineSoftmax::advance_lazily
+  kParts = 9,  // all consumers have read K and V for the last time
 };
 
 /// Place in the ring of tiles and of Q buffers.

@@ -4,9 +4,11 @@
 #include "../../common/scores/mask_fragment.h"
 #include "../../common/swizzle.h"
 #include "../hopper/barriers.h"
+#include "../hopper/cluster.h"
 #include "../hopper/stmatrix.h"
 #include "../hopper/tma.h"
 #include "config.h"
+#include "parts.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -31,9 +33,13 @@ struct Consumer {
 
   // -- matrix products
 
+  FLASH_ATTN_DEVICE static uint32_t operand(const void* tile) {
+    return Config::kCluster ? cluster_descriptor(tile) : descriptor(tile);
+  }
+
   FLASH_ATTN_DEVICE void issue_qk() {
-    const uint32_t a = descriptor(shared.q[tiles.stage()]) + warpgroup * (64 * 128 / 16);
-    const uint32_t b = descriptor(shared.k[k.stage]);
+    const uint32_t a = operand(shared.q[tiles.stage()]) + warpgroup * (64 * 128 / 16);
+    const uint32_t b = operand(shared.k[k.stage]);
     wgmma_fence();
     Mma::template ss<false>(s, a, b);
 #pragma unroll
@@ -44,7 +50,7 @@ struct Consumer {
   }
 
   FLASH_ATTN_DEVICE void issue_pv() {
-    const uint32_t b = descriptor_across(shared.v[v.stage], kBlockN);
+    const uint32_t b = operand(shared.v[v.stage]) | kBlockN * 8 << 16;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlockN / 16; ++step) Mma::template rs<true>(out, p + 4 * step, b + k_step_across(step));
@@ -186,13 +192,19 @@ struct Consumer {
 
   /// Divides O by the sum and writes out and lse; `row` is the warp's first.
   FLASH_ATTN_DEVICE void store_tile(const Tile& tile, int row) {
+    store_sums(tile, row, softmax.row_max, [&](int r) { return quad_sum(softmax.row_sum[r]); });
+  }
+
+  /// The same of rows whose maxima and sums are these.
+  template <typename Sum>
+  FLASH_ATTN_DEVICE void store_sums(const Tile& tile, int row, const float (&row_max)[2], Sum sum_of) {
     float lse[2], inverse[2];
     bool empty[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = quad_sum(softmax.row_sum[r]);
+      const float sum = sum_of(r);
       empty[r] = sum == 0.f || row + lane / 4 + 8 * r >= tile.seqlen_q;
-      lse[r] = empty[r] ? -INFINITY : log_sum_exp(softmax.row_max[r], params.to_natural, sum);
+      lse[r] = empty[r] ? -INFINITY : log_sum_exp(row_max[r], params.to_natural, sum);
       inverse[r] = __fdividef(1.f, sum);
     }
     store_rows(tile, row, lse, inverse, empty);
@@ -289,12 +301,16 @@ struct Consumer {
       }
       finish_last_pv();
       skip_blocks(begin);
-      if (tile.partial_row < 0) {
-        store_tile(tile, row + 16 * warp);
-      } else {
-        store_partial(tile.partial_row + 64 * warpgroup + 16 * warp + lane / 4);
+      if constexpr (!Config::kCluster) {
+        if (tile.partial_row < 0) {
+          store_tile(tile, row + 16 * warp);
+        } else {
+          store_partial(tile.partial_row + 64 * warpgroup + 16 * warp + lane / 4);
+        }
       }
     }
+    if constexpr (Config::kCluster)
+      combine_parts<Config>(*this, tile, row + 16 * warp);  // with those that have no rows
     if (!Config::kOutBuffer) {
       out_stage = tiles.stage();
     } else if (row >= tile.num_rows) {

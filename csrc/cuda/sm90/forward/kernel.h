@@ -14,6 +14,8 @@
 // others.
 #pragma once
 
+#include <cstddef>
+
 #include "../../common/dependent_launch.h"
 #include "consumer.h"
 #include "producer.h"
@@ -44,11 +46,29 @@ FLASH_ATTN_DEVICE void init_barriers(const KernelParams& params, SharedStorage<C
   init(shared.q_empty, Config::kStagesQ, 4 * Config::kConsumers);  // every warp, when it has stored its rows of out
   init(shared.k_empty, Config::kStagesKV, Config::kConsumers);
   init(shared.v_empty, Config::kStagesKV, Config::kConsumers);
+  if constexpr (Config::kCluster) {
+    auto& storage = static_cast<ClusterStorage<Config>&>(shared);
+    init(&storage.peers_ready, 1, params.schedule.num_splits - 1);
+    init(storage.parts_full, 4 * Config::kConsumers, 1);
+  }
   mbarrier_init_fence();
   tma_prefetch_map(&params.q);
   tma_prefetch_map(&params.k);
   tma_prefetch_map(&params.v);
   tma_prefetch_map(&params.out);
+}
+
+/// Whoever makes the first tile reads parameters all over `params`, one after the other, each from a line that no
+/// thread of the SM has read: these warps ask for the lines at once.
+template <typename Params>
+FLASH_ATTN_DEVICE void read_parameters(const Params& params, int warp) {
+  constexpr int kLineWords = 16, kLines = sizeof(Params) / (4 * kLineWords), kWarps = 8;
+  constexpr int kFirstLine = offsetof(KernelParams, problem) / (4 * kLineWords);
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(&params);
+  for (int line = kFirstLine + warp; line < kLines; line += kWarps) {
+    asm volatile("{.reg .pred never;\nsetp.eq.u32 never, %0, 0x9e3779b9;\n@never nanosleep.u32 0;}" ::"r"(
+        words[kLineWords * line]));
+  }
 }
 
 template <typename Config>
@@ -59,16 +79,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (!params.band->is_band) return;
   }
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
+  StorageOf<Config>& shared = *reinterpret_cast<StorageOf<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   // Where tiles are known without another launch's results, and no panel has to be cleared first.
   const bool begins_early = params.schedule.order != TileSchedule::kPacked && params.panels == Config::kPanels;
+  if (warpgroup < Config::kConsumers) read_parameters(params, threadIdx.x / 32);
   if (threadIdx.x == 128 * Config::kConsumers) {
     init_barriers(params, shared);
     if (begins_early) Producer<Config>{params, shared}.begin();
   }
   if (params.panels < Config::kPanels) clear_tiles(shared);
   __syncthreads();
+  if constexpr (Config::kCluster) cluster_arrive_relaxed();
   grid_launch_dependents();  // combine.h waits for the end of this kernel
   if (warpgroup == Config::kConsumers) {
     register_budget_lower<Config::kProducerRegisters>();

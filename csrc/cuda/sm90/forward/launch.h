@@ -27,6 +27,24 @@ KernelParams kernel_params(const ForwardParams& problem, const Plan& plan) {
           new_launch_id()};
 }
 
+template <typename Params>
+void launch_cluster(void (*kernel)(const Params), int grid, int ctas, int threads, int shared_bytes,
+                    cudaStream_t stream, const Params& params) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = ctas;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "sm90 forward");
+}
+
 /// What has to come before the kernel, the kernel, and what has to come after it.
 template <typename Config, typename Params>
 void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params& params, const Plan& plan,
@@ -36,13 +54,17 @@ void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params
     launch_prepare(problem, Config::kBlockM, plan.schedule.first_m_block, stream);
   }
   allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, "sm90 shared memory");
+  if constexpr (Config::kCluster) {
+    launch_cluster(kernel, plan.grid, plan.schedule.num_splits, Config::kThreads, shared_bytes, stream, params);
+    return;
+  }
   if (plan.needs_prepare() || Config::kBand) {  // what these wait for comes from the kernel before
     launch_dependent(kernel, dim3(plan.grid), Config::kThreads, shared_bytes, stream, params, "sm90 forward");
   } else {
     kernel<<<plan.grid, Config::kThreads, shared_bytes, stream>>>(params);
     check(cudaGetLastError(), "sm90 forward");
   }
-  if (plan.is_split()) {
+  if (plan.has_partials()) {
     launch_combine({problem, plan.schedule, Config::kBlockM, Config::kHeadDimV, params.to_natural, params.to_log2},
                    stream);
   }
@@ -50,9 +72,9 @@ void launch_forward(void (*kernel)(const Params), int shared_bytes, const Params
 
 template <typename Config>
 void launch_kernel(const ForwardParams& problem, const Plan& plan, cudaStream_t stream) {
-  static_assert(sizeof(SharedStorage<Config>) <= kMaxSharedBytes, "the tiles do not fit");
-  launch_forward<Config>(forward_kernel<Config>, sizeof(SharedStorage<Config>), kernel_params<Config>(problem, plan),
-                         plan, stream);
+  static_assert(sizeof(StorageOf<Config>) <= kMaxSharedBytes, "the tiles do not fit");
+  launch_forward<Config>(forward_kernel<Config>, sizeof(StorageOf<Config>), kernel_params<Config>(problem, plan), plan,
+                         stream);
 }
 
 template <typename Shape, bool kMasked>
@@ -66,12 +88,24 @@ constexpr Variant make_variant(const char* name, double efficiency, double tile_
           /* staged */ false,
           /* rules */ false,
           Config::kOutBuffer,
+          Config::kCluster,
           Config::kBlockM,
           Config::kBlockN,
           efficiency,
           tile_clocks,
           launch_kernel<Config>,
           launch_kernel<KernelConfig<__half, Shape, kMasked>>};
+}
+
+template <typename Shape>
+struct ClusterShape : Shape {
+  static constexpr bool kCluster = true;
+};
+
+/// Of a shape with two consumers, and its constants.
+template <typename Shape, bool kMasked>
+constexpr Variant make_cluster_variant(const char* name, double efficiency, double tile_clocks) {
+  return make_variant<ClusterShape<Shape>, kMasked>(name, efficiency, tile_clocks);
 }
 
 template <typename Config>

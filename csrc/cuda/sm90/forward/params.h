@@ -9,6 +9,11 @@
 
 namespace flash_attn::cuda::sm90::forward {
 
+/// Of a kernel whose clusters put parts of tiles together: what the CTAs send each other, in pieces of a warp's 16
+/// rows. The CTA that puts most of the eight warps' rows together gets ceil(8 / parts) * (parts - 1) of them.
+constexpr int kPartSlots = 8;
+constexpr bool have_slots(int parts) { return (8 + parts - 1) / parts * (parts - 1) <= kPartSlots; }
+
 /// The four tensors of a problem.
 struct Sources {
   TensorMapSource q, k, v, out;

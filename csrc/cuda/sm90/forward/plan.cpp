@@ -10,11 +10,13 @@
 #include <type_traits>
 
 #include "../../../sequence.h"
+#include "../../common/clusters.h"
 #include "../../common/tiles/groups.h"
 #include "../../common/tiles/sequence_blocks.h"
 #include "../../common/tiles/visibility.h"
 #include "../hopper/tensor_map.h"
 #include "../refusals.h"
+#include "params.h"
 
 namespace flash_attn::cuda::sm90::forward {
 namespace {
@@ -24,12 +26,16 @@ namespace {
 // and a launch needs
 //   static tiles      full waves of tiles, and a last one whose tiles may be split,
 //   longest first     the mean load of a CTA, but no less than the longest tile; half a short tile of imbalance.
+//   clusters          a part of the longest tile, and adding up; if not all run at once, no less than the mean load.
 // The kernels' constants were fitted to an H200's times at 512 to 16,384 rows, within 3%; the others measured there:
-// benchmarks/experiments/010 and 005.
+// benchmarks/experiments/010, 005 and 206.
 constexpr double kProductsPerClock = 2048;    // multiply-adds of an SM
 constexpr double kCombineClocks = 9000;       // launching combine.h's kernel, and its latency
 constexpr double kCombineBytesPerClock = 24;  // an SM's share of L2's bandwidth, partial results written and read
 constexpr int kMaxSplits = 8;
+constexpr double kStartClocks = 6000;         // of a CTA until its first product
+constexpr double kClusterClocks = 1500;       // of parts that are put together by their cluster: latency
+constexpr double kClusterBytesPerClock = 16;  // that a CTA gets from the others
 constexpr int kSampledTiles = 32;
 constexpr double kLeastClocksOfKind = 100'000;  // of choose_band_plan() and choose_bits_plan()
 
@@ -69,7 +75,12 @@ struct Cost {
         block_clocks(double(v.block_m) * v.block_n * (v.head_dim + v.head_dim_v) / kProductsPerClock / v.efficiency) {}
 
   double tile(double blocks) const { return blocks * block_clocks + variant.tile_clocks; }
-  /// Beyond the parts' own tile(): writing them, and the launch that adds them up.
+  /// Beyond the parts' own tile(): each CTA of a cluster gets its share of the rows from the others.
+  double combine_in_cluster(int parts) const {
+    const double rows = double(variant.block_m) * (parts - 1) / parts;
+    return kClusterClocks + 4 * rows * variant.head_dim_v / kClusterBytesPerClock;
+  }
+  /// The same of parts that go through memory: writing them, and the launch that adds them up.
   double combine(int64_t parts_per_sm) const {
     const double bytes = 2.0 * 4 * variant.block_m * variant.head_dim_v;
     return kCombineClocks + parts_per_sm * bytes / kCombineBytesPerClock;
@@ -110,6 +121,26 @@ void share_out_longest_first(int num_sms, const Cost& cost, const TileLengths& l
     schedule.split_begin = splits > 1 ? 0 : schedule.num_tiles;
   }
   plan.dynamic = int64_t{schedule.num_tiles} * schedule.num_splits > num_sms;
+}
+
+/// Of a kernel of clusters: all tiles are split. A CTA has one part; clusters that find no room start when others end.
+void share_out_clusters(const DeviceInfo& device, const Cost& cost, const TileLengths& lengths, Plan& plan) {
+  TileSchedule& schedule = plan.schedule;
+  schedule.split_begin = 0;
+  plan.clocks = HUGE_VAL;
+  for (int parts = 2; parts <= kMostOfCluster && (parts == 2 || parts <= lengths.longest); ++parts) {
+    if (!have_slots(parts)) continue;
+    double waves = double(schedule.num_tiles) * parts / ctas_in_clusters(device, parts);
+    double clocks = cost.tile(std::ceil(lengths.longest / parts)) + cost.combine_in_cluster(parts);
+    if (waves > 1) {
+      if (schedule.order != TileSchedule::kLongestFirst) waves = std::ceil(waves);
+      const double mean = cost.tile(lengths.mean / parts) + cost.combine_in_cluster(parts) + kStartClocks;
+      clocks = std::max(clocks, waves * mean);
+    }
+    if (clocks >= plan.clocks) continue;
+    plan.clocks = clocks;
+    schedule.num_splits = parts;
+  }
 }
 
 /// Heads whose K and V together take a share of L2 that grows with their length, but where copies weigh less, at head
@@ -185,6 +216,10 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
     schedule.order = TileSchedule::kPacked;
     plan.dynamic = true;
     plan.clocks = double(schedule.num_tiles) / device.num_sms * cost.tile(lengths.mean);
+  } else if (variant.cluster) {
+    schedule.order = rows_see_prefixes(params) ? TileSchedule::kLongestFirst : TileSchedule::kRowsFirst;
+    set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
+    share_out_clusters(device, cost, lengths, plan);
   } else if (rows_see_prefixes(params) || params.mask.data != nullptr) {
     schedule.order = TileSchedule::kLongestFirst;
     set_groups(schedule, heads_per_group(params, device.l2_bytes), params.batch * params.num_heads);
@@ -197,8 +232,8 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device, const Va
     plan.dynamic = params.has_window() && int64_t{schedule.num_tiles} > device.num_sms;
   }
   const int64_t split_tiles = plan.is_split() ? schedule.num_tiles - schedule.split_begin : 0;
-  plan.grid =
-      static_cast<int>(std::min<int64_t>(device.num_sms, schedule.num_tiles + split_tiles * (schedule.num_splits - 1)));
+  const int64_t items = schedule.num_tiles + split_tiles * (schedule.num_splits - 1);
+  plan.grid = static_cast<int>(variant.cluster ? items : std::min<int64_t>(device.num_sms, items));
   if (!plan.is_split()) schedule.split_begin = INT32_MAX;
   return plan;
 }
@@ -208,6 +243,7 @@ Plan choose_plan(const ForwardParams& params, const DeviceInfo& device) {
   Plan best;
   for (const Variant& variant : variants_for(params)) {
     if (variant.masked != (params.has_window() || is_extended(params))) continue;
+    if (variant.cluster && params.is_varlen_q()) continue;  // how many tiles there are the host does not know
     if (variant.biased != params.has_bias() || (has_rules(params) && !variant.rules)) continue;
     if (variant.staged && !has_mask_map(params)) continue;
     if (forced != nullptr && !is_named(variant, forced)) continue;
@@ -249,9 +285,9 @@ int64_t place_workspace(Plan& plan, const ForwardParams& params, void* workspace
   TileSchedule& schedule = plan.schedule;
   place(schedule.next_tile, plan.dynamic ? 1 : 0);
   place(schedule.first_m_block, params.is_varlen_q() ? params.batch + 1 : 0);
-  const int64_t partial_rows =
-      plan.is_split() ? int64_t{schedule.num_tiles - schedule.split_begin} * schedule.num_splits * plan.variant->block_m
-                      : 0;
+  const int64_t partial_rows = plan.has_partials() ? int64_t{schedule.num_tiles - schedule.split_begin} *
+                                                         schedule.num_splits * plan.variant->block_m
+                                                   : 0;
   place(schedule.partial_out, partial_rows * plan.variant->head_dim_v);
   place(schedule.partial_statistics, partial_rows);
   // Under an additive mask that is not packed, tiles of few scores look for rows of V that are not finite in what they

@@ -23,6 +23,7 @@ struct Variant {
   bool staged;      // and it comes by the copy engine
   bool rules;       // takes softcap, ALiBi and dropout
   bool out_buffer;  // out does not go through Q's buffer
+  bool cluster;     // the parts of a tile are a cluster's; takes no packed query rows
   int block_m, block_n;
   double efficiency;   // share of the tensor cores' peak in the middle of a long tile
   double tile_clocks;  // a tile's fixed cost: filling and draining the pipeline
@@ -57,6 +58,8 @@ struct Plan {
 
   bool needs_prepare() const { return schedule.order == TileSchedule::kPacked; }
   bool is_split() const { return schedule.num_splits > 1; }
+  /// The parts of tiles go through memory.
+  bool has_partials() const { return is_split() && !variant->cluster; }
 };
 
 /// Bytes that the plan needs; with `workspace` also sets the schedule's pointers into it.

@@ -17,7 +17,7 @@ FLASH_ATTN_DEVICE void make_next_tile(const typename Config::Params& params, int
                                       typename Config::TileType& tile) {
   const mask::MaskKind* found = nullptr;
   if constexpr (Config::kBand) found = params.band;
-  make_tile<Config::kBlockM, Config::kBlockN>(params.schedule, params.problem, index, tile, found);
+  make_tile<Config::kBlockM, Config::kBlockN, Config::kCluster>(params.schedule, params.problem, index, tile, found);
 }
 
 /// Works out tiles one ahead of the producer: with 64-bit lengths and divisions that takes as long as a block of
@@ -59,11 +59,13 @@ struct Producer {
 
   /// A box for each panel of [rows][64] in the 128-byte swizzle; `full` completes when all have arrived. Panels beyond
   /// the tensor's head dimension are not loaded: see Tile::has_columns().
-  template <int kPanelBytes>
+  template <int kPanelBytes, int kMostPanels>
   FLASH_ATTN_DEVICE void load(const CUtensorMap* map, int panels, uint8_t* tile, uint64_t* full, int x, int y, int head,
                               int batch) {
     mbarrier_arrive_expect(full, panels * kPanelBytes);
-    for (int panel = 0; panel < panels; ++panel) {
+#pragma unroll
+    for (int panel = 0; panel < kMostPanels; ++panel) {
+      if (panel >= panels) break;
       tma_load(tile + panel * kPanelBytes, map, full, {64 * panel, x, y, head, batch});
     }
   }
@@ -71,22 +73,22 @@ struct Producer {
   FLASH_ATTN_DEVICE void load_q(const Tile& tile, TileRing<Config> tiles) {
     const int stage = tiles.stage();
     mbarrier_wait(&shared.q_empty[stage], tiles.phase() ^ 1);
-    load<Config::kPanelBytesQ>(&params.q, tile.has_columns() ? params.panels : 0, shared.q[stage],
-                               &shared.q_full[stage], tile.q_x, tile.q_y, tile.head, tile.q_batch);
+    load<Config::kPanelBytesQ, Config::kPanels>(&params.q, tile.has_columns() ? params.panels : 0, shared.q[stage],
+                                                &shared.q_full[stage], tile.q_x, tile.q_y, tile.head, tile.q_batch);
   }
 
   FLASH_ATTN_DEVICE void load_k(const Tile& tile, int n_block, KVRing ring) {
     mbarrier_wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
-    load<Config::kPanelBytesKV>(&params.k, tile.has_columns() ? params.panels : 0, shared.k[ring.stage],
-                                &shared.k_full[ring.stage], tile.kv_x + n_block * Config::kBlockN, tile.kv_y,
-                                tile.kv_head, tile.kv_batch);
+    load<Config::kPanelBytesKV, Config::kPanels>(
+        &params.k, tile.has_columns() ? params.panels : 0, shared.k[ring.stage], &shared.k_full[ring.stage],
+        tile.kv_x + n_block * Config::kBlockN, tile.kv_y, tile.kv_head, tile.kv_batch);
   }
 
   FLASH_ATTN_DEVICE void load_v(const Tile& tile, int n_block, KVRing ring) {
     mbarrier_wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-    load<Config::kPanelBytesKV>(&params.v, tile.has_columns() ? params.panels_v : 0, shared.v[ring.stage],
-                                &shared.v_full[ring.stage], tile.kv_x + n_block * Config::kBlockN, tile.kv_y,
-                                tile.kv_head, tile.kv_batch);
+    load<Config::kPanelBytesKV, Config::kPanelsV>(
+        &params.v, tile.has_columns() ? params.panels_v : 0, shared.v[ring.stage], &shared.v_full[ring.stage],
+        tile.kv_x + n_block * Config::kBlockN, tile.kv_y, tile.kv_head, tile.kv_batch);
   }
 
   FLASH_ATTN_DEVICE void load_q_and_k(const Tile& tile, TileRing<Config> tiles, KVRing ring) {

@@ -5,6 +5,7 @@
 #include "../../../mask_kind.h"
 #include "../../common/tiles/order.h"
 #include "../../common/tiles/visibility.h"
+#include "../hopper/cluster.h"
 
 namespace flash_attn::cuda::sm90::forward {
 
@@ -30,12 +31,16 @@ struct Tile {
 };
 
 /// Writes field by field to shared memory: the scheduler has few registers. AnyTile is Tile or ExtendedTile. With
-/// `found` rows see the band that was found in attn_mask, not what the problem says.
-template <int kBlockM, int kBlockN, typename AnyTile>
+/// `found` rows see the band that was found in attn_mask, not what the problem says. With kCluster the tile is that of
+/// this CTA's cluster, and the part its rank's.
+template <int kBlockM, int kBlockN, bool kCluster = false, typename AnyTile>
 FLASH_ATTN_DEVICE void make_tile(const TileSchedule& s, const ForwardParams& p, int index, AnyTile& tile,
                                  const mask::MaskKind* found = nullptr) {
   int split_tile = -1, part = 0;
-  if (index >= s.split_begin) {
+  if constexpr (kCluster) {
+    index = split_tile = cluster_id();
+    part = cluster_rank();
+  } else if (index >= s.split_begin) {
     split_tile = (index - s.split_begin) / s.num_splits;
     part = index - s.split_begin - split_tile * s.num_splits;
     index = s.split_begin + split_tile;

@@ -47,6 +47,7 @@ constexpr Variant make_extended_variant(const char* name, double efficiency, dou
           kBias == Bias::kStaged,
           kRules,
           Config::kOutBuffer,
+          /* cluster */ false,
           Config::kBlockM,
           Config::kBlockN,
           efficiency,

@@ -19,9 +19,11 @@ struct TallWide : Shape {
 
 constexpr Variant kVariants[] = {
     make_variant<Square, false>("wgmma d128 128x128", 0.88, 4500),
+    make_cluster_variant<Square, false>("wgmma d128 cluster 128x128", 0.88, 4500),
     make_variant<Tall, false>("wgmma d128 192x64", 0.94, 6100),
     make_variant<TallWide, false>("wgmma d128 192x80", 0.96, 6200),
     make_variant<Square, true>("wgmma d128 128x128 masked", 0.92, 6300),
+    make_cluster_variant<Square, true>("wgmma d128 cluster 128x128 masked", 0.92, 6300),
     make_variant<Tall, true>("wgmma d128 192x64 masked", 0.975, 6300),
     make_variant<TallWide, true>("wgmma d128 192x80 masked", 0.995, 6600),
 };

@@ -11,7 +11,9 @@ struct Square : Shape {
 
 constexpr Variant kVariants[] = {
     make_variant<Square, false>("wgmma d256 128x64", 0.965, 8900),
+    make_cluster_variant<Square, false>("wgmma d256 cluster 128x64", 0.965, 8900),
     make_variant<Square, true>("wgmma d256 128x64 masked", 0.975, 8900),
+    make_cluster_variant<Square, true>("wgmma d256 cluster 128x64 masked", 0.975, 8900),
 };
 
 constexpr Variant kBand[] = {make_band_variant<Square>("wgmma d256 128x64 band", 0.975, 8900)};
