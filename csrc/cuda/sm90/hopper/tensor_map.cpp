@@ -116,17 +116,19 @@ CUtensorMap make_tensor_map(const TensorMapSource& s, int box_rows) {
 bool has_mask_map(const ForwardParams& p) {
   const MaskView& mask = p.mask;
   const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % 8 == 0; };
-  return p.has_bias() && mask.dtype == p.dtype && mask.row_size > 1 && mask.col_size > 1 && mask.col == 1 &&
+  // A row that is broadcast is one of stride 0, as often as there are queries.
+  const bool has_rows = mask.row_size == 1 ? p.seqlen_q > 1 : mask.row > 0 && mask.row % 8 == 0;
+  return p.has_bias() && mask.dtype == p.dtype && has_rows && mask.col_size > 1 && mask.col == 1 &&
          reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 && whole(mask.batch_size, mask.batch) &&
-         whole(mask.head_size, mask.head) && whole(mask.row_size, mask.row) && mask.batch >= 0 && mask.head >= 0 &&
-         mask.row > 0;
+         whole(mask.head_size, mask.head) && mask.batch >= 0 && mask.head >= 0;
 }
 
 CUtensorMap make_mask_map(const MaskView& mask, int box_rows) {
+  const bool broadcast = mask.row_size == 1;
   return map_of({reinterpret_cast<uintptr_t>(mask.data),
-                 {cuuint64_t(mask.col_size), cuuint64_t(mask.row_size), cuuint64_t(mask.head_size),
-                  cuuint64_t(mask.batch_size), 1},
-                 {stride_bytes(mask.row, mask.row_size), stride_bytes(mask.head, mask.head_size),
+                 {cuuint64_t(mask.col_size), broadcast ? cuuint64_t(kMaxRows) : cuuint64_t(mask.row_size),
+                  cuuint64_t(mask.head_size), cuuint64_t(mask.batch_size), 1},
+                 {broadcast ? 0 : stride_bytes(mask.row, mask.row_size), stride_bytes(mask.head, mask.head_size),
                   stride_bytes(mask.batch, mask.batch_size), 16},
                  box_rows,
                  mask.dtype});

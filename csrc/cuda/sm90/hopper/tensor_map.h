@@ -39,7 +39,7 @@ CUtensorMap make_tensor_map(const TensorMapSource& source, int box_rows);
 /// `box_rows` queries, written in the 128-byte swizzle. What lies beyond the mask's sizes is zero. Throws
 /// std::runtime_error when the driver rejects the map.
 CUtensorMap make_mask_map(const MaskView& mask, int box_rows);
-/// Whether there is such a map: rows of q's dtype in whole, aligned pieces of 16 bytes, and none of them broadcast.
+/// Whether there is such a map: rows of q's dtype in whole, aligned pieces of 16 bytes, or one that is broadcast.
 bool has_mask_map(const ForwardParams& params);
 
 /// Why no map can hold the tensor, as a clause; null if one can.
