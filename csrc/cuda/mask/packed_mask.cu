@@ -197,8 +197,12 @@ struct Packer {
   }
 };
 
+// Blocks an SM. Left to itself ptxas wants four, and of float32 spills a register on compute capability 10.
 template <typename Storage>
-__global__ void __launch_bounds__(32 * kWarps, sizeof(Storage) == 1 ? 3 : 0)
+constexpr int kLeastBlocks = sizeof(Storage) == 1 || sizeof(Storage) == 4 ? 3 : 0;
+
+template <typename Storage>
+__global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<Storage>)
     pack_kernel(const __grid_constant__ PackArguments arguments) {
   const int warp = int(threadIdx.x) / 32;
   int rest = int(arguments.first_block + blockIdx.x), block_col, block_row;
