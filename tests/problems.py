@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -335,6 +335,20 @@ def check(p: Problem, device: str = "cpu", reference_device: str | None = None) 
             reference.assert_close(name, result, expected, eager[name], factor, dtype, noise)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{p!r} on {device}") from None
+
+
+def replayed(attend: Callable[[Tensor], Tensor], masks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Captures `attend` of the first mask in a CUDA graph, and replays it with each in its place: (mask, result)."""
+    mask = masks[0].clone()
+    attend(mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(mask)
+    for other in masks:
+        mask.copy_(other)
+        out.zero_()
+        graph.replay()
+        yield other, out
 
 
 class CutGradient(torch.autograd.Function):

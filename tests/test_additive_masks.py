@@ -15,6 +15,7 @@ from flash_attn import scaled_dot_product_attention as sdpa
 from flash_attn.masks import packed_mask
 from introspection import needs_kernels
 from plans import plan
+from problems import replayed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -216,16 +217,8 @@ def test_a_graph_finds_out_anew() -> None:
     i, j = torch.arange(2048, device="cuda")[:, None], torch.arange(2048, device="cuda")
     masks = [_bias(x, torch.bfloat16) for x in (j <= i, (j <= i) & (j >= i - 500), (j <= i) & ((i + j) % 3 != 0))]
     masks += [masks[2] + 0.25 * (j % 7), masks[0], masks[2]]
-    mask = masks[0].clone()
-    flash_attn_func(q, k, v, attn_mask=mask)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = flash_attn_func(q, k, v, attn_mask=mask)
-    for other in masks:
-        mask.copy_(other)
-        out.zero_()
-        graph.replay()
-        expected = flash_attn_func(q, k, v, attn_mask=other.clone())
+    for mask, out in replayed(lambda mask: flash_attn_func(q, k, v, attn_mask=mask), masks):
+        expected = flash_attn_func(q, k, v, attn_mask=mask.clone())
         torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 

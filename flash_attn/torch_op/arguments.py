@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2  # what `causal` is
+
 
 class Tensors(NamedTuple):
     """Shapes are those of :func:`flash_attn.torch_op.attention.attention`."""

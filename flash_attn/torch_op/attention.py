@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .arguments import BOTTOM_RIGHT as BOTTOM_RIGHT
+from .arguments import NONE as NONE
 from .arguments import NUM_DIFFERENTIABLE, Options, Tensors
+from .arguments import TOP_LEFT as TOP_LEFT
 from .library import forward_op
 from .private import jit_is_tracing, transforms_active
 from .registered import flops, levels, vmap  # noqa: F401 - to register what they hold
 from .registered.autograd import apply_attention, call_forward, call_op, requires_grad
-from .second_order import tangents  # noqa: F401 - likewise
-
-NONE, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+from .second_order import ops  # noqa: F401 - likewise
 
 RNG_STATE_RANGE = (-(2**63), 2**63 - 1)
 _CHECK_LENGTHS = os.environ.get("FLASH_ATTN_CHECK") == "1"

@@ -18,16 +18,17 @@ from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from . import extension, private
 from .arguments import (
+    NONE,
     NUM_DIFFERENTIABLE,
     NUM_TENSORS,
     PLAIN_DETERMINISTIC,
     PLAIN_IF_THEY_FIT,
     PLAIN_SHARED_HEADS,
     PLAIN_WITHOUT_LSE,
+    TOP_LEFT,
     from_plain,
     plain_options,
 )
-from .attention import NONE, TOP_LEFT
 from .library import (
     backward_op,
     forward_op,

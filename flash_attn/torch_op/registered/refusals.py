@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import private
-from ..arguments import BackwardArguments, Options, Tensors
+from ..arguments import BackwardArguments, BackwardJvpArguments, ForwardJvpArguments, Options, Tangents, Tensors
 
 _Described = tuple[int, str, int, list[int], list[int]]  # as csrc/bindings.cpp takes a tensor
 
@@ -45,6 +45,30 @@ def refuse_backward(arguments: BackwardArguments) -> None:
     dout, dlse, tensors, out, lse, needs, options = arguments
     saved = {"dout": dout, "dlse": dlse, "out": out, "lse": lse}
     _check("check", tensors._asdict() | saved, options._asdict(), needs)
+
+
+def refuse_forward_jvp(arguments: ForwardJvpArguments) -> None:
+    """Raises where forward would raise, or tangents are not as their tensors."""
+    refuse_forward(arguments.tensors, arguments.options)
+    _check_tangents(arguments.tangents, arguments.tensors)
+
+
+def refuse_backward_jvp(given: BackwardJvpArguments) -> None:
+    """The same where backward would raise."""
+    refuse_backward(
+        BackwardArguments(given.dout, given.dlse, given.tensors, given.out, given.lse, given.needs, given.options)
+    )
+    _check_tangents(given.tangents, given.tensors)
+
+
+def _check_tangents(t: Tangents, tensors: Tensors) -> None:
+    for (name, tangent), x in zip(t._asdict().items(), tensors, strict=False):
+        if tangent is not None and (x is None or tangent.shape != x.shape or tangent.dtype != x.dtype):
+            expected = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
+            raise RuntimeError(
+                f"the tangent of {name} must be as {name}, {expected}, but is {tangent.dtype} of shape "
+                f"{tuple(tangent.shape)}"
+            )
 
 
 def refuse_named(check: str, arguments: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ tile of scores at a time: they run wherever torch does, at whatever precision of
 
 | file | |
 |---|---|
-| `tangents.py` | the two ops: the loop over tiles, and the formulas |
+| `ops.py` | the two ops as torch has them |
+| `tangents.py` | what they compute: the formulas, and the loop over tiles |
 | `tile.py` | a tile of scores: what it sees, and its tangent |
 | `parts.py` | the calls of one length that a call consists of, and how their tensors lie |
 | `dropout.py` | which scores are kept, as csrc/philox.h draws them |

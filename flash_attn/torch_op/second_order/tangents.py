@@ -28,23 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import private
-from ..arguments import (
-    BackwardArguments,
-    BackwardJvpArguments,
-    Options,
-    Tangents,
-    Tensors,
-    split_backward_jvp,
-    split_forward_jvp,
-)
-from ..library import backward_jvp_op, empty_gradients, empty_outputs, forward_jvp_op, registrations
-from ..registered.refusals import refuse_backward, refuse_forward
+from ..arguments import Options, Tangents, Tensors
+from ..library import empty_gradients, empty_outputs
 from .parts import parts
 from .tile import Inputs, joined
 
@@ -195,6 +186,7 @@ class _Gradients(NamedTuple):
 def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradients) -> None:
     of_z, of_u = joined((t.q, inputs.k), (inputs.q, t.k)), (whole.dout, inputs.v)
     of_tu = joined((whole.dout, t.v), (whole.tdout, inputs.v))
+    needs_q, needs_k, needs_v = (x is not None for x in gradients[:3])
     dk, dv = (torch.zeros_like(x, dtype=inputs.statistics) for x in (inputs.k, inputs.v))
     for rows in inputs.row_blocks():
         total = _total(inputs, rows)
@@ -216,14 +208,17 @@ def _backward_jvp(inputs: Inputs, t: Tangents, whole: _Rows, gradients: _Gradien
             if tile.slope is not None and tile.curvature is not None:
                 g, tg = tile.slope * e, tile.slope * te + tile.curvature * tz * e
             g, tg = tile.operand(g), tile.operand(tg)
-            dq += tile.onto_queries(tg, tile.k)
-            dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
-            dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(ts.mul_(p))), dout)
-            if t.k is not None:
-                dq += tile.onto_queries(g, tile.of_keys(t.k))
-            if t.q is not None:
-                dk[..., tile.cols, :] += tile.onto_keys(g, tile.of_queries(t.q))
-            if tdout is not None:
+            if needs_q:
+                dq += tile.onto_queries(tg, tile.k)
+                if t.k is not None:
+                    dq += tile.onto_queries(g, tile.of_keys(t.k))
+            if needs_k:
+                dk[..., tile.cols, :] += tile.onto_keys(tg, tile.q)
+                if t.q is not None:
+                    dk[..., tile.cols, :] += tile.onto_keys(g, tile.of_queries(t.q))
+            if needs_v:
+                dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(ts.mul_(p))), dout)
+            if needs_v and tdout is not None:
                 dv[..., tile.cols, :] += tile.onto_keys(tile.operand(tile.drop_(p)), tdout)
         if gradients.q is not None:
             gradients.q[..., rows, :] = (dq * inputs.scale).flatten(1, 2)
@@ -259,53 +254,3 @@ def _p_of_sink(inputs: Inputs, rows: slice, total: Tensor | None = None) -> Tens
     assert inputs.sinks is not None
     p = torch.exp(inputs.sinks[..., 0] - inputs.lse[..., rows])
     return p if total is None else p / total
-
-
-def _check_tangents(t: Tangents, tensors: Tensors) -> None:
-    for (name, tangent), x in zip(t._asdict().items(), tensors, strict=False):
-        if tangent is not None and (x is None or tangent.shape != x.shape or tangent.dtype != x.dtype):
-            expected = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
-            raise RuntimeError(
-                f"the tangent of {name} must be as {name}, {expected}, but is {tangent.dtype} of shape "
-                f"{tuple(tangent.shape)}"
-            )
-
-
-def _forward_jvp_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    given = split_forward_jvp(arguments)
-    refuse_forward(given.tensors, given.options)
-    _check_tangents(given.tangents, given.tensors)
-    return forward_jvp(*given)
-
-
-def _backward_jvp_op(*arguments: Any) -> tuple[Tensor | None, ...]:
-    given = split_backward_jvp(arguments)
-    _refuse_backward_jvp(given)
-    return backward_jvp(*given)
-
-
-def _refuse_backward_jvp(given: BackwardJvpArguments) -> None:
-    refuse_backward(
-        BackwardArguments(given.dout, given.dlse, given.tensors, given.out, given.lse, given.needs, given.options)
-    )
-    _check_tangents(given.tangents, given.tensors)
-
-
-for _device in ("CPU", "CUDA"):
-    registrations().impl(forward_jvp_op, _forward_jvp_op, _device)
-    registrations().impl(backward_jvp_op, _backward_jvp_op, _device)
-
-
-@torch.library.register_fake("flash_attn::forward_jvp", lib=registrations())
-def _forward_jvp_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    t, tensors, _, _, options = split_forward_jvp(arguments)
-    refuse_forward(tensors, options)
-    _check_tangents(t, tensors)
-    return empty_outputs(tensors.q, tensors.v, options.heads_first, tensors.cu_seqlens_q is not None)
-
-
-@torch.library.register_fake("flash_attn::backward_jvp", lib=registrations())
-def _backward_jvp_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
-    given = split_backward_jvp(arguments)
-    _refuse_backward_jvp(given)
-    return empty_gradients(given.tensors, given.needs)

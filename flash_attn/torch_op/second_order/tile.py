@@ -9,11 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..arguments import Options, Tangents, Tensors
+from ..arguments import NONE, TOP_LEFT, Options, Tangents, Tensors
 from . import dropout
 from .parts import Part, blocks
-
-_NONE, _TOP_LEFT = 0, 1
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -233,7 +231,7 @@ class Tile:
     def _diagonal(self) -> Tensor | int:
         """How far right of its own number a row stands: of each sequence where the device alone knows its lengths."""
         q, k = self.inputs.part
-        if self.inputs.options.causal == _TOP_LEFT:
+        if self.inputs.options.causal == TOP_LEFT:
             return 0
         if q.used is None and k.used is None:
             return k.length - q.length
@@ -249,7 +247,7 @@ class Tile:
         """(batch | 1, 1, 1, rows, columns), or for all of them."""
         q, k = self.inputs.part
         options = self.inputs.options
-        causal = options.causal != _NONE
+        causal = options.causal != NONE
         left = math.inf if options.window_left < 0 else options.window_left
         right = 0 if causal else math.inf if options.window_right < 0 else options.window_right
         conditions: list[Tensor] = []
